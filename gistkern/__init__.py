@@ -1,0 +1,39 @@
+"""gistkern: kernels, cache and Hugging Face patch for gist-token context compression."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public name -> module; loaded on first use, so that importing gistkern needs neither transformers nor Triton
+_EXPORTS = {
+    "GistLayout": "gistkern.layout",
+    "gist_attention": "gistkern.attention",
+    "patch_llama": "gistkern.hf.patch",
+    "GistHandle": "gistkern.hf.patch",
+    "compress": "gistkern.compressing",
+    "GistCache": "gistkern.cache",
+}
+
+__all__ = ["GistCache", "GistHandle", "GistLayout", "__version__", "compress", "gist_attention", "patch_llama"]
+
+if TYPE_CHECKING:
+    from gistkern.attention import gist_attention
+    from gistkern.cache import GistCache
+    from gistkern.compressing import compress
+    from gistkern.hf.patch import GistHandle, patch_llama
+    from gistkern.layout import GistLayout
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'gistkern' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,130 @@
+"""The public op: validate, choose a backend, fill the compact rows, call."""
+
+from __future__ import annotations
+
+import torch
+
+from gistkern import backends
+from gistkern.layout import GistLayout
+
+__all__ = ["gather_rows", "gist_attention"]
+
+
+def gist_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: GistLayout,
+    *,
+    past_key: torch.Tensor | None = None,
+    past_value: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in which each row sees the two intervals of `layout` and nothing else.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``[B, Hq, N, D]``, float16, bfloat16, float32 or float64.
+    k, v : Tensor
+        ``[B, Hkv, M, D]`` with ``M = layout.num_local``; Hq a multiple of Hkv (grouped-query attention,
+        heads are never repeated in memory).
+    layout : GistLayout
+        On the same device.
+    past_key, past_value : Tensor, optional
+        ``[B, Hkv, layout.past, D]``: compact rows of earlier calls, before this call's own.
+    scale : float, optional
+        Of the scores; ``D ** -0.5`` by default.
+    backend : str
+        ``"auto"`` or a name of `gistkern.backends.BACKENDS`. A named backend never falls back.
+    return_lse : bool
+        Also return the log-sum-exp of each row's scores, ``[B, Hq, N]``, natural log, not differentiable.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output like `q`, accumulated in at least fp32. Rows that see nothing (padding) are 0 with LSE -inf.
+
+    Raises
+    ------
+    ValueError
+        If tensors and layout do not fit each other, or the backend is unknown.
+    RuntimeError
+        If the backend cannot serve these tensors.
+
+    Examples
+    --------
+    >>> layout = GistLayout.from_segments([6], gists=2, tail=3)
+    >>> q, k = torch.randn(1, 4, 11, 16), torch.randn(1, 2, 11, 16)
+    >>> gist_attention(q, k, k, layout).shape
+    torch.Size([1, 4, 11, 16])
+    """
+    from gistkern import ops
+
+    _check_tensors(q, k, v, layout, past_key, past_value)
+    name = backends.choose(backend, q)
+    gist_k, gist_v = (
+        gather_rows(rows, layout.gather) if past is None else torch.cat([past, gather_rows(rows, layout.gather)], 2)
+        for rows, past in ((k, past_key), (v, past_value))
+    )
+    out, lse = ops.attention(
+        q,
+        k,
+        v,
+        gist_k,
+        gist_v,
+        layout.gist_begin,
+        layout.gist_end,
+        layout.local_begin,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        name,
+    )
+    return (out, lse) if return_lse else out
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows ``index`` (``[B, G]``, -1 for a filler that nobody sees) of ``[B, H, M, D]``."""
+    expanded = index.clamp(min=0)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    return rows.gather(2, expanded)
+
+
+def _check_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: GistLayout,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, rows, head_dim], got {tuple(tensor.shape)}")
+    batch, heads, rows, dim = q.shape
+    kv_heads = k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads ({heads}) must be a multiple of key/value heads ({kv_heads})")
+    if (batch, rows) != (layout.batch_size, layout.num_rows):
+        raise ValueError(f"q has {batch} samples of {rows} rows, the layout {layout.batch_size} of {layout.num_rows}")
+    expected = (batch, kv_heads, layout.num_local, dim)
+    for name, tensor in (("k", k), ("v", v)):
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} must be {expected} for this q and layout, got {tuple(tensor.shape)}")
+    if (past_key is None) != (past_value is None):
+        raise ValueError("past_key and past_value go together: pass both or neither")
+    past_rows = 0 if past_key is None else past_key.shape[2]
+    if past_rows != layout.past:
+        raise ValueError(f"the layout expects {layout.past} past rows, past_key has {past_rows}")
+    tensors = {"k": k, "v": v, "past_key": past_key, "past_value": past_value}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if name.startswith("past") and tuple(tensor.shape) != (batch, kv_heads, past_rows, dim):
+            raise ValueError(
+                f"{name} must be {(batch, kv_heads, past_rows, dim)} to go with k, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, q {q.dtype} on {q.device}: make them equal")
+    if layout.device != q.device:
+        raise ValueError(f"the layout is on {layout.device}, q on {q.device}: use layout.to({str(q.device)!r})")

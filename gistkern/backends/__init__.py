@@ -1,0 +1,122 @@
+"""The backend table: each row says what serves a call, and why it cannot where it cannot.
+
+Adding a backend is one row here and one module with `forward` and `backward`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+__all__ = ["BACKENDS", "Backend", "choose", "get"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _always() -> str | None:
+    return None
+
+
+def _needs_cpu(q: torch.Tensor) -> str | None:
+    return None if q.device.type == "cpu" else f"serves CPU tensors, got {q.device}"
+
+
+def _needs_full_precision(q: torch.Tensor) -> str | None:
+    if q.dtype in (torch.float32, torch.float64):
+        return None
+    return f"is the specification and computes in its inputs' precision: pass float32 or float64, not {q.dtype}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Parameters
+    ----------
+    name : str
+        As in ``gist_attention(..., backend=name)``.
+    module : str
+        Imported on first use; offers `forward` and `backward` with the arguments of `gistkern.ops`.
+    automatic : bool
+        Whether ``backend="auto"`` may pick it. Rows are tried in the order of the table.
+    what : str
+        One line for the doctor.
+    missing : callable
+        Why this installation cannot run it at all, or None.
+    refuses : callable
+        Why it cannot serve this query tensor, or None.
+    """
+
+    name: str
+    module: str
+    automatic: bool
+    what: str
+    missing: Callable[[], str | None]
+    refuses: Callable[[torch.Tensor], str | None]
+
+    def reason(self, q: torch.Tensor) -> str | None:
+        """Why this backend cannot serve `q`, or None if it can."""
+        return self.missing() or self.refuses(q)
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+
+BACKENDS = (
+    Backend(
+        name="cpu",
+        module="gistkern.backends.cpu",
+        automatic=True,
+        what="flash-style blocks through torch's CPU flash kernel; no dense mask",
+        missing=_always,
+        refuses=_needs_cpu,
+    ),
+    Backend(
+        name="reference",
+        module="gistkern.reference",
+        automatic=False,
+        what="dense fp32/fp64 specification, quadratic memory; for tests",
+        missing=_always,
+        refuses=_needs_full_precision,
+    ),
+)
+
+
+def get(name: str) -> Backend:
+    """The row called `name`; ValueError if there is none."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(b.name for b in BACKENDS)}")
+
+
+def choose(name: str, q: torch.Tensor) -> str:
+    """Name of the backend that serves `q`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    RuntimeError
+        If the named backend, or with ``"auto"`` every backend, cannot serve the call; says why.
+    """
+    if q.dtype not in _FLOATS:
+        raise ValueError(f"gist_attention takes float16, bfloat16, float32 or float64, got {q.dtype}")
+    if name != "auto":
+        backend = get(name)
+        if reason := backend.reason(q):
+            raise RuntimeError(f"backend {name!r} {reason}")
+        return name
+    reasons = []
+    for backend in BACKENDS:
+        if not backend.automatic:
+            continue
+        reason = backend.reason(q)
+        if reason is None:
+            return backend.name
+        reasons.append(f"{backend.name} {reason}")
+    raise RuntimeError(f"no backend can serve {q.dtype} on {q.device}: {'; '.join(reasons)}")

@@ -1,0 +1,230 @@
+"""What one model call sees of a cache and what the cache keeps of it, worked out once for all layers.
+
+Columns of a cache layer are ``[gist rows | tail rows]``, each part right-aligned per sample; a call appends
+its N new rows. `CallPlan` says how those columns are re-ordered for the call and which of them stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from gistkern.layout import GistLayout
+from gistkern.schemes import decode_rows, from_roles
+
+__all__ = ["CacheState", "CallPlan", "plan_call", "plan_layout"]
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """Per-sample bookkeeping of a `GistCache`; all tensors int64 ``[B]`` except `tail_is_gist`.
+
+    `seen` counts the real tokens read so far, `gist_rows` and `tail_rows` the rows owned of the
+    `gist_columns` and `tail_columns` stored, `tail_position` is the position of the tail's first token.
+    `tail_is_gist` (bool ``[B, tail_columns]``) marks gists of a segment that is not ended yet.
+    `length` is the logical length of the longest sample, in tokens; `fed` counts the columns (padding
+    included) that calls brought since the context was compressed, which is how `generate` counts.
+    """
+
+    seen: torch.Tensor
+    gist_rows: torch.Tensor
+    tail_rows: torch.Tensor
+    tail_position: torch.Tensor
+    tail_is_gist: torch.Tensor
+    gist_columns: int
+    tail_columns: int
+    length: int
+    fed: int = 0
+    tail_has_gists: bool = False
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device | str) -> CacheState:
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(zeros, zeros, zeros, zeros, zeros.bool()[:, None][:, :0], 0, 0, 0)
+
+    def select(self, index: torch.Tensor) -> CacheState:
+        """The state of samples `index`, in that order (beams, batch selection)."""
+        fields = ("seen", "gist_rows", "tail_rows", "tail_position", "tail_is_gist")
+        return replace(self, **{name: getattr(self, name)[index.to(self.seen.device)] for name in fields})
+
+    def crop(self, count: int) -> CacheState:
+        """The state without the last `count` tokens, which must be raw tail tokens of every sample."""
+        reach = min(int(self.tail_rows.min()), self.tail_columns)
+        if count > reach or bool(self.tail_is_gist[:, self.tail_columns - count :].any()):
+            raise ValueError(
+                f"cannot crop {count} tokens: only the {reach} raw tokens after the compressed context "
+                "can be taken back, the context itself is gone"
+            )
+        return replace(
+            self,
+            seen=self.seen - count,
+            tail_rows=self.tail_rows - count,
+            tail_is_gist=self.tail_is_gist[:, : self.tail_columns - count],
+            tail_columns=self.tail_columns - count,
+            length=self.length - count,
+            fed=self.fed - count,
+        )
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """One call: `layout` for the attention, column indices for the cache, the state after the call.
+
+    `arrange` (int64 ``[B, G + T + N]`` or None) re-orders the columns before they are seen; `keep` (int64
+    ``[B, G' + T']`` or None for all) lists the columns, of those, that stay.
+    """
+
+    layout: GistLayout
+    position_ids: torch.Tensor
+    after: CacheState
+    arrange: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+
+
+def plan_call(
+    state: CacheState, is_gist: torch.Tensor, valid: torch.Tensor | None, *, scheme: str, sink_tokens: int
+) -> CallPlan:
+    """Plan for new tokens of known roles (bool ``[B, N]``; `valid` None means no padding).
+
+    Raises
+    ------
+    ValueError
+        Under `gist_first`, if gist tokens extend a segment whose raw tokens came in an earlier call:
+        their positions depend on the number of gists.
+    """
+    has_gists = bool(is_gist.any())
+    if valid is None and not has_gists and not state.tail_has_gists:
+        return _plan_plain(state, is_gist)
+    new_valid = torch.ones_like(is_gist) if valid is None else valid
+    arrange, all_valid, all_gist = _join_tail(state, is_gist & new_valid, new_valid)
+    tail, rows = state.tail_columns, is_gist.shape[1]
+    whole = from_roles(
+        all_gist,
+        all_valid,
+        sink_tokens=sink_tokens,
+        past=state.gist_columns,
+        past_rows=state.gist_rows,
+        seen=state.seen - state.tail_rows,
+    )
+    layout = whole.last_rows(rows)
+    if scheme == "gist_first" and tail:
+        late = layout.is_gist & (layout.local_begin < tail) & (state.tail_rows > 0)[:, None]
+        if late.any():
+            raise ValueError(
+                "positions='gist_first' needs a segment's raw tokens and its gist tokens in one call: "
+                "this call brings gist tokens for raw tokens that the cache has read already"
+            )
+    position_ids = (layout.positions(scheme) + state.tail_position[:, None]).masked_fill(~layout.is_real(), 0)
+    index = torch.arange(whole.num_rows, device=is_gist.device)
+    before_tail = all_valid & (index < whole.keep_local[:, None])
+    passed = before_tail & all_gist if scheme == "gist_first" else before_tail
+    after, keep = _finish(state, layout, all_valid, all_gist, state.tail_position + passed.sum(1))
+    return CallPlan(layout, position_ids, after, arrange, keep)
+
+
+def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tensor, is_gist: torch.Tensor) -> CallPlan:
+    """Plan for a call whose layout and positions the caller gives."""
+    if (layout.past, layout.tail) != (state.gist_columns, state.tail_columns):
+        raise ValueError(
+            f"gist_layout expects {layout.past} past and {layout.tail} tail rows, "
+            f"the cache holds {state.gist_columns} and {state.tail_columns}"
+        )
+    real = layout.is_real()
+    all_gist = torch.cat([state.tail_is_gist, is_gist & real], 1)
+    all_valid = torch.cat([_tail_is_valid(state), real], 1)
+    last = position_ids.masked_fill(~real, -1).amax(1)
+    last_gist = position_ids.masked_fill(~(is_gist & real), -1).amax(1)
+    kept = (layout.num_local - layout.keep_local).clamp(min=0)
+    # an empty tail starts right after the gists it will see, an open one goes on where it is
+    follows = torch.where(kept > 0, last + 1 - kept, torch.maximum(last_gist, state.tail_position - 1) + 1)
+    after, keep = _finish(state, layout, all_valid, all_gist, follows)
+    return CallPlan(layout, position_ids, after, None, keep)
+
+
+def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
+    """New raw tokens for every sample: nothing to read back from the device."""
+    rows = is_gist.shape[1]
+    layout = decode_rows(state.gist_rows, state.gist_columns, state.tail_rows, state.tail_columns, rows)
+    after = replace(
+        state,
+        seen=state.seen + rows,
+        tail_rows=state.tail_rows + rows,
+        tail_is_gist=torch.nn.functional.pad(state.tail_is_gist, (0, rows)),
+        tail_columns=state.tail_columns + rows,
+        length=state.length + rows,
+        fed=state.fed + rows,
+    )
+    start = state.tail_position + state.tail_rows
+    return CallPlan(layout, layout.stream_position + start[:, None], after)
+
+
+def _join_tail(
+    state: CacheState, is_gist: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Put the tail right in front of each sample's first real new token.
+
+    Returns the column order (None if nothing moves), and valid and is_gist over ``[tail | new]``.
+    """
+    tail, device = state.tail_columns, is_gist.device
+    all_valid = torch.cat([_tail_is_valid(state), valid], 1)
+    all_gist = torch.cat([state.tail_is_gist, is_gist], 1)
+    left = (valid.long().cumsum(1) == 0).sum(1)
+    if not tail or not bool((left > 0).any()):
+        return None, all_valid, all_gist
+    width = all_valid.shape[1]
+    column = torch.arange(width, device=device).expand(len(left), -1)
+    # tail columns move right over the sample's left padding, which moves to the front
+    moved = column < (tail + left)[:, None]
+    order = torch.where(moved, (column - left[:, None]) % (tail + left)[:, None], column)
+    gist = torch.arange(state.gist_columns, device=device).expand(len(left), -1)
+    arrange = torch.cat([gist, order + state.gist_columns], 1)
+    return arrange, all_valid.gather(1, order), all_gist.gather(1, order)
+
+
+def _tail_is_valid(state: CacheState) -> torch.Tensor:
+    """bool ``[B, T]``: which tail columns a sample owns."""
+    column = torch.arange(state.tail_columns, device=state.seen.device)
+    return column >= state.tail_columns - state.tail_rows[:, None]
+
+
+def _finish(
+    state: CacheState,
+    layout: GistLayout,
+    all_valid: torch.Tensor,
+    all_gist: torch.Tensor,
+    tail_position: torch.Tensor,
+) -> tuple[CacheState, torch.Tensor]:
+    """The state after the call and the columns of ``[past | tail | new]`` that stay, from `keep_*`."""
+    index = torch.arange(1, all_valid.shape[1] + 1, device=all_valid.device)
+    tail_end = (index * all_valid).amax(1)  # just behind the last real token
+    tail_rows = (tail_end - layout.keep_local).clamp(min=0)
+    gist_rows = layout.keep_end - layout.keep_begin
+    seen = state.seen + all_valid[:, state.tail_columns :].sum(1)
+    gist_columns, tail_columns, length = torch.stack([gist_rows.max(), tail_rows.max(), seen.max()]).tolist()
+
+    compact = _aligned(layout.keep_begin, gist_rows, gist_columns).clamp(min=0)
+    column = torch.arange(layout.past, device=seen.device).expand(len(seen), -1)
+    source = torch.cat([column, layout.gather.clamp(min=0) + layout.past], 1)
+    gist = source.gather(1, compact)
+    tail = _aligned(tail_end - tail_rows, tail_rows, tail_columns)
+    tail_is_gist = all_gist.gather(1, tail.clamp(min=0)) & (tail >= 0)
+    after = CacheState(
+        seen,
+        gist_rows,
+        tail_rows,
+        tail_position,
+        tail_is_gist,
+        gist_columns,
+        tail_columns,
+        length,
+        fed=state.fed + layout.num_rows,
+        tail_has_gists=bool(tail_is_gist.any()),
+    )
+    return after, torch.cat([gist, tail.clamp(min=0) + layout.past], 1)
+
+
+def _aligned(begin: torch.Tensor, count: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices ``begin .. begin + count - 1`` right-aligned in `width` columns, -1 before them."""
+    slot = torch.arange(width, device=begin.device) - (width - count)[:, None]
+    return torch.where(slot >= 0, begin[:, None] + slot, -1)

@@ -1,0 +1,196 @@
+"""`compress`: a context becomes a `GistCache`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from gistkern import positions
+from gistkern.cache import GistCache
+from gistkern.cache_plan import CacheState, plan_call
+from gistkern.layout import GistLayout
+from gistkern.schemes import check_count, check_padding, from_roles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gistkern.hf.patch import GistHandle
+
+__all__ = ["compress"]
+
+# raw tokens per model call of a hierarchical compression: enough to fill the machine, small beside a context
+CALL_TOKENS = 4096
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    segment_length: int | None = None,
+) -> GistCache:
+    """Read a context and keep its gist rows only.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Patched by `gistkern.patch_llama`; a peft wrapper around it will do.
+    input_ids : Tensor
+        int64 ``[B, N]``: the context alone, the gist tokens are appended here.
+    attention_mask : Tensor, optional
+        ``[B, N]``; samples may differ in length, with padding left or right.
+    segment_length : int, optional
+        Raw tokens per segment. None compresses the context as one segment. Otherwise the context is read
+        segment after segment: each ends in its own gist tokens, sees the gists of the earlier ones, and is
+        then dropped, so memory holds one segment however long the context is. On a model with
+        ``num_segment_gist_tokens`` the segments instead write those, independently of each other, and the
+        gist tokens that stay are a summary that sees all of them.
+
+    Returns
+    -------
+    GistCache
+        With an empty tail, ready for ``model.generate(question_ids, past_key_values=cache.clone())``.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched, a sample is empty, or the context holds gist tokens already.
+    """
+    from gistkern.hf.fingerprint import fingerprint
+    from gistkern.hf.patch import handle_of
+
+    handle = handle_of(model)
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {tuple(input_ids.shape)}")
+    if segment_length is not None:
+        check_count("segment_length", segment_length, least=1)
+    valid = check_padding(input_ids, attention_mask)
+    if not bool(valid.any(1).all()):
+        raise ValueError(f"sample {int((~valid.any(1)).int().argmax())} of the context is empty")
+    if bool(handle.is_gist(input_ids).any()):
+        raise ValueError("the context holds gist tokens already: pass the raw context, compress appends them")
+    if handle.segment_gist_token_ids and segment_length is None:
+        raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
+
+    cache = GistCache()
+    samples = [ids[real] for ids, real in zip(input_ids, valid, strict=True)]
+    training = model.training
+    model.eval()
+    try:
+        if handle.segment_gist_token_ids:
+            _hierarchical(handle, cache, samples, segment_length)
+        else:
+            _segment_wise(handle, cache, samples, segment_length or input_ids.shape[1])
+    finally:
+        model.train(training)
+    cache.state = replace(cache.state, fed=0)
+    cache.fingerprint = fingerprint(handle.inner)
+    return cache
+
+
+def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[torch.Tensor], length: int) -> None:
+    """One call per segment; samples that have ended bring padding only."""
+    gists = samples[0].new_tensor(handle.gist_token_ids)
+    none = samples[0][:0]
+    for begin in range(0, max(len(ids) for ids in samples), length):
+        pieces = [torch.cat([ids[begin : begin + length], gists]) if begin < len(ids) else none for ids in samples]
+        ids, valid = _left_padded(pieces)
+        plan = plan_call(
+            _state(cache, ids),
+            handle.is_gist(ids) & valid,
+            valid,
+            scheme=handle.positions,
+            sink_tokens=handle.sink_tokens,
+        )
+        _run(handle, cache, ids, valid, plan.layout.closed(), plan.position_ids)
+
+
+def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[torch.Tensor], length: int) -> None:
+    """Independent segments, many per call, then one call of summary gists that sees all segment gists."""
+    if handle.sink_tokens > length:
+        raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
+    ends = samples[0].new_tensor(handle.segment_gist_token_ids)
+    step = max(1, CALL_TOKENS // length) * length
+    for begin in range(0, max(len(ids) for ids in samples), step):
+        pieces = []
+        for sample in samples:
+            segments = sample[begin : begin + step].split(length) if begin < len(sample) else ()
+            pieces.append(torch.cat([sample[:0], *(p for segment in segments for p in (segment, ends))]))
+        _run_independent(handle, cache, *_left_padded(pieces))
+    # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
+    sinks = ends.new_tensor([min(len(sample), handle.sink_tokens) for sample in samples])
+    _sinks_last(cache, sinks)
+    _run_summary(handle, cache, samples[0].new_tensor(handle.gist_token_ids), sinks)
+
+
+def _run_independent(handle: GistHandle, cache: GistCache, ids: torch.Tensor, valid: torch.Tensor) -> None:
+    state = _state(cache, ids)
+    layout = from_roles(
+        handle.is_gist(ids),
+        valid,
+        sink_tokens=handle.sink_tokens,
+        past=state.gist_columns,
+        past_rows=state.gist_rows,
+        seen=state.seen,
+    )
+    starts = valid & (layout.local_begin == layout.row_index())
+    layout = replace(
+        layout.closed(),
+        gist_end=layout.gist_begin,  # an empty interval: no segment sees another
+        gist_first_position=positions.gist_first(layout.is_gist, valid, starts, restart=True),
+    )
+    place = layout.positions(handle.positions)
+    if handle.positions == "absolute":
+        place = place + state.seen[:, None]
+    _run(handle, cache, ids, valid, layout, place)
+
+
+def _run_summary(handle: GistHandle, cache: GistCache, summary: torch.Tensor, sinks: torch.Tensor) -> None:
+    state = cache.state
+    ids = summary.expand(len(state.seen), -1)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    layout = from_roles(valid, valid, sink_tokens=0, past=state.gist_columns, past_rows=state.gist_rows)
+    layout = replace(layout.closed(), keep_begin=state.gist_columns - sinks)
+    place = layout.positions(handle.positions) + state.tail_position[:, None]
+    _run(handle, cache, ids, valid, layout, place)
+
+
+def _sinks_last(cache: GistCache, sinks: torch.Tensor) -> None:
+    """Move each sample's `sinks` sink rows behind its gist rows, next to the summary that stays with them."""
+    state = cache.state
+    column = torch.arange(state.gist_columns, device=state.seen.device)
+    first = (state.gist_columns - state.gist_rows)[:, None]
+    source = torch.where(column >= first, first + (column - first + sinks[:, None]) % state.gist_rows[:, None], column)
+    cache.take_columns(source)
+
+
+def _run(
+    handle: GistHandle,
+    cache: GistCache,
+    ids: torch.Tensor,
+    valid: torch.Tensor,
+    layout: GistLayout,
+    position_ids: torch.Tensor,
+) -> None:
+    """One call of the inner model; each layer's raw rows go as soon as the layer is through."""
+    handle.inner(
+        input_ids=ids,
+        attention_mask=valid,
+        position_ids=position_ids.masked_fill(~valid, 0),
+        past_key_values=cache,
+        gist_layout=layout,
+        use_cache=True,
+    )
+
+
+def _state(cache: GistCache, ids: torch.Tensor) -> CacheState:
+    return CacheState.empty(len(ids), ids.device) if cache.state is None else cache.state
+
+
+def _left_padded(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids ``[B, N]`` (0 as padding) and the mask of the real ones."""
+    ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_side="left")
+    count = torch.tensor([len(piece) for piece in pieces], device=ids.device)
+    return ids, torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - count[:, None]

@@ -1,0 +1,90 @@
+"""``python -m gistkern.doctor [--json]``: versions, devices, and what each backend can do here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+import gistkern
+from gistkern import backends
+from gistkern.kernels.chips import chip_for
+
+__all__ = ["main", "report"]
+
+_PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "bitsandbytes", "accelerate", "flash-attn")
+
+
+def report() -> dict[str, Any]:
+    """The environment as plain data (what ``--json`` prints)."""
+    return {
+        "gistkern": gistkern.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": _devices(),
+        "backends": [_backend(row, device) for device in _device_names() for row in backends.BACKENDS],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_names() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [
+        {"device": "cpu", "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        chip = chip_for((properties.major, properties.minor))
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"sm_{properties.major}{properties.minor}",
+                "memory": properties.total_memory,
+                "listed": chip is not None,
+            }
+        )
+    return devices
+
+
+def _backend(row: backends.Backend, device: str) -> dict[str, Any]:
+    reason = row.reason(torch.empty(0, device=device))
+    return {"name": row.name, "device": device, "usable": reason is None, "reason": reason, "what": row.what}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(prog="python -m gistkern.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    facts = report()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"gistkern {facts['gistkern']}, Python {facts['python']}, {facts['platform']}")
+    for name, version in facts["packages"].items():
+        print(f"  {name:14} {version or 'not installed'}")
+    print("devices")
+    for device in facts["devices"]:
+        print("  " + ", ".join(f"{key} {value}" for key, value in device.items()))
+    print("backends (float32)")
+    for row in facts["backends"]:
+        verdict = "usable" if row["usable"] else f"not usable: {row['reason']}"
+        print(f"  {row['name']:10} on {row['device']:5} {verdict} ({row['what']})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The two functions registered with transformers under the name "gistkern"."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from gistkern.attention import gist_attention
+
+__all__ = ["NAME", "register"]
+
+NAME = "gistkern"
+
+
+def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, gist_call=None, **kwargs):
+    """``(out [B, N, Hq, D], None)``: gist-masked attention of one layer. `key` starts with the past rows."""
+    if gist_call is None:
+        raise RuntimeError(
+            f"attn_implementation={NAME!r} needs the layout of the call, which gistkern.patch_llama(model) "
+            "provides: patch the model instead of naming the implementation"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
+    layout, backend = gist_call.layout, gist_call.backend
+    past = {}
+    if layout.past:
+        past = {"past_key": key[:, :, : layout.past], "past_value": value[:, :, : layout.past]}
+    local_key, local_value = key[:, :, layout.past :], value[:, :, layout.past :]
+    out = gist_attention(query, local_key, local_value, layout, scale=scaling, backend=backend, **past)
+    return out.transpose(1, 2), None
+
+
+def _padding_mask_only(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """The gist layout masks; transformers keeps the 2-D padding mask it was given."""
+    return attention_mask
+
+
+def register() -> None:
+    """Make "gistkern" an attention implementation. There is no way to unregister one; it is harmless."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _padding_mask_only)

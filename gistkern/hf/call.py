@@ -1,0 +1,187 @@
+"""What happens around every call of a patched model: embeddings, layout, positions, cache."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from gistkern.cache import GistCache
+from gistkern.cache_plan import CacheState, plan_call, plan_layout
+from gistkern.hf.fingerprint import check_cache
+from gistkern.layout import GistLayout
+from gistkern.schemes import check_padding
+
+if TYPE_CHECKING:
+    from gistkern.hf.patch import GistHandle
+
+__all__ = ["GistCall", "after_inner", "before_inner", "before_model", "prepare_inputs"]
+
+
+@dataclass(frozen=True)
+class GistCall:
+    """What the attention function needs to know of the call, handed down through the layers."""
+
+    layout: GistLayout
+    backend: str
+
+
+def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Gist tokens are never predicted: their labels become -100, which transformers ignores."""
+    arguments = _bind(module, args, kwargs)
+    labels = arguments.get("labels")
+    if labels is not None:
+        arguments["labels"] = labels.masked_fill(handle.is_gist(labels), -100)
+    return (), arguments
+
+
+def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Replace ids by embeddings, and add layout, positions and cache to the inner model's arguments."""
+    arguments = _bind(module, args, kwargs)
+    layout = arguments.pop("gist_layout", None)
+    ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
+    if (ids is None) == (embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if arguments.get("output_attentions"):
+        raise ValueError("output_attentions is not available: the attention matrix is never formed")
+    if embeds is None:
+        is_gist = handle.is_gist(ids)
+        embeds = embed(handle, ids, is_gist)
+    elif layout is None:
+        is_gist = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    else:
+        is_gist = layout.is_gist
+    handle.check_settings()
+    valid = _padding(arguments.get("attention_mask"), is_gist)
+    cache = _cache(handle, module, arguments, is_gist.shape[0])
+    state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
+    if layout is None:
+        plan = plan_call(state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens)
+    else:
+        positions = _given_positions(handle, arguments, layout, is_gist, state)
+        plan = plan_layout(state, layout, positions, is_gist)
+    if cache is not None:
+        cache.begin(plan)
+    arguments.update(
+        inputs_embeds=embeds,
+        position_ids=plan.position_ids,
+        # with a mask present transformers does not guess packed documents from the positions
+        attention_mask=plan.layout.is_real(),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        gist_call=GistCall(plan.layout, handle.backend),
+    )
+    return (), arguments
+
+
+def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
+    """The call went through: the cache takes over its plan's state."""
+    if kwargs.get("past_key_values") is not None:
+        kwargs["past_key_values"].commit()
+
+
+def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch.Tensor:
+    """Token embeddings ``[B, N, hidden]`` in which gist ids take their learned rows."""
+    vocabulary = handle.inner.get_input_embeddings()
+    words = vocabulary(ids.masked_fill(is_gist, 0))
+    gists = handle.inner.gist_embeddings((ids - handle.first_id).clamp(0, handle.num_ids - 1))
+    return torch.where(is_gist[..., None], gists.to(words.dtype), words)
+
+
+def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
+    """`prepare_inputs_for_generation` that knows which of `generate`'s tokens a GistCache has read.
+
+    The tokens passed to `generate` are those after the compressed context, and the cache's tail has read the
+    first of them; transformers would subtract the context's length too.
+    """
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, GistCache) and cache.state is not None and kwargs.get("is_first_iteration"):
+        _match_batch(cache, len(input_ids))
+        read = cache.state.fed
+        fresh = input_ids.shape[1] - read
+        if fresh <= 0:
+            raise ValueError(
+                f"generate got {input_ids.shape[1]} tokens, but the cache has read {read} tokens after the compressed "
+                "context already: pass those and at least one new token, or a fresh clone of the cache"
+            )
+        kwargs["next_sequence_length"] = fresh
+    return original(input_ids, *args, **kwargs)
+
+
+def _match_batch(cache: GistCache, batch: int) -> None:
+    """Repeat the samples of a cache as `generate` repeats its inputs (beams, several answers, one document)."""
+    if batch % cache.batch_size:
+        raise ValueError(
+            f"generate got {batch} rows for a cache of {cache.batch_size} samples: pass one question per sample, "
+            "or a cache of one sample for several questions"
+        )
+    if batch != cache.batch_size:
+        cache.batch_repeat_interleave(batch // cache.batch_size)
+
+
+def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by their names."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _padding(attention_mask: torch.Tensor | None, is_gist: torch.Tensor) -> torch.Tensor | None:
+    """bool ``[B, N]`` of the call's own tokens, or None where none is padding."""
+    if attention_mask is None:
+        return None
+    rows = is_gist.shape[1]
+    if attention_mask.dim() != 2 or len(attention_mask) != len(is_gist) or attention_mask.shape[1] < rows:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] with at least the {rows} new tokens of {len(is_gist)} samples, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    # generate's mask also covers tokens that the cache has read; the last columns are this call's
+    valid = check_padding(is_gist, attention_mask[:, -rows:])
+    return None if bool(valid.all()) else valid
+
+
+def _cache(handle: GistHandle, module: nn.Module, arguments: dict[str, Any], batch: int) -> GistCache | None:
+    cache: Cache | None = arguments.get("past_key_values")
+    use_cache = arguments.get("use_cache")
+    if cache is None:
+        # transformers would cache by default even in training, where nothing reads it
+        wanted = handle.inner.config.use_cache and not module.training if use_cache is None else use_cache
+        cache = GistCache() if wanted else None
+    elif type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        cache = GistCache()  # generate() makes one before it knows the model; the outputs carry ours
+    elif not isinstance(cache, GistCache):
+        raise TypeError(
+            f"a patched model reads a GistCache, got a {type(cache).__name__}"
+            + (" with tokens in it" if type(cache) is DynamicCache else "")
+            + ": pass past_key_values=gistkern.compress(...) or none"
+        )
+    if cache is None:
+        return None
+    if cache.state is not None and cache.batch_size != batch:
+        raise ValueError(f"the cache holds {cache.batch_size} samples, the call has {batch}")
+    if cache.positions is None:
+        cache.positions = handle.positions
+    if cache.unchecked:
+        check_cache(cache, handle.model)
+        cache.unchecked = False
+    return cache
+
+
+def _given_positions(
+    handle: GistHandle, arguments: dict[str, Any], layout: GistLayout, is_gist: torch.Tensor, state: CacheState
+) -> torch.Tensor:
+    if (layout.batch_size, layout.num_rows) != tuple(is_gist.shape):
+        raise ValueError(
+            f"gist_layout is for {layout.batch_size} samples of {layout.num_rows} rows, the call has {tuple(is_gist.shape)}"
+        )
+    if layout.device != is_gist.device:
+        raise ValueError(f"gist_layout is on {layout.device}, the call on {is_gist.device}: use layout.to(device)")
+    given = arguments.get("position_ids")
+    if given is not None:
+        return given.expand(is_gist.shape)
+    start = state.tail_position + state.tail_rows
+    return (layout.positions(handle.positions) + start[:, None]).masked_fill(~layout.is_real(), 0)

@@ -1,0 +1,246 @@
+"""`patch_llama`: gist masking for a transformers model, and the way back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gistkern import backends
+from gistkern.hf import call
+from gistkern.hf.adapters import adapter_for, inner_model
+from gistkern.hf.attention_function import NAME, register
+from gistkern.hf.embedding import GistEmbedding
+from gistkern.hf.saved import load_rows, saved_settings
+from gistkern.positions import SCHEMES, check_scheme
+from gistkern.schemes import check_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["GistHandle", "handle_of", "patch_llama"]
+
+_ATTRIBUTE = "gistkern_handle"
+_DEFAULTS = {"num_gist_tokens": 10, "positions": "absolute", "sink_tokens": 1, "num_segment_gist_tokens": 0}
+
+
+def patch_llama(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_gist_tokens: int = 10,
+    positions: str = "absolute",
+    sink_tokens: int = 1,
+    backend: str = "auto",
+    num_segment_gist_tokens: int = 0,
+) -> GistHandle:
+    """Teach a Llama, Mistral, Qwen2 or Qwen3 model gist tokens, in place.
+
+    From then on ``model(input_ids)`` with gist tokens in it *is* gist-masked, with padding on either side;
+    without gist tokens the model computes what it did before. Gist tokens get embeddings of their own (the
+    model's matrices keep their shape, so it never generates one) and are ignored in `labels`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal model or its inner model. Wrap it in a peft adapter after patching, with
+        ``modules_to_save=["gist_embeddings"]``.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Gets ``<gist_0>``, ``<gist_1>``, ... as special tokens (and keeps them after `unpatch`). Without one
+        the ids follow the model's vocabulary.
+    num_gist_tokens : int
+        Gist tokens that close a context (or a segment).
+    positions : str
+        ``"absolute"`` or ``"gist_first"`` (docs/mask.md).
+    sink_tokens : int
+        First tokens of a document that stay visible.
+    backend : str
+        Passed to `gistkern.gist_attention`.
+    num_segment_gist_tokens : int
+        Extra gist tokens that close the segments of a hierarchical compression, whose summary the
+        `num_gist_tokens` then are. 0 for none.
+
+    Returns
+    -------
+    GistHandle
+        Unpatches, also as a context manager. A model whose checkpoint was saved while patched gets its
+        trained rows and settings back; settings given here must then agree with the saved ones.
+
+    Raises
+    ------
+    TypeError
+        For an unsupported model type.
+    ValueError
+        For bad settings, a model that is patched already, or one wrapped by peft.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    ...                      vocab_size=100)
+    >>> model = LlamaForCausalLM(config)
+    >>> with patch_llama(model, num_gist_tokens=2) as handle:
+    ...     handle.gist_token_ids
+    [100, 101]
+    """
+    given = {
+        "num_gist_tokens": num_gist_tokens,
+        "positions": positions,
+        "sink_tokens": sink_tokens,
+        "num_segment_gist_tokens": num_segment_gist_tokens,
+    }
+    check_count("num_gist_tokens", num_gist_tokens, least=1)
+    check_count("sink_tokens", sink_tokens)
+    check_count("num_segment_gist_tokens", num_segment_gist_tokens)
+    check_scheme(positions)
+    if backend != "auto":
+        backends.get(backend)
+    if hasattr(model, "get_base_model"):
+        raise ValueError(
+            "patch the model before wrapping it with peft, which then trains and saves the gist rows: "
+            'patch_llama(base); get_peft_model(base, LoraConfig(..., modules_to_save=["gist_embeddings"]))'
+        )
+    adapter_for(model)
+    if hasattr(model, _ATTRIBUTE):
+        raise ValueError("the model is patched already: use model.gistkern_handle, or unpatch it first")
+    settings = saved_settings(model, given, _DEFAULTS)
+    return GistHandle(model, tokenizer, backend, restore=settings != given or _is_saved(model), **settings)
+
+
+def _is_saved(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "gistkern", None) is not None
+
+
+def handle_of(model: nn.Module) -> GistHandle:
+    """The handle of a patched model (also seen through a peft wrapper); ValueError if it is not patched."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    handle = getattr(base, _ATTRIBUTE, None)
+    if handle is None:
+        raise ValueError("the model knows no gist tokens: call gistkern.patch_llama(model) first")
+    return handle
+
+
+class GistHandle:
+    """A patched model's gist settings, and the way back. Made by `patch_llama`.
+
+    Attributes
+    ----------
+    gist_token_ids : list of int
+        Ids of the tokens that close a context; `segment_gist_token_ids` those of hierarchical segments.
+    model, inner : nn.Module
+        The patched model and its inner model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        backend: str,
+        restore: bool,
+        *,
+        num_gist_tokens: int,
+        positions: str,
+        sink_tokens: int,
+        num_segment_gist_tokens: int,
+    ) -> None:
+        self.model, self.inner, self.backend = model, inner_model(model), backend
+        self.positions, self.sink_tokens = positions, sink_tokens
+        self.num_ids = num_gist_tokens + num_segment_gist_tokens
+        self.first_id = _add_tokens(tokenizer, self.num_ids, model.config.vocab_size)
+        ids = list(range(self.first_id, self.first_id + self.num_ids))
+        self.gist_token_ids, self.segment_gist_token_ids = ids[:num_gist_tokens], ids[num_gist_tokens:]
+        self._checked_settings: tuple[int, int] | None = None
+
+        vocabulary = self.inner.get_input_embeddings().weight
+        rows = GistEmbedding(vocabulary, self.num_ids, positions, sink_tokens)
+        if restore:
+            load_rows(model, rows)
+        self._previous_attention = model.config._attn_implementation
+        register()
+        model.set_attn_implementation(NAME)
+        self.inner.gist_embeddings = rows
+        model.config.gistkern = {
+            "num_gist_tokens": num_gist_tokens,
+            "num_segment_gist_tokens": num_segment_gist_tokens,
+            "positions": positions,
+            "sink_tokens": sink_tokens,
+        }
+        self._hooks = [
+            self.inner.register_forward_pre_hook(partial(call.before_inner, self), with_kwargs=True),
+            self.inner.register_forward_hook(partial(call.after_inner, self), with_kwargs=True),
+        ]
+        if model is not self.inner:
+            self._hooks.append(model.register_forward_pre_hook(partial(call.before_model, self), with_kwargs=True))
+            original = model.prepare_inputs_for_generation
+            model.prepare_inputs_for_generation = partial(call.prepare_inputs, self, original)
+        setattr(model, _ATTRIBUTE, self)
+
+    def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
+        """bool, like `ids`: which are gist tokens."""
+        return (ids >= self.first_id) & (ids < self.first_id + self.num_ids)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the patch added: the gist rows (the trained copy, under a peft adapter)."""
+        return [p for p in self.inner.gist_embeddings.parameters() if p.requires_grad]
+
+    def check_settings(self) -> None:
+        """Raise ValueError if the gist rows in use were trained under other settings, or would not be saved.
+
+        Rows loaded with a peft adapter bring the settings they were trained with.
+        """
+        rows = self.inner.gist_embeddings
+        configs = getattr(self.model, "peft_config", None) or {}
+        for name, config in configs.items():
+            if "gist_embeddings" not in (getattr(config, "modules_to_save", None) or ()):
+                raise ValueError(
+                    f"the adapter {name!r} would neither train nor save the gist rows: "
+                    'pass modules_to_save=["gist_embeddings"] in its config'
+                )
+        active = getattr(rows, "active_adapter", None)
+        holder = rows.modules_to_save[active] if active in getattr(rows, "modules_to_save", ()) else rows
+        settings = getattr(holder, "original_module", holder).settings
+        seen = (id(settings), settings._version)
+        if seen == self._checked_settings:
+            return
+        expected = [self.num_ids, SCHEMES.index(self.positions), self.sink_tokens]
+        if settings.tolist() != expected:
+            count, scheme, sinks = settings.tolist()
+            raise ValueError(
+                f"the gist rows were trained with {count} gist tokens, positions={SCHEMES[scheme]!r} and "
+                f"sink_tokens={sinks}, the model is patched with {self.num_ids}, {self.positions!r} and "
+                f"{self.sink_tokens}: patch it with the settings of the training"
+            )
+        self._checked_settings = seen
+
+    def unpatch(self) -> None:
+        """Take everything back: the model is bit for bit what it was. Calling it again does nothing."""
+        if getattr(self.model, _ATTRIBUTE, None) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        if self.model is not self.inner:
+            del self.model.prepare_inputs_for_generation
+        del self.inner.gist_embeddings
+        delattr(self.model, _ATTRIBUTE)
+        del self.model.config.gistkern
+        self.model.set_attn_implementation(self._previous_attention)
+
+    def __enter__(self) -> GistHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.unpatch()
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase | None, count: int, vocab_size: int) -> int:
+    """Id of the first of `count` consecutive gist tokens, added to the tokenizer if there is one."""
+    if tokenizer is None:
+        return vocab_size
+    tokens = [f"<gist_{i}>" for i in range(count)]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    if ids != list(range(ids[0], ids[0] + count)):
+        raise ValueError(f"the tokenizer gave the gist tokens ids that do not follow each other: {ids}")
+    return ids[0]

@@ -1,0 +1,77 @@
+"""The op under `gistkern.gist_attention`: schemas, shape functions, autograd. Kernels load on first use.
+
+``attention`` takes (docs/mask.md for the intervals)
+
+- q ``[B, Hq, N, D]``; k, v ``[B, Hkv, M, D]`` with M >= N, query row i being local row ``M - N + i``;
+- gist_k, gist_v ``[B, Hkv, G, D]``: the compact rows;
+- gist_begin, gist_end, local_begin: int32 ``[B, N]``;
+- scale, and the name of a row of the backend table;
+
+and returns out ``[B, Hq, N, D]`` and the natural-log LSE ``[B, Hq, N]`` in fp32 (fp64 for fp64 inputs),
+0 and -inf on rows that see nothing. The LSE is not differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gistkern import backends
+
+__all__ = ["attention", "attention_backward"]
+
+_ROWS = "Tensor gist_begin, Tensor gist_end, Tensor local_begin, float scale, str backend"
+_KEYS = "Tensor k, Tensor v, Tensor gist_k, Tensor gist_v"
+
+_library = torch.library.Library("gistkern", "DEF")
+_library.define(f"attention(Tensor q, {_KEYS}, {_ROWS}) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor grad_out, Tensor q, {_KEYS}, Tensor out, Tensor lse, {_ROWS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
+def _attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
+    forward = backends.get(backend).load().forward
+    return forward(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend):
+    backward = backends.get(backend).load().backward
+    return backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale)
+
+
+@torch.library.register_fake("gistkern::attention", lib=_library)
+def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.register_fake("gistkern::attention_backward", lib=_library)
+def _attention_backward_fake(
+    grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend
+):
+    return tuple(torch.empty_like(t) for t in (q, k, v, gist_k, gist_v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.scale, ctx.backend = scale, backend
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    *inputs, gist_begin, gist_end, local_begin, out, lse = ctx.saved_tensors
+    gradients = attention_backward(
+        grad_out, *inputs, out, lse, gist_begin, gist_end, local_begin, ctx.scale, ctx.backend
+    )
+    return (*gradients, None, None, None, None, None)
+
+
+torch.library.register_autograd("gistkern::attention", _differentiate, setup_context=_setup_context, lib=_library)
+
+attention = torch.ops.gistkern.attention.default
+attention_backward = torch.ops.gistkern.attention_backward.default

@@ -1,0 +1,104 @@
+"""The specification: gist-masked attention, dense, in the precision of its inputs (use fp64 or fp32).
+
+Imported by tests and by the backend table's `reference` row; no optimised code imports it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gistkern.layout import GistLayout
+
+__all__ = ["backward", "dense_mask", "dense_scores", "forward", "from_layout"]
+
+
+def dense_mask(
+    gist_begin: torch.Tensor, gist_end: torch.Tensor, local_begin: torch.Tensor, num_compact: int, num_local: int
+) -> torch.Tensor:
+    """bool ``[B, N, G + M]`` of docs/mask.md, from the three row vectors alone."""
+    rows = gist_begin.shape[1]
+    row = torch.arange(num_local - rows, num_local, device=gist_begin.device)[:, None]
+    compact = torch.arange(num_compact, device=gist_begin.device)
+    local = torch.arange(num_local, device=gist_begin.device)
+    sees_gist = (gist_begin[..., None] <= compact) & (compact < gist_end[..., None])
+    sees_local = (local_begin[..., None] <= local) & (local <= row)
+    return torch.cat([sees_gist, sees_local], dim=-1)
+
+
+def dense_scores(
+    q: torch.Tensor, k: torch.Tensor, gist_k: torch.Tensor, mask: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked scores ``[B, Hq, N, G + M]`` (-inf where unseen) and all keys ``[B, Hq, G + M, D]``."""
+    keys = torch.cat([gist_k, k], dim=2).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, keys) * scale
+    return scores.masked_fill(~mask[:, None], -torch.inf), keys
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    local_begin: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``softmax(scale * q K^T) V`` over the rows each query sees, and the log-sum-exp of its scores.
+
+    Shapes as `gistkern.ops`. A row that sees nothing gives 0 and -inf. Differentiable by autograd.
+    """
+    mask = dense_mask(gist_begin, gist_end, local_begin, gist_k.shape[2], k.shape[2])
+    scores, _ = dense_scores(q, k, gist_k, mask, scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    # an empty row has lse -inf; exp(-inf - -inf) would be NaN, in the gradient too
+    safe_lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    probabilities = torch.exp(scores - safe_lse[..., None])
+    values = torch.cat([gist_v, v], dim=2).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("bhnm,bhmd->bhnd", probabilities, values), lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    local_begin: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v, gist_k, gist_v, written out (Dao et al. 2022, "FlashAttention", appendix B.2)."""
+    compact, kv_heads = gist_k.shape[2], k.shape[1]
+    mask = dense_mask(gist_begin, gist_end, local_begin, compact, k.shape[2])
+    scores, keys = dense_scores(q, k, gist_k, mask, scale)
+    probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    values = torch.cat([gist_v, v], dim=2).repeat_interleave(q.shape[1] // kv_heads, dim=1)
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = probabilities * (torch.einsum("bhnd,bhmd->bhnm", grad_out, values) - delta) * scale
+    grad_q = torch.einsum("bhnm,bhmd->bhnd", grad_scores, keys)
+
+    def to_kv_heads(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        summed = gradient.unflatten(1, (kv_heads, -1)).sum(2)
+        return summed[:, :, :compact], summed[:, :, compact:]
+
+    grad_gist_k, grad_k = to_kv_heads(torch.einsum("bhnm,bhnd->bhmd", grad_scores, q))
+    grad_gist_v, grad_v = to_kv_heads(torch.einsum("bhnm,bhnd->bhmd", probabilities, grad_out))
+    return grad_q, *(g.contiguous() for g in (grad_k, grad_v, grad_gist_k, grad_gist_v))
+
+
+def from_layout(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: GistLayout, scale: float | None = None, past=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` of a layout: gathers the compact rows itself. `past` is an optional (key, value) pair."""
+    index = layout.gather.clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    compact = [t.gather(2, index) for t in (k, v)]
+    if past is not None:
+        compact = [torch.cat([old, new], 2) for old, new in zip(past, compact, strict=True)]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return forward(q, k, v, *compact, layout.gist_begin, layout.gist_end, layout.local_begin, scale)

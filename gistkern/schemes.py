@@ -1,0 +1,321 @@
+"""Every compression scheme of the field as a `GistLayout`: one function per constructor.
+
+`from_roles` is the common core: it turns "which token is a gist, a sink, a segment start" into intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gistkern import positions
+from gistkern.layout import GistLayout
+
+__all__ = ["decode", "decode_rows", "from_input_ids", "from_roles", "from_segments", "hierarchical", "sliding"]
+
+
+def from_roles(
+    is_gist: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    sink_tokens: int,
+    starts: torch.Tensor | None = None,
+    past: int = 0,
+    past_rows: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+) -> GistLayout:
+    """Layout of a batch of documents, from the role of each token.
+
+    Parameters
+    ----------
+    is_gist, valid : Tensor
+        bool ``[B, N]``; the valid tokens of a sample are contiguous.
+    sink_tokens : int
+        First real tokens of the document that stay visible.
+    starts : Tensor, optional
+        bool ``[B, N]``, first token of each segment; by default a segment starts after a run of gists.
+    past, past_rows : int, Tensor, optional
+        Columns of the past buffer, and how many of them each sample owns (int64 ``[B]``), right-aligned.
+    seen : Tensor, optional
+        int64 ``[B]``: tokens of the document that came before this call (they may have been its sinks).
+    """
+    batch, rows = is_gist.shape
+    device = is_gist.device
+    index = torch.arange(rows, device=device).expand(batch, rows)
+    is_gist = is_gist & valid
+    previous_gist = torch.nn.functional.pad(is_gist[:, :-1], (1, 0))
+    rank = positions.stream(valid)
+    if starts is None:
+        starts = valid & ((previous_gist & ~is_gist) | (rank == 0))
+    segment_start = torch.where(starts, index, 0).cummax(1).values
+    age = rank if seen is None else rank + seen[:, None]
+    persistent = valid & (is_gist | (age < sink_tokens))
+
+    owned = torch.full((batch,), past, device=device) if past_rows is None else past_rows
+    first = past - owned
+    total = persistent.sum(1)
+    before_segment = (persistent.long().cumsum(1) - persistent.long()).gather(1, segment_start)
+    started = valid.long().cumsum(1) > 0
+    # padding rows hold empty intervals at places that keep the vectors monotone
+    padding_edge = torch.where(started, (past + total)[:, None], first[:, None])
+    gist_begin = torch.where(valid, first[:, None], padding_edge)
+    gist_end = torch.where(valid, past + before_segment, padding_edge)
+    local_begin = torch.where(valid, segment_start, index + 1)
+
+    last = (index * valid).amax(1, keepdim=True)
+    has_rows = valid.any(1)
+    return GistLayout(
+        gist_begin=gist_begin.int(),
+        gist_end=gist_end.int(),
+        local_begin=local_begin.int(),
+        gather=_gather_list(persistent),
+        is_gist=is_gist,
+        stream_position=rank,
+        gist_first_position=positions.gist_first(is_gist, valid, starts),
+        keep_begin=first.long(),
+        keep_end=torch.where(has_rows, gist_end.gather(1, last)[:, 0], past).long(),
+        keep_local=torch.where(has_rows, segment_start.gather(1, last)[:, 0], rows).long(),
+        past=past,
+    )
+
+
+def _gather_list(persistent: torch.Tensor) -> torch.Tensor:
+    """Positions of the true entries of each row in order, padded with -1 to the longest."""
+    count = persistent.sum(1)
+    width = int(count.max()) if count.numel() else 0  # the one host sync of a batch
+    order = torch.argsort(~persistent, dim=1, stable=True)[:, :width]
+    slot = torch.arange(width, device=persistent.device)
+    return torch.where(slot < count[:, None], order, -1)
+
+
+def from_input_ids(
+    input_ids: torch.Tensor,
+    gist_token_ids: Sequence[int] | torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sink_tokens: int,
+    past: int | torch.Tensor,
+) -> GistLayout:
+    """See `GistLayout.from_input_ids`."""
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"input_ids must be an integer tensor [batch, tokens], got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    ids = torch.as_tensor(gist_token_ids, dtype=torch.int64, device=input_ids.device)
+    if ids.dim() != 1 or not len(ids):
+        raise ValueError("gist_token_ids must be a non-empty list of token ids")
+    if len(ids.unique()) != len(ids) or ids.min() < 0:
+        raise ValueError(f"gist_token_ids must be distinct and non-negative, got {ids.tolist()}")
+    check_count("sink_tokens", sink_tokens)
+    valid = check_padding(input_ids, attention_mask)
+    is_gist = torch.isin(input_ids, ids)
+    if not torch.is_tensor(past):
+        check_count("past", past)
+        return from_roles(is_gist, valid, sink_tokens=0 if past else sink_tokens, past=past)
+    if past.shape != (len(input_ids),) or past.is_floating_point() or (past < 0).any():
+        raise ValueError(f"past must be an int, or non-negative ints [{len(input_ids)}], got {past!r}")
+    owned = past.to(input_ids.device, torch.int64)
+    # a sample with past rows continues its document: all of its sinks have gone by
+    seen = torch.where(owned > 0, sink_tokens, 0)
+    columns = int(owned.max())
+    return from_roles(is_gist, valid, sink_tokens=sink_tokens, past=columns, past_rows=owned, seen=seen)
+
+
+def check_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The padding mask as bool ``[B, N]``; ValueError if its shape differs or padding stands inside."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] like input_ids {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    valid = attention_mask.to(input_ids.device) != 0
+    edges = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]
+    if (edges > 1).any():
+        raise ValueError(
+            f"attention_mask of sample {int(edges.argmax())} has padding between real tokens: "
+            "padding may stand left and right of a sample's tokens only"
+        )
+    return valid
+
+
+def check_count(name: str, value: int, least: int = 0) -> None:
+    """Raise ValueError unless `value` is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+
+
+def from_segments(
+    lengths: Sequence[int],
+    gists: int | Sequence[int],
+    tail: int,
+    sink_tokens: int,
+    past: int,
+    device: torch.device | str,
+) -> GistLayout:
+    """See `GistLayout.from_segments`."""
+    counts = [gists] * len(lengths) if isinstance(gists, int) else list(gists)
+    if len(counts) != len(lengths):
+        raise ValueError(f"gists lists {len(counts)} segments, lengths lists {len(lengths)}")
+    _check_segments(lengths, counts)
+    for name, value in (("tail", tail), ("sink_tokens", sink_tokens), ("past", past)):
+        check_count(name, value)
+    if not len(lengths) and not tail:
+        raise ValueError("a layout needs at least one segment or tail row")
+    is_gist, starts = _roles_of_segments(lengths, counts, tail)
+    return from_roles(
+        is_gist.to(device),
+        torch.ones_like(is_gist, device=device),
+        sink_tokens=0 if past else sink_tokens,
+        starts=starts.to(device),
+        past=past,
+    )
+
+
+def _check_segments(lengths: Sequence[int], counts: Sequence[int]) -> None:
+    for name, values in (("raw tokens", lengths), ("gist tokens", counts)):
+        bad = [i for i, value in enumerate(values) if value < 1]
+        if bad:
+            raise ValueError(f"segment {bad[0]} has {values[bad[0]]} {name}: every segment needs at least 1")
+
+
+def _roles_of_segments(lengths: Sequence[int], counts: Sequence[int], tail: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(is_gist, starts) of segments followed by raw tail rows, bool ``[1, N]`` each."""
+    rows = sum(lengths) + sum(counts) + tail
+    is_gist = torch.zeros(1, rows, dtype=torch.bool)
+    starts = torch.zeros(1, rows, dtype=torch.bool)
+    at = 0
+    for length, count in zip(lengths, counts, strict=True):
+        starts[0, at] = True
+        is_gist[0, at + length : at + length + count] = True
+        at += length + count
+    if tail:
+        starts[0, at] = True
+    return is_gist, starts
+
+
+def sliding(n: int, window: int, stride: int, gists: int, sink_tokens: int, device: torch.device | str) -> GistLayout:
+    """See `GistLayout.sliding`."""
+    for name, value in (("n", n), ("window", window), ("stride", stride), ("gists", gists)):
+        check_count(name, value, least=1)
+    check_count("sink_tokens", sink_tokens)
+    index = torch.arange(n, device=device)[None]
+    is_gist = index % (stride + gists) >= stride
+    persistent = is_gist | (index < sink_tokens)
+    window_start = (index - window + 1).clamp(min=0)
+    before = torch.nn.functional.pad(persistent.long().cumsum(1), (1, 0))
+    starts = index % (stride + gists) == 0
+    keep_local = max(n - window + 1, 0)
+    return GistLayout(
+        gist_begin=torch.zeros_like(index, dtype=torch.int32),
+        gist_end=before.gather(1, window_start).int(),
+        local_begin=window_start.int(),
+        gather=_gather_list(persistent),
+        is_gist=is_gist,
+        stream_position=index.clone(),
+        gist_first_position=positions.gist_first(is_gist, torch.ones_like(is_gist), starts),
+        keep_begin=torch.zeros(1, dtype=torch.int64, device=device),
+        keep_end=before[:, keep_local],
+        keep_local=torch.full((1,), keep_local, device=device),
+    )
+
+
+def hierarchical(
+    lengths: Sequence[int],
+    segment_gists: int,
+    summary_gists: int,
+    tail: int,
+    see_earlier_gists: bool,
+    sink_tokens: int,
+    device: torch.device | str,
+) -> GistLayout:
+    """See `GistLayout.hierarchical`."""
+    _check_segments(lengths, [segment_gists] * len(lengths))
+    if not len(lengths):
+        raise ValueError("a hierarchical layout needs at least one segment")
+    for name, value, least in (("summary_gists", summary_gists, 1), ("tail", tail, 0), ("sink_tokens", sink_tokens, 0)):
+        check_count(name, value, least)
+    # level 1 alone: where its gists and sinks stand in the compact buffer, in stream order
+    level1 = from_segments(lengths, segment_gists, 0, sink_tokens, 0, "cpu")
+    body, level1_rows = level1.num_rows, level1.num_compact
+    sinks = level1.gather[0][~level1.is_gist[0, level1.gather[0]]]
+    # compact buffer: level 1, then the sinks once more, then the summary gists; the tail sees the last two
+    summary = torch.arange(body, body + summary_gists)
+    gather = torch.cat([level1.gather[0], sinks, summary])
+    end = len(gather)
+
+    def rows(first: torch.Tensor, of_summary: int, of_tail: int) -> torch.Tensor:
+        parts = [first, torch.full((summary_gists,), of_summary), torch.full((tail,), of_tail)]
+        return torch.cat(parts)[None]
+
+    begin1 = level1.gist_begin[0]
+    end1 = level1.gist_end[0] if see_earlier_gists else begin1  # empty, where the summary's interval starts
+    offset = torch.arange(tail)
+    level1_valid = torch.ones_like(level1.is_gist)
+    _, starts = _roles_of_segments(lengths, [segment_gists] * len(lengths), 0)
+    place1 = positions.gist_first(level1.is_gist, level1_valid, starts, restart=not see_earlier_gists)[0]
+    after1 = int(place1[level1.is_gist[0]].max()) + 1
+    place_summary = after1 + torch.arange(summary_gists)
+    layout = GistLayout(
+        gist_begin=rows(begin1, 0, level1_rows).int(),
+        gist_end=rows(end1, level1_rows, end).int(),
+        local_begin=rows(level1.local_begin[0], body, body + summary_gists).int(),
+        gather=gather[None],
+        is_gist=torch.cat([level1.is_gist[0], torch.ones(summary_gists).bool(), torch.zeros(tail).bool()])[None],
+        stream_position=torch.arange(body + summary_gists + tail)[None],
+        gist_first_position=torch.cat([place1, place_summary, after1 + summary_gists + offset])[None],
+        keep_begin=torch.tensor([level1_rows]),
+        keep_end=torch.tensor([end]),
+        keep_local=torch.tensor([body + summary_gists]),
+    )
+    return layout.to(device)
+
+
+def decode(
+    past: int | torch.Tensor,
+    tail: int | torch.Tensor,
+    rows: int,
+    batch_size: int,
+    device: torch.device | str,
+) -> GistLayout:
+    """See `GistLayout.decode`."""
+    check_count("rows", rows, least=1)
+    for name, value in (("past", past), ("tail", tail)):
+        if torch.is_tensor(value):
+            batch_size = len(value)
+        else:
+            check_count(name, value)
+    check_count("batch_size", batch_size, least=1)
+    owned, kept = (
+        value.to(device, torch.int64)
+        if torch.is_tensor(value)
+        else torch.full((batch_size,), value, device=device, dtype=torch.int64)
+        for value in (past, tail)
+    )
+    if owned.shape != kept.shape:
+        raise ValueError(f"past lists {len(owned)} samples, tail lists {len(kept)}")
+    past_columns = int(owned.max()) if torch.is_tensor(past) else past
+    tail_columns = int(kept.max()) if torch.is_tensor(tail) else tail
+    return decode_rows(owned, past_columns, kept, tail_columns, rows)
+
+
+def decode_rows(owned: torch.Tensor, past_columns: int, kept: torch.Tensor, tail_columns: int, rows: int) -> GistLayout:
+    """`decode` with the buffers' widths known, so that nothing waits for the device."""
+    batch_size, device = len(owned), owned.device
+    offset = torch.arange(rows, device=device).expand(batch_size, rows)
+    first, start = past_columns - owned, tail_columns - kept
+    return GistLayout(
+        gist_begin=first[:, None].expand(-1, rows).int(),
+        gist_end=torch.full((batch_size, rows), past_columns, dtype=torch.int32, device=device),
+        local_begin=start[:, None].expand(-1, rows).int(),
+        gather=torch.empty(batch_size, 0, dtype=torch.int64, device=device),
+        is_gist=torch.zeros(batch_size, rows, dtype=torch.bool, device=device),
+        stream_position=offset.clone(),
+        gist_first_position=offset.clone(),
+        keep_begin=first,
+        keep_end=torch.full_like(first, past_columns),
+        keep_local=start,
+        past=past_columns,
+        tail=tail_columns,
+    )

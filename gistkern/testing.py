@@ -1,0 +1,144 @@
+"""Inputs and error budgets for tests of the op, made in one place (also for tests of your own kernels)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gistkern import reference
+from gistkern.attention import gather_rows, gist_attention
+from gistkern.layout import GistLayout
+
+__all__ = ["Inputs", "assert_within_budget", "compare", "make_inputs"]
+
+FORWARD_FACTOR = 2.0
+BACKWARD_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaf tensors of one call, and the gradient of its output."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    past_key: torch.Tensor | None
+    past_value: torch.Tensor | None
+    grad_out: torch.Tensor
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        named = {"q": self.q, "k": self.k, "v": self.v, "past_key": self.past_key, "past_value": self.past_value}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def cast(self, dtype: torch.dtype) -> Inputs:
+        """The same values (rounded to `dtype`) as new leaves."""
+
+        def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+
+        fields = (self.q, self.k, self.v, self.past_key, self.past_value)
+        return Inputs(*(copy(tensor) for tensor in fields), self.grad_out.to(dtype))  # type: ignore[arg-type]
+
+
+def make_inputs(
+    layout: GistLayout,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Inputs:
+    """Normal random tensors that fit `layout`, on its device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(head_count: int, rows: int) -> torch.Tensor:
+        values = torch.randn(layout.batch_size, head_count, rows, head_dim, generator=generator, dtype=torch.float64)
+        return values.to(layout.device, dtype).requires_grad_()
+
+    past = [draw(kv_heads, layout.past) if layout.past else None for _ in range(2)]
+    q, grad_out = (draw(heads, layout.num_rows) for _ in range(2))
+    k, v = (draw(kv_heads, layout.num_local) for _ in range(2))
+    return Inputs(q, k, v, *past, grad_out.detach())
+
+
+def _oracle(inputs: Inputs, layout: GistLayout) -> dict[str, torch.Tensor]:
+    """Output, LSE and gradients of the dense reference in the inputs' own precision."""
+    past = None if inputs.past_key is None else (inputs.past_key, inputs.past_value)
+    out, lse = reference.from_layout(inputs.q, inputs.k, inputs.v, layout, past=past)
+    return _with_gradients(out, lse, inputs)
+
+
+def _with_gradients(out: torch.Tensor, lse: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
+    leaves = inputs.leaves()
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out, allow_unused=True)
+    named = {
+        f"d{name}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+    return {"out": out.detach(), "lse": lse.detach(), **named}
+
+
+def compare(inputs: Inputs, layout: GistLayout, backend: str = "auto") -> None:
+    """Check output, LSE and gradients of a backend against the fp64 reference, within the error budget.
+
+    Raises
+    ------
+    AssertionError
+        If an error exceeds twice (gradients: three times) that of the plain computation in the inputs'
+        precision, or a NaN appears.
+    """
+    past = {"past_key": inputs.past_key, "past_value": inputs.past_value} if layout.past else {}
+    out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend=backend, return_lse=True, **past)
+    ours = _with_gradients(out, lse, inputs)
+    exact = _oracle(inputs.cast(torch.float64), layout)
+    plain = _oracle(inputs.cast(inputs.q.dtype), layout)
+    cancelled = _cancelled_terms(inputs.cast(torch.float64), layout)
+    for name, value in ours.items():
+        factor = BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR
+        assert_within_budget(name, value, exact[name], plain[name], factor, cancelled.get(name, 0.0))
+
+
+def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
+    """Largest term of the differences ``p * (dp - delta)`` that dq and dk sum up.
+
+    Where a row sees one key the two sides cancel exactly, in the plain computation by luck of its order of
+    summation: then the rounding of the terms is the error that remains (docs/numerics.md, "Budgets").
+    """
+    past = None if inputs.past_key is None else (inputs.past_key, inputs.past_value)
+    compact = [gather_rows(t, layout.gather) for t in (inputs.k, inputs.v)]
+    if past is not None:
+        compact = [torch.cat([old, new], 2) for old, new in zip(past, compact, strict=True)]
+    mask = layout.dense()
+    scale = inputs.q.shape[-1] ** -0.5
+    scores, keys = reference.dense_scores(inputs.q, inputs.k, compact[0], mask, scale)
+    probabilities = scores.softmax(-1).nan_to_num()
+    repeat = inputs.q.shape[1] // inputs.v.shape[1]
+    values = torch.cat([compact[1], inputs.v], 2).repeat_interleave(repeat, 1)
+    terms = probabilities * (inputs.grad_out.abs() @ values.abs().mT)
+    largest = terms.max().item() * scale if terms.numel() else 0.0
+    of_keys = largest * inputs.q.abs().max().item()
+    return {"dq": largest * keys.abs().max().item(), "dk": of_keys, "dpast_key": of_keys}
+
+
+def assert_within_budget(
+    name: str, ours: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, factor: float, cancelled: float = 0.0
+) -> None:
+    """Our largest error may be `factor` times the plain computation's, plus one rounding of the result.
+
+    `cancelled` is the size of terms that cancel in the result; their fp32 rounding is allowed for once.
+    """
+    assert not ours.isnan().any(), f"{name} holds NaN"
+    empty = exact == -torch.inf
+    assert torch.equal(ours == -torch.inf, empty), f"{name}: -inf at other places than the reference"
+
+    def error(value: torch.Tensor) -> float:
+        difference = (value.double() - exact).masked_fill(empty, 0)
+        return difference.abs().max().item() if difference.numel() else 0.0
+
+    scale = exact.masked_fill(empty, 0).abs().max().item() if exact.numel() else 0.0
+    # where the plain computation happens to be exact, the result's own rounding remains
+    accumulate = torch.finfo(torch.promote_types(ours.dtype, torch.float32)).eps
+    budget = factor * error(plain) + torch.finfo(ours.dtype).eps * scale + accumulate * cancelled
+    assert error(ours) <= budget, f"{name}: error {error(ours):.3g} exceeds the budget {budget:.3g}"

@@ -1,0 +1,51 @@
+"""What `compress` refuses, and what it leaves alone."""
+
+import pytest
+import torch
+
+import gistkern
+from conftest import make_model, random_ids
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="knows no gist tokens"):
+        gistkern.compress(model, random_ids(1, 5))
+    with gistkern.patch_llama(model, num_gist_tokens=2) as handle:
+        for arguments, message in [
+            ({"input_ids": random_ids(1, 5)[0]}, r"input_ids must be \[batch, tokens\]"),
+            ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
+            ({"input_ids": torch.tensor([[1, handle.gist_token_ids[0]]])}, "holds gist tokens already"),
+            (
+                {"input_ids": random_ids(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
+                "sample 1 .* empty",
+            ),
+            ({"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 2)}, "like input_ids"),
+            ({"input_ids": random_ids(1, 3), "segment_length": 0}, "segment_length must be an int >= 1"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                gistkern.compress(model, **arguments)
+
+
+def test_hierarchical_needs_a_segment_length():
+    model = make_model()
+    gistkern.patch_llama(model, num_segment_gist_tokens=2, sink_tokens=4)
+    with pytest.raises(ValueError, match="compresses in segments: pass segment_length"):
+        gistkern.compress(model, random_ids(1, 9))
+    with pytest.raises(ValueError, match="segment_length must be at least the 4 sink tokens"):
+        gistkern.compress(model, random_ids(1, 9), segment_length=3)
+
+
+def test_training_mode_and_gradients_are_left_as_they_were(model):
+    with gistkern.patch_llama(model):
+        model.train()
+        cache = gistkern.compress(model, random_ids(1, 9))
+        assert model.training
+        assert not cache.layers[0].keys.requires_grad
+
+
+def test_a_thousand_times_longer_context_needs_no_more_rows():
+    model = make_model(num_hidden_layers=1, hidden_size=32, intermediate_size=32, dtype=torch.float32)
+    gistkern.patch_llama(model, num_gist_tokens=3, num_segment_gist_tokens=1, positions="gist_first", sink_tokens=0)
+    short, long = (gistkern.compress(model, random_ids(1, n), segment_length=64) for n in (20, 20_000))
+    assert short.nbytes == long.nbytes
+    assert long.get_seq_length() == 20_000 + 313 + 3

@@ -1,0 +1,42 @@
+"""The specification itself: its gradients, and agreement with torch's own attention on the dense mask."""
+
+import torch
+import torch.nn.functional as F
+
+from gistkern import GistLayout, reference
+from gistkern.testing import make_inputs
+
+LAYOUT = GistLayout.stack(
+    [GistLayout.from_segments([4, 3], 2, tail=2), GistLayout.hierarchical([3, 2], 1, 2, tail=1)], "left"
+)
+
+
+def test_gradcheck():
+    inputs = make_inputs(LAYOUT, heads=2, kv_heads=1, head_dim=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: reference.from_layout(q, k, v, LAYOUT)[0], (inputs.q, inputs.k, inputs.v)
+    )
+
+
+def test_written_out_backward_is_the_gradient():
+    inputs = make_inputs(LAYOUT, heads=4, kv_heads=2, dtype=torch.float64)
+    gist = [torch.randn(2, 2, LAYOUT.num_compact, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    leaves = (inputs.q, inputs.k, inputs.v, *gist)
+    vectors = (LAYOUT.gist_begin, LAYOUT.gist_end, LAYOUT.local_begin)
+    out, lse = reference.forward(*leaves, *vectors, 0.2)
+    expected = torch.autograd.grad(out, leaves, inputs.grad_out)
+    with torch.no_grad():
+        ours = reference.backward(inputs.grad_out, *leaves, out, lse, *vectors, 0.2)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_agrees_with_torch_attention_under_the_token_mask():
+    layout = GistLayout.from_segments([9, 8], 2, tail=4)
+    inputs = make_inputs(layout, heads=4, kv_heads=2, dtype=torch.float64)
+    out, lse = reference.from_layout(inputs.q, inputs.k, inputs.v, layout)
+    mask = layout.token_mask()[:, None]
+    expected = F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    scores = inputs.q @ inputs.k.repeat_interleave(2, 1).mT * 32**-0.5
+    torch.testing.assert_close(lse, scores.masked_fill(~mask, -torch.inf).logsumexp(-1))
