@@ -12,6 +12,7 @@ class BuildWithKernels(build_py):
     """`build_py` that also copies the kernel files next to the path shim."""
 
     def run(self) -> None:
+        """Build, then copy."""
         super().run()
         if self.editable_mode:  # the shim reads the checkout's folder
             return

@@ -10,7 +10,7 @@ import random
 import zlib
 from dataclasses import dataclass, field
 
-__all__ = ["LANGUAGES", "Language", "is_held_out", "sentence"]
+__all__ = ["LANGUAGES", "Language", "is_held_out", "number", "scrambled", "sentence"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def is_held_out(text: str) -> bool:
 
 
 def sentence(language: Language, held_out: bool, rng: random.Random) -> str:
-    """One haystack sentence of the wanted side of the split."""
+    """One haystack sentence of the wanted side of the split, with ``{n}`` where its numbers go."""
     templates = language.templates + (language.held_out if held_out else ())
     while True:
         template = rng.choice(templates)
@@ -153,7 +153,22 @@ def sentence(language: Language, held_out: bool, rng: random.Random) -> str:
             while f"{{{slot}}}" in filled:
                 filled = filled.replace(f"{{{slot}}}", rng.choice(words), 1)
         if template in language.held_out or is_held_out(filled) == held_out:
-            break
-    while "{n}" in filled:
-        filled = filled.replace("{n}", str(rng.randrange(10 ** rng.randint(1, 5))), 1)
-    return filled
+            return filled
+
+
+def scrambled(language: Language, rng: random.Random) -> str:
+    """Words of two training sentences in random order, with numbers among them.
+
+    Half of the training haystack: without it a small model learns the few places where haystack numbers
+    stand instead of what announces a key, and every new sentence looks like a needle.
+    """
+    words = " ".join(sentence(language, False, rng) for _ in range(2)).split(" ")
+    rng.shuffle(words)
+    chosen = words[: rng.randint(4, 12)]
+    chosen.insert(rng.randint(0, len(chosen)), "{n}")
+    return " ".join(chosen)
+
+
+def number(rng: random.Random) -> str:
+    """A number of a haystack sentence: one to six digits, so that many look like keys."""
+    return "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 6)))

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from haystack import LANGUAGES, Language, is_held_out, sentence
+from haystack import LANGUAGES, Language, is_held_out, number, scrambled, sentence
 
 __all__ = ["KEY_DIGITS", "Haystack", "Sample", "dataset", "train_tokenizer"]
 
 KEY_DIGITS = 5
-POOL = 4000
+POOL = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def train_tokenizer(vocab_size: int = 1024, seed: int = 0) -> Tokenizer:
     rng = random.Random(seed)
     lines = []
     for language in LANGUAGES.values():
-        lines += [" " + sentence(language, False, rng) for _ in range(POOL)]
+        lines += [" " + sentence(language, False, rng).replace("{n}", number(rng)) for _ in range(POOL // 2)]
         for needle in (*language.needles, language.question) * 50:
             lines.append(" " + needle.strip().format(key=rng.randrange(10**KEY_DIGITS)))
     tokenizer = Tokenizer(models.BPE())
@@ -84,8 +84,23 @@ class Haystack:
             raise ValueError(f"unknown language {language!r}: expected one of {', '.join(LANGUAGES)}")
         self.tokenizer, self.held_out, self.rng = tokenizer, held_out, rng
         self.language: Language = LANGUAGES[language]
-        pool = [" " + sentence(self.language, held_out, rng) for _ in range(POOL)]
-        self._pool = list(zip(pool, (e.ids for e in tokenizer.encode_batch(pool)), strict=True))
+        # digits are tokens of their own, so the text between numbers can be encoded once for all
+        lines = [sentence(self.language, held_out, rng) for _ in range(POOL)]
+        if not held_out:
+            lines[::2] = [scrambled(self.language, rng) for _ in lines[::2]]
+        self._pool = [f" {line}".split("{n}") for line in lines]
+        self._digit = {digit: self.encode(digit)[0] for digit in "0123456789"}
+        self._ids = {piece: self.encode(piece) for piece in {piece for line in self._pool for piece in line}}
+
+    def line(self) -> tuple[str, list[int]]:
+        """Text and ids of one haystack sentence with fresh numbers."""
+        first, *rest = self.rng.choice(self._pool)
+        text, ids = first, list(self._ids[first])
+        for piece in rest:
+            value = number(self.rng)
+            text += value + piece
+            ids += [*(self._digit[digit] for digit in value), *self._ids[piece]]
+        return text, ids
 
     def key(self) -> str:
         """A key of `KEY_DIGITS` digits of this side of the split."""
@@ -94,11 +109,20 @@ class Haystack:
             if is_held_out(key) == self.held_out:
                 return key
 
+    def _cut(self, ids: list[int], count: int) -> tuple[str, list[int]]:
+        """A sentence cut to `count` tokens: where that would split a character, digits take the last places."""
+        keep = count
+        while self.encode(text := self.tokenizer.decode(ids[:keep])) != ids[:keep]:
+            keep -= 1
+        rest = "7" * (count - keep)
+        return text + rest, ids[:keep] + [self._digit[digit] for digit in rest]
+
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def draw(self, tokens: int, depth: float | None = None, keys: int = 1) -> tuple[list[int], str, Sample]:
-        """Ids and text of a context of exactly `tokens` tokens, and the question about one of its keys."""
+    def draw(self, tokens: int, depth: float | None = None, keys: int = 1) -> tuple[list[int], Sample]:
+        """Ids of a context of exactly `tokens` tokens, and the question about one of its keys."""
         rng = self.rng
         asked_depth = rng.random() if depth is None else depth
         names = [""] if keys == 1 else rng.sample(self.language.words["name"], keys)
@@ -124,10 +148,9 @@ class Haystack:
             # whole sentences up to the needle's place; the last stretch is cut to the exact length
             goal = round(at * filler)
             while used < goal:
-                line, line_ids = rng.choice(self._pool)
+                line, line_ids = self.line()
                 if used + len(line_ids) > filler:
-                    line_ids = line_ids[: filler - used]
-                    line = self.tokenizer.decode(line_ids)
+                    line, line_ids = self._cut(line_ids, filler - used)
                 used += len(line_ids)
                 ids += line_ids
                 pieces.append(line)
@@ -146,7 +169,7 @@ class Haystack:
             tokens=len(ids),
             keys=secrets,
         )
-        return ids, sample.context, sample
+        return ids, sample
 
 
 def dataset(
@@ -156,5 +179,34 @@ def dataset(
     haystack = Haystack(tokenizer, language, True, random.Random(f"{seed}-{language}-{tokens}-{keys}"))
     for index in range(samples):
         depth = (index + 0.5) / samples
-        _, _, sample = haystack.draw(tokens, depth, keys)
+        _, sample = haystack.draw(tokens, depth, keys)
         yield Sample(**{**asdict(sample), "id": f"{language}-{tokens}-{seed}-{index}"})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
+    parser.add_argument("--tokens", type=int, default=2990, help="exact length of every context")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--keys", type=int, default=1, help="passkeys per context; one is asked for, by name")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    if given.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer).backend_tokenizer
+    else:
+        tokenizer = train_tokenizer()
+    try:
+        samples = list(dataset(tokenizer, given.lang, given.tokens, given.samples, seed=given.seed, keys=given.keys))
+    except ValueError as error:
+        parser.error(str(error))
+    given.out.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples))
+    print(f"{len(samples)} samples of {given.tokens:,} tokens in {given.out}")
+
+
+if __name__ == "__main__":
+    main()

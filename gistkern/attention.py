@@ -116,10 +116,10 @@ def _check_tensors(
     past_rows = 0 if past_key is None else past_key.shape[2]
     if past_rows != layout.past:
         raise ValueError(f"the layout expects {layout.past} past rows, past_key has {past_rows}")
-    tensors = {"k": k, "v": v, "past_key": past_key, "past_value": past_value}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+    given = {"k": k, "v": v}
+    if past_key is not None and past_value is not None:
+        given |= {"past_key": past_key, "past_value": past_value}
+    for name, tensor in given.items():
         if name.startswith("past") and tuple(tensor.shape) != (batch, kv_heads, past_rows, dim):
             raise ValueError(
                 f"{name} must be {(batch, kv_heads, past_rows, dim)} to go with k, got {tuple(tensor.shape)}"

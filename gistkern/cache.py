@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -21,7 +21,7 @@ class GistLayer(DynamicLayer):
 
     is_compileable = False
 
-    def update(self, key_states, value_states, plan: CallPlan, **kwargs):  # type: ignore[override]
+    def update(self, key_states, value_states, plan: CallPlan, **kwargs):
         """Return all rows that this call may see; keep those that later calls may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -58,6 +58,8 @@ class GistCache(Cache):
 
     Attributes
     ----------
+    layers : list of GistLayer
+        Keys and values of each layer.
     state : CacheState
         Per-sample counts. None until the first call.
     positions : str
@@ -67,6 +69,8 @@ class GistCache(Cache):
     unchecked : bool
         Whether the cache was loaded without its model; it is then checked when first used.
     """
+
+    layers: list[Any]
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GistLayer)
@@ -153,7 +157,7 @@ class GistCache(Cache):
         copy = self.clone()
         copy.layers = [_copy_layer(layer, lambda t: t.to(device=device, dtype=dtype)) for layer in copy.layers]
         if device is not None and copy.state is not None:
-            moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(copy.state).items()}
+            moved: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(copy.state).items()}
             copy.state = CacheState(**moved)
         return copy
 

@@ -40,6 +40,7 @@ class CacheState:
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str) -> CacheState:
+        """The state before the first call."""
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return cls(zeros, zeros, zeros, zeros, zeros.bool()[:, None][:, :0], 0, 0, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def pack(layouts: Sequence[GistLayout]) -> GistLayout:
         keep_local = layout.keep_local + local_offset
         compact_offset += layout.num_compact
         local_offset += layout.num_rows
-    joined = {name: torch.cat(tensors, 1) for name, tensors in parts.items()}
+    joined: dict[str, Any] = {name: torch.cat(tensors, 1) for name, tensors in parts.items()}
     return GistLayout(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
 
 
@@ -45,7 +46,8 @@ def stack(layouts: Sequence[GistLayout], padding_side: str) -> GistLayout:
     rows = max(layout.num_rows for layout in layouts)
     width = max(layout.gather.shape[1] for layout in layouts)
     padded = [_padded(layout, rows, width, padding_side) for layout in layouts]
-    return GistLayout(**{name: torch.cat([p[name] for p in padded]) for name in padded[0]})
+    joined: dict[str, Any] = {name: torch.cat([p[name] for p in padded]) for name in padded[0]}
+    return GistLayout(**joined)
 
 
 def _padded(layout: GistLayout, rows: int, width: int, side: str) -> dict[str, torch.Tensor]:

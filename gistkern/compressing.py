@@ -71,21 +71,21 @@ def compress(
         raise ValueError(f"sample {int((~valid.any(1)).int().argmax())} of the context is empty")
     if bool(handle.is_gist(input_ids).any()):
         raise ValueError("the context holds gist tokens already: pass the raw context, compress appends them")
-    if handle.segment_gist_token_ids and segment_length is None:
-        raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
 
     cache = GistCache()
     samples = [ids[real] for ids, real in zip(input_ids, valid, strict=True)]
     training = model.training
     model.eval()
     try:
-        if handle.segment_gist_token_ids:
-            _hierarchical(handle, cache, samples, segment_length)
-        else:
+        if not handle.segment_gist_token_ids:
             _segment_wise(handle, cache, samples, segment_length or input_ids.shape[1])
+        elif segment_length is None:
+            raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
+        else:
+            _hierarchical(handle, cache, samples, segment_length)
     finally:
         model.train(training)
-    cache.state = replace(cache.state, fed=0)
+    cache.state = replace(_state(cache, input_ids), fed=0)
     cache.fingerprint = fingerprint(handle.inner)
     return cache
 
@@ -121,7 +121,7 @@ def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[torch.Tens
         _run_independent(handle, cache, *_left_padded(pieces))
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
     sinks = ends.new_tensor([min(len(sample), handle.sink_tokens) for sample in samples])
-    _sinks_last(cache, sinks)
+    _sinks_last(cache, _state(cache, ends), sinks)
     _run_summary(handle, cache, samples[0].new_tensor(handle.gist_token_ids), sinks)
 
 
@@ -148,8 +148,8 @@ def _run_independent(handle: GistHandle, cache: GistCache, ids: torch.Tensor, va
 
 
 def _run_summary(handle: GistHandle, cache: GistCache, summary: torch.Tensor, sinks: torch.Tensor) -> None:
-    state = cache.state
-    ids = summary.expand(len(state.seen), -1)
+    state = _state(cache, sinks)
+    ids = summary.expand(len(sinks), -1)
     valid = torch.ones_like(ids, dtype=torch.bool)
     layout = from_roles(valid, valid, sink_tokens=0, past=state.gist_columns, past_rows=state.gist_rows)
     layout = replace(layout.closed(), keep_begin=state.gist_columns - sinks)
@@ -157,9 +157,8 @@ def _run_summary(handle: GistHandle, cache: GistCache, summary: torch.Tensor, si
     _run(handle, cache, ids, valid, layout, place)
 
 
-def _sinks_last(cache: GistCache, sinks: torch.Tensor) -> None:
+def _sinks_last(cache: GistCache, state: CacheState, sinks: torch.Tensor) -> None:
     """Move each sample's `sinks` sink rows behind its gist rows, next to the summary that stays with them."""
-    state = cache.state
     column = torch.arange(state.gist_columns, device=state.seen.device)
     first = (state.gist_columns - state.gist_rows)[:, None]
     source = torch.where(column >= first, first + (column - first + sinks[:, None]) % state.gist_rows[:, None], column)
@@ -186,6 +185,7 @@ def _run(
 
 
 def _state(cache: GistCache, ids: torch.Tensor) -> CacheState:
+    """The cache's state; an empty one, of the batch size of `ids`, before the first call."""
     return CacheState.empty(len(ids), ids.device) if cache.state is None else cache.state
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -228,6 +229,7 @@ class GistLayout:
 
     @property
     def batch_size(self) -> int:
+        """B: samples."""
         return self.gist_begin.shape[0]
 
     @property
@@ -247,6 +249,7 @@ class GistLayout:
 
     @property
     def device(self) -> torch.device:
+        """Where the layout's tensors are."""
         return self.gist_begin.device
 
     def row_index(self) -> torch.Tensor:
@@ -295,15 +298,16 @@ class GistLayout:
 
     def to(self, device: torch.device | str) -> GistLayout:
         """The same layout with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if torch.is_tensor(v)})
+        mine: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        mine = {name: value.to(device) if torch.is_tensor(value) else value for name, value in mine.items()}
+        return GistLayout(**mine)
 
     def last_rows(self, count: int) -> GistLayout:
         """The layout of the last `count` rows alone; the rows before them become tail rows."""
         if not 0 < count <= self.num_rows:
             raise ValueError(f"count must lie in 1..{self.num_rows} (the rows of the layout), got {count}")
         cut = (*_ROW_FIELDS, "is_gist", "stream_position", "gist_first_position")
-        rows = {name: getattr(self, name)[:, -count:] for name in cut}
+        rows: dict[str, Any] = {name: getattr(self, name)[:, -count:] for name in cut}
         return replace(self, **rows, tail=self.num_local - count)
 
     def closed(self) -> GistLayout:

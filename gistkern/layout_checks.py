@@ -80,6 +80,6 @@ def _check_seen_once(begin: np.ndarray, end: np.ndarray, start: np.ndarray, gath
         )
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool | np.bool_, message: str) -> None:
     if not condition:
         raise ValueError(f"invalid GistLayout: {message}")

@@ -97,8 +97,8 @@ def from_layout(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` of a layout: gathers the compact rows itself. `past` is an optional (key, value) pair."""
     index = layout.gather.clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-    compact = [t.gather(2, index) for t in (k, v)]
+    gist_k, gist_v = (t.gather(2, index) for t in (k, v))
     if past is not None:
-        compact = [torch.cat([old, new], 2) for old, new in zip(past, compact, strict=True)]
+        gist_k, gist_v = torch.cat([past[0], gist_k], 2), torch.cat([past[1], gist_v], 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return forward(q, k, v, *compact, layout.gist_begin, layout.gist_end, layout.local_begin, scale)
+    return forward(q, k, v, gist_k, gist_v, layout.gist_begin, layout.gist_end, layout.local_begin, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from gistkern.layout import GistLayout
 
 __all__ = ["Inputs", "assert_within_budget", "compare", "make_inputs"]
 
+_LEAVES = ("q", "k", "v", "past_key", "past_value")
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
 
@@ -28,7 +30,8 @@ class Inputs:
     grad_out: torch.Tensor
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        named = {"q": self.q, "k": self.k, "v": self.v, "past_key": self.past_key, "past_value": self.past_value}
+        """The inputs that take gradients, by name."""
+        named = {name: getattr(self, name) for name in _LEAVES}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def cast(self, dtype: torch.dtype) -> Inputs:
@@ -37,8 +40,8 @@ class Inputs:
         def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
 
-        fields = (self.q, self.k, self.v, self.past_key, self.past_value)
-        return Inputs(*(copy(tensor) for tensor in fields), self.grad_out.to(dtype))  # type: ignore[arg-type]
+        copied: dict[str, Any] = {name: copy(getattr(self, name)) for name in _LEAVES}
+        return Inputs(**copied, grad_out=self.grad_out.to(dtype))
 
 
 def make_inputs(
@@ -57,10 +60,10 @@ def make_inputs(
         values = torch.randn(layout.batch_size, head_count, rows, head_dim, generator=generator, dtype=torch.float64)
         return values.to(layout.device, dtype).requires_grad_()
 
-    past = [draw(kv_heads, layout.past) if layout.past else None for _ in range(2)]
+    past_key, past_value = (draw(kv_heads, layout.past) if layout.past else None for _ in range(2))
     q, grad_out = (draw(heads, layout.num_rows) for _ in range(2))
     k, v = (draw(kv_heads, layout.num_local) for _ in range(2))
-    return Inputs(q, k, v, *past, grad_out.detach())
+    return Inputs(q, k, v, past_key, past_value, grad_out.detach())
 
 
 def _oracle(inputs: Inputs, layout: GistLayout) -> dict[str, torch.Tensor]:
@@ -89,8 +92,8 @@ def compare(inputs: Inputs, layout: GistLayout, backend: str = "auto") -> None:
         If an error exceeds twice (gradients: three times) that of the plain computation in the inputs'
         precision, or a NaN appears.
     """
-    past = {"past_key": inputs.past_key, "past_value": inputs.past_value} if layout.past else {}
-    out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend=backend, return_lse=True, **past)
+    past = {"past_key": inputs.past_key, "past_value": inputs.past_value}
+    out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, **past, backend=backend, return_lse=True)  # type: ignore
     ours = _with_gradients(out, lse, inputs)
     exact = _oracle(inputs.cast(torch.float64), layout)
     plain = _oracle(inputs.cast(inputs.q.dtype), layout)
@@ -106,9 +109,9 @@ def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
     Where a row sees one key the two sides cancel exactly, in the plain computation by luck of its order of
     summation: then the rounding of the terms is the error that remains (docs/numerics.md, "Budgets").
     """
-    past = None if inputs.past_key is None else (inputs.past_key, inputs.past_value)
     compact = [gather_rows(t, layout.gather) for t in (inputs.k, inputs.v)]
-    if past is not None:
+    if inputs.past_key is not None and inputs.past_value is not None:
+        past = (inputs.past_key, inputs.past_value)
         compact = [torch.cat([old, new], 2) for old, new in zip(past, compact, strict=True)]
     mask = layout.dense()
     scale = inputs.q.shape[-1] ** -0.5

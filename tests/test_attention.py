@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import layouts
 from torch.utils.checkpoint import checkpoint
 
 from gistkern import GistLayout, gist_attention, ops
 from gistkern.attention import gather_rows
 from gistkern.testing import compare, make_inputs
-from strategies import layouts
 
 
 @given(
@@ -209,5 +209,5 @@ def test_bad_calls_say_what_is_wrong(change, error, message):
 
 def test_a_device_that_no_backend_serves_is_an_error():
     call = {name: value.to("meta") for name, value in good_call().items()}
-    with pytest.raises(RuntimeError, match="no backend can serve .* cpu serves CPU tensors, got meta"):
+    with pytest.raises(RuntimeError, match=r"no backend can serve .* cpu serves CPU tensors, got meta"):
         gist_attention(call["q"], call["k"], call["v"], call["layout"])

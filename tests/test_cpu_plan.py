@@ -3,10 +3,10 @@
 import pytest
 import torch
 from hypothesis import given
+from strategies import layouts
 
 from gistkern import GistLayout
 from gistkern.backends.cpu_plan import TILE_ROWS, plan
-from strategies import layouts
 
 
 def blocks_of(layout):

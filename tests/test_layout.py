@@ -1,13 +1,15 @@
 """The mask rule, against definitions that share no code with it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import GIST_IDS, documents, layouts, token_batches
 
 from gistkern import GistLayout
 from gistkern.layout_checks import check_intervals
-from strategies import GIST_IDS, documents, layouts, token_batches
 
 
 def rule_of_design(ids, mask, sinks):
@@ -16,7 +18,7 @@ def rule_of_design(ids, mask, sinks):
     seen = torch.zeros(batch, rows, rows, dtype=torch.bool)
     for b in range(batch):
         segment, segments, real = 0, [0] * rows, [i for i in range(rows) if mask[b, i]]
-        for previous, i in zip(real[:-1], real[1:], strict=True):
+        for previous, i in pairwise(real):
             if ids[b, previous] in GIST_IDS and ids[b, i] not in GIST_IDS:
                 segment += 1
             segments[i] = segment

@@ -63,6 +63,7 @@ class Backend:
         return self.missing() or self.refuses(q)
 
     def load(self) -> ModuleType:
+        """Import the module that serves it."""
         return importlib.import_module(self.module)
 
 

@@ -47,16 +47,14 @@ def forward(
     tail = k.shape[2] - q.shape[2]
     for block in plan(gist_begin, gist_end, local_begin, k.shape[2]):
         rows = _rows(work[0], block)
-        partial_out, partial_lse = None, None
+        merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in _parts(block, tail, gist_begin, gist_end, local_begin, work[0].dtype):
             keys, values = _keys(work[1:], block, part)
-            one_out, one_lse = _flash(rows, keys, values, 0.0, part.causal, attn_mask=part.mask, scale=scale)
-            if partial_out is None:
-                partial_out, partial_lse = one_out, one_lse
-            else:
-                partial_out, partial_lse = _merge(partial_out, partial_lse, one_out, one_lse)
-        _write(out, block, partial_out)
-        _write(lse, block, partial_lse)
+            one = _flash(rows, keys, values, 0.0, part.causal, attn_mask=part.mask, scale=scale)
+            merged = one if merged is None else _merge(*merged, *one)
+        assert merged is not None  # every block sees at least itself
+        _write(out, block, merged[0])
+        _write(lse, block, merged[1])
     return out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
 
 

@@ -12,6 +12,7 @@ Nothing here grows with the product of rows and keys: a tile's mask is at most `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -47,7 +48,13 @@ def plan(gist_begin: torch.Tensor, gist_end: torch.Tensor, local_begin: torch.Te
     same = all((vector == vector[:1]).all() for vector in vectors)
     samples = [slice(0, len(vectors[0]))] if same else [slice(b, b + 1) for b in range(len(vectors[0]))]
     tail = num_local - gist_begin.shape[1]
-    return [block for batch in samples for block in _plan_sample(batch, *(v[batch.start] for v in vectors), tail)]
+    return [
+        block
+        for batch in samples
+        for block in _plan_sample(
+            batch, vectors[0][batch.start], vectors[1][batch.start], vectors[2][batch.start], tail
+        )
+    ]
 
 
 def _plan_sample(batch: slice, begin: np.ndarray, end: np.ndarray, start: np.ndarray, tail: int) -> list[Block]:
@@ -75,7 +82,7 @@ def _plan_sample(batch: slice, begin: np.ndarray, end: np.ndarray, start: np.nda
             )
             short[:] = [last, short[1]] if last < short[1] else []
 
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         if empty[first]:
             flush()
         elif last - first < SEGMENT_ROWS:

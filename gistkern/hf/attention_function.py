@@ -23,11 +23,17 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
     layout, backend = gist_call.layout, gist_call.backend
-    past = {}
-    if layout.past:
-        past = {"past_key": key[:, :, : layout.past], "past_value": value[:, :, : layout.past]}
-    local_key, local_value = key[:, :, layout.past :], value[:, :, layout.past :]
-    out = gist_attention(query, local_key, local_value, layout, scale=scaling, backend=backend, **past)
+    past_key, past_value = (t[:, :, : layout.past] if layout.past else None for t in (key, value))
+    out: torch.Tensor = gist_attention(  # type: ignore[assignment]
+        query,
+        key[:, :, layout.past :],
+        value[:, :, layout.past :],
+        layout,
+        past_key=past_key,
+        past_value=past_value,
+        scale=scaling,
+        backend=backend,
+    )
     return out.transpose(1, 2), None
 
 

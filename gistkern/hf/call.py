@@ -176,7 +176,8 @@ def _given_positions(
 ) -> torch.Tensor:
     if (layout.batch_size, layout.num_rows) != tuple(is_gist.shape):
         raise ValueError(
-            f"gist_layout is for {layout.batch_size} samples of {layout.num_rows} rows, the call has {tuple(is_gist.shape)}"
+            f"gist_layout is for {layout.batch_size} samples of {layout.num_rows} rows, "
+            f"the call has {tuple(is_gist.shape)}"
         )
     if layout.device != is_gist.device:
         raise ValueError(f"gist_layout is on {layout.device}, the call on {is_gist.device}: use layout.to(device)")

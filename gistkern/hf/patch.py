@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -113,7 +113,7 @@ def _is_saved(model: PreTrainedModel) -> bool:
     return getattr(model.config, "gistkern", None) is not None
 
 
-def handle_of(model: nn.Module) -> GistHandle:
+def handle_of(model: Any) -> GistHandle:
     """The handle of a patched model (also seen through a peft wrapper); ValueError if it is not patched."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     handle = getattr(base, _ATTRIBUTE, None)
@@ -135,7 +135,7 @@ class GistHandle:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase | None,
         backend: str,
         restore: bool,
@@ -145,7 +145,9 @@ class GistHandle:
         sink_tokens: int,
         num_segment_gist_tokens: int,
     ) -> None:
-        self.model, self.inner, self.backend = model, inner_model(model), backend
+        self.model = model
+        self.inner: Any = inner_model(model)
+        self.backend = backend
         self.positions, self.sink_tokens = positions, sink_tokens
         self.num_ids = num_gist_tokens + num_segment_gist_tokens
         self.first_id = _add_tokens(tokenizer, self.num_ids, model.config.vocab_size)
@@ -153,7 +155,7 @@ class GistHandle:
         self.gist_token_ids, self.segment_gist_token_ids = ids[:num_gist_tokens], ids[num_gist_tokens:]
         self._checked_settings: tuple[int, int] | None = None
 
-        vocabulary = self.inner.get_input_embeddings().weight
+        vocabulary: torch.Tensor = self.inner.get_input_embeddings().weight
         rows = GistEmbedding(vocabulary, self.num_ids, positions, sink_tokens)
         if restore:
             load_rows(model, rows)
@@ -173,8 +175,8 @@ class GistHandle:
         ]
         if model is not self.inner:
             self._hooks.append(model.register_forward_pre_hook(partial(call.before_model, self), with_kwargs=True))
-            original = model.prepare_inputs_for_generation
-            model.prepare_inputs_for_generation = partial(call.prepare_inputs, self, original)
+            original = self.model.prepare_inputs_for_generation
+            self.model.prepare_inputs_for_generation = partial(call.prepare_inputs, self, original)
         setattr(model, _ATTRIBUTE, self)
 
     def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
@@ -240,7 +242,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase | None, count: int, vocab_siz
         return vocab_size
     tokens = [f"<gist_{i}>" for i in range(count)]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
+    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
     if ids != list(range(ids[0], ids[0] + count)):
         raise ValueError(f"the tokenizer gave the gist tokens ids that do not follow each other: {ids}")
     return ids[0]

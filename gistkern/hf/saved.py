@@ -11,9 +11,10 @@ import json
 from typing import Any
 
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
+
+from gistkern.hf.embedding import GistEmbedding
 
 __all__ = ["load_rows", "saved_settings"]
 
@@ -40,7 +41,7 @@ def saved_settings(model: PreTrainedModel, given: dict[str, Any], defaults: dict
     return dict(saved)
 
 
-def load_rows(model: PreTrainedModel, rows: nn.Module) -> None:
+def load_rows(model: PreTrainedModel, rows: GistEmbedding) -> None:
     """Fill `rows` from the checkpoint that the model was loaded from; ValueError if they are not there."""
     source = model.config._name_or_path
     problem = f"the checkpoint {source!r} has gist settings but no rows called *{_KEY}"
@@ -61,8 +62,8 @@ def _file_with_rows(source: str) -> tuple[str, str] | None:
     if index is not None:
         with open(index, encoding="utf-8") as handle:
             for key, name in json.load(handle)["weight_map"].items():
-                if key.endswith(_KEY):
-                    return _find(source, name), key
+                if key.endswith(_KEY) and (shard := _find(source, name)):
+                    return shard, key
     single = _find(source, "model.safetensors")
     if single is not None:
         with safe_open(single, "pt") as tensors:

@@ -6,9 +6,9 @@ batches padded on either side.
 
 import pytest
 import torch
+from conftest import FAMILIES, make_model, random_ids
 
 import gistkern
-from conftest import FAMILIES, make_model, random_ids
 from gistkern import GistLayout
 
 LENGTHS = (23, 14, 1)  # one short context, one that ends inside a segment, one of a single token

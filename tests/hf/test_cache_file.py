@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import make_model, random_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gistkern
-from conftest import make_model, random_ids
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_other_position_scheme_is_refused(patched, saved):
 
 def test_other_dtype_is_refused(saved):
     model = make_model(dtype=torch.float32)
-    with gistkern.patch_llama(model, num_gist_tokens=3), pytest.raises(ValueError, match="holds torch.float64"):
+    with gistkern.patch_llama(model, num_gist_tokens=3), pytest.raises(ValueError, match=r"holds torch\.float64"):
         gistkern.GistCache.load(saved[1], model)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import make_model, random_ids
 
 import gistkern
-from conftest import make_model, random_ids
 
 
 def test_refusals(model):

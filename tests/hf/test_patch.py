@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from conftest import FAMILIES, make_model, random_ids
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import gistkern
-from conftest import FAMILIES, make_model, random_ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,8 +87,8 @@ class Tokenizer:
         for token in tokens["additional_special_tokens"]:
             self.ids.setdefault(token, self.size + self.scatter * len(self.ids))
 
-    def convert_tokens_to_ids(self, tokens):
-        return [self.ids[token] for token in tokens]
+    def convert_tokens_to_ids(self, token):
+        return self.ids[token]
 
 
 def test_tokenizer_gives_the_ids_and_gives_them_again(model):

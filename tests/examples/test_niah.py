@@ -1,0 +1,84 @@
+"""Haystacks: exact lengths, one findable needle, a clean split, the same bytes for the same seed."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLES
+
+from haystack import LANGUAGES, is_held_out, sentence
+from niah import KEY_DIGITS, Haystack, dataset, main, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("tokens", [60, 500, 6096])
+def test_samples_are_exact_and_hold_their_needle(tokenizer, language, tokens):
+    for sample in dataset(tokenizer, language, tokens, 5):
+        assert sample.tokens == tokens
+        assert len(tokenizer.encode(sample.context).ids) == tokens, "the text itself has this many tokens"
+        assert sample.context.count(sample.answer) >= 2, "the needle states its key twice"
+        assert len(sample.answer) == KEY_DIGITS
+        assert sample.answer not in sample.question
+
+
+def test_depths_cover_the_context(tokenizer):
+    depths = [sample.depth for sample in dataset(tokenizer, "en", 1000, 20)]
+    assert depths == sorted(depths)
+    assert depths[0] < 0.1
+    assert depths[-1] > 0.9
+
+
+def test_several_keys_are_asked_by_name(tokenizer):
+    for sample in dataset(tokenizer, "ko", 400, 10, keys=4):
+        assert len(sample.keys) == len(set(sample.keys.values())) == 4
+        (name,) = (name for name in sample.keys if name in sample.question)
+        assert sample.answer == sample.keys[name]
+        assert all(key in sample.context for key in sample.keys.values())
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_training_never_sees_what_evaluation_asks(tokenizer, language):
+    rng = random.Random(0)
+    lines = {side: {sentence(LANGUAGES[language], side, rng) for _ in range(3000)} for side in (False, True)}
+    assert not lines[False] & lines[True]
+    assert not any(is_held_out(Haystack(tokenizer, language, False, rng).key()) for _ in range(20))
+    assert all(is_held_out(sample.answer) for sample in dataset(tokenizer, language, 100, 20))
+
+
+def test_distractors_look_like_keys(tokenizer):
+    import re
+
+    (sample,) = dataset(tokenizer, "en", 3000, 1)
+    numbers = {number for number in re.findall(r"\d+", sample.context) if len(number) == KEY_DIGITS}
+    assert len(numbers) > 5
+
+
+def test_same_seed_same_bytes(tmp_path):
+    """Also across processes, whose hash seeds differ."""
+    outputs = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        command = [sys.executable, "niah.py", "--lang", "ko", "--tokens", "300", "--samples", "4"]
+        subprocess.run([*command, "--seed", str(seed), "--out", str(tmp_path / name)], cwd=EXAMPLES, check=True)
+        outputs.append((tmp_path / name).read_bytes())
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert json.loads(outputs[0].splitlines()[0])["language"] == "ko"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "12"], "12 tokens are too few for 1 needle"),
+        (["--lang", "fr"], "invalid choice: 'fr'"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(tmp_path / "x")])
+    assert message in capsys.readouterr().err
