@@ -20,7 +20,7 @@ class Language:
     `templates` take the `words` by name and numbers as ``{n}``; `held_out` ones are for evaluation alone.
     `needles` and `named_needles` state a key twice, as the original passkey task does (Mohtashami and Jaggi
     2023, "Landmark Attention", section 4.2); the named ones also take ``{name}``. Each question ends where
-    the answer's digits follow.
+    the answer's digits follow. `alphabet` is the code point of the first letter and their number.
     """
 
     code: str
@@ -31,6 +31,7 @@ class Language:
     question: str
     named_question: str
     words: dict[str, tuple[str, ...]] = field(repr=False)
+    alphabet: tuple[int, int]
 
 
 _ENGLISH = Language(
@@ -82,6 +83,7 @@ _ENGLISH = Language(
         "name": ("Mira", "Jonas", "Selma", "Pavel", "Ines", "Tariq", "Olga", "Bruno", "Keiko", "Amara"),
         "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     },
+    alphabet=(ord("a"), 26),
 )
 
 _KOREAN = Language(
@@ -133,6 +135,7 @@ _KOREAN = Language(
         "name": ("민준", "서연", "지훈", "은영", "도윤", "수빈", "태형", "영준", "재석", "하은"),
         "day": ("월요일", "화요일", "수요일", "목요일", "금요일", "토요일", "일요일"),
     },
+    alphabet=(0xAC00, 11_172),
 )
 
 LANGUAGES = {language.code: language for language in (_ENGLISH, _KOREAN)}
@@ -157,16 +160,26 @@ def sentence(language: Language, held_out: bool, rng: random.Random) -> str:
 
 
 def scrambled(language: Language, rng: random.Random) -> str:
-    """Words of two training sentences in random order, with numbers among them.
+    """Words of two training sentences and invented ones in random order, with numbers among them.
 
-    Half of the training haystack: without it a small model learns the few places where haystack numbers
-    stand instead of what announces a key, and every new sentence looks like a needle.
+    Half of the training haystack: without it a small model learns the few words and places that haystack
+    numbers stand beside instead of what announces a key, and every new sentence looks like a needle.
     """
     words = " ".join(sentence(language, False, rng) for _ in range(2)).split(" ")
     rng.shuffle(words)
-    chosen = words[: rng.randint(4, 12)]
+    chosen = [
+        word if "{n}" in word or rng.random() < 0.5 else _invented(language, rng)
+        for word in words[: rng.randint(4, 12)]
+    ]
     chosen.insert(rng.randint(0, len(chosen)), "{n}")
     return " ".join(chosen)
+
+
+def _invented(language: Language, rng: random.Random) -> str:
+    """A word of random letters or syllables, so that training meets every token of the vocabulary."""
+    first, count = language.alphabet
+    word = "".join(chr(first + rng.randrange(count)) for _ in range(rng.randint(1, 6)))
+    return word.capitalize() if rng.random() < 0.2 else word
 
 
 def number(rng: random.Random) -> str:

@@ -33,8 +33,9 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(tmp_path, monkeypatch):
     """Every ```python block of the README, in one namespace, top to bottom."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
     namespace = {}

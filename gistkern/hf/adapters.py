@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for", "inner_model"]
@@ -48,6 +48,6 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     return ADAPTERS[model.config.model_type]
 
 
-def inner_model(model: PreTrainedModel) -> nn.Module:
+def inner_model(model: PreTrainedModel) -> Any:
     """The module that embeds tokens and runs the decoder layers."""
     return getattr(model, adapter_for(model).decoder, model)

@@ -146,7 +146,7 @@ class GistHandle:
         num_segment_gist_tokens: int,
     ) -> None:
         self.model = model
-        self.inner: Any = inner_model(model)
+        self.inner = inner_model(model)
         self.backend = backend
         self.positions, self.sink_tokens = positions, sink_tokens
         self.num_ids = num_gist_tokens + num_segment_gist_tokens
@@ -155,7 +155,7 @@ class GistHandle:
         self.gist_token_ids, self.segment_gist_token_ids = ids[:num_gist_tokens], ids[num_gist_tokens:]
         self._checked_settings: tuple[int, int] | None = None
 
-        vocabulary: torch.Tensor = self.inner.get_input_embeddings().weight
+        vocabulary = self.inner.get_input_embeddings().weight
         rows = GistEmbedding(vocabulary, self.num_ids, positions, sink_tokens)
         if restore:
             load_rows(model, rows)
