@@ -59,7 +59,7 @@ _TINY = Preset(
         Stage((1, 1), 56, batch_size=32, steps=250, gate=0.85),
         Stage((1, 1), 96, batch_size=32, steps=250, gate=0.93),
         Stage((2, 8), 96, batch_size=8, steps=250, gate=0.93),
-        Stage((8, 64), 96, batch_size=3, steps=250),
+        Stage((2, 48), 96, batch_size=4, steps=420),
     ),
     evaluate=(
         ("en", 500, 50),
