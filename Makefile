@@ -28,7 +28,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	touch $@
 
 demo: setup ## train the tiny preset on CPU, drop the context's cache, answer from the gist rows (~10 min)
-	$(BIN)/python examples/train_niah.py --preset $(PRESET) $(ARGS)
+	$(BIN)/python examples/train_niah.py --preset $(PRESET) $(or $(ARGS),--overwrite)
 
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from checkpoints import load_model
-from gistkern import GistCache, compress
+from gistkern import GistCache, GistHandle, compress
 from measure import side_by_side
-from niah import KEY_DIGITS, Sample, dataset
+from niah import KEY_DIGITS, Haystack, Sample, dataset
 from presets import Preset
+from task import answer_logits, make_batch
 
 __all__ = ["Answer", "answer_samples", "evaluate_run", "rows_of", "swap_test", "wilson"]
 
@@ -153,7 +155,7 @@ def evaluate_run(checkpoint: Path, settings: Preset, run: Path, seed: int = 1) -
     """Evaluate a checkpoint on the preset's held-out grid and write report.json, report.md and heatmap.png."""
     from report import write_report
 
-    model, _, tokenizer = load_model(checkpoint)
+    model, handle, tokenizer = load_model(checkpoint)
     model.eval()
     answers: list[Answer] = []
     for language, tokens, count in settings.evaluate:
@@ -173,5 +175,24 @@ def evaluate_run(checkpoint: Path, settings: Preset, run: Path, seed: int = 1) -
         "side_by_side": side_by_side(checkpoint, tokenizer, probe[0], settings.segment_length),
         "answers": [{**asdict(a.sample), "context": None, "said": a.said} for a in answers],
     }
+    if settings.leak:
+        report["context_visible"] = context_visible(model, handle, tokenizer, settings, seed)
     write_report(report, run)
     return report
+
+
+def context_visible(
+    model: LlamaForCausalLM, handle: GistHandle, tokenizer: Tokenizer, settings: Preset, seed: int
+) -> list[dict[str, Any]]:
+    """Exact match of a model trained with `--leak` while the context is still in sight, as in its training."""
+    found = []
+    for language in settings.languages:
+        rng = random.Random(f"{seed}-{language}")
+        batch = make_batch(
+            Haystack(tokenizer, language, True, rng), handle, replace(settings.stages[-1], batch_size=50), rng
+        )
+        with torch.no_grad():
+            said = answer_logits(model, batch, leak=True).argmax(-1)
+        hits = (said == batch.answers).all(1).float().mean().item()
+        found.append({"language": language, "n": len(said), "exact": hits})
+    return found

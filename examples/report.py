@@ -34,13 +34,13 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['decoding']}. Chance: {report['rows'][0]['chance']:.0e}.",
         "",
-        "| language | tokens | cached rows | ratio | ratio in bytes | n | exact match | 95 % interval | digits |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| language | tokens | cached rows | ratio | KV bytes, full | gist | n | exact | 95 % interval | digits |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         lines.append(
             f"| {row['language']} | {row['tokens']:,} | {row['gist_tokens']} | {row['ratio']:.0f}x "
-            f"| {row['bytes_ratio']:.0f}x | {row['n']} | {row['exact']:.1%} "
+            f"| {row['full_kv_bytes']:,} | {row['gist_kv_bytes']:,} | {row['n']} | {row['exact']:.1%} "
             f"| {row['wilson_low']:.1%} to {row['wilson_high']:.1%} | {row['digit']:.1%} |"
         )
     swap = report["swap"]
@@ -51,6 +51,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{swap['answers_of_the_own_context']:.0%}.",
         "",
     ]
+    for row in report.get("context_visible", []):
+        lines += [f"With the context still in sight ({row['language']}, n={row['n']}): exact {row['exact']:.1%}.", ""]
     return "\n".join(lines + _side_by_side(report["side_by_side"])) + "\n"
 
 

@@ -36,13 +36,14 @@ __all__ = ["main", "train"]
 PATIENCE = 1.5
 
 
-def train(settings: Preset, seed: int, run: Path, resume: bool = False) -> Path:
+def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrite: bool = False) -> Path:
     """Train one preset; returns the final checkpoint's folder.
 
     Raises
     ------
     ValueError
-        If `resume` finds no checkpoint, or one of another preset or seed, or a fresh run finds an old one.
+        If `resume` finds no checkpoint, or one of another preset or seed; or if a fresh run finds its folder
+        in use, unless it is to `overwrite` the run in it.
     """
     found = latest(run) if resume else None
     if resume:
@@ -53,8 +54,9 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False) -> Path:
             raise ValueError(f"{found} is of preset {progress.preset!r}, seed {progress.seed}: pass the same")
         model, handle, tokenizer = load_model(found)
     else:
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir(parents=True)
+        if run.exists() and any(run.iterdir()) and not overwrite:
+            raise ValueError(f"{run} is in use: pass --resume to go on, --overwrite to start again, or another --run")
+        _clear(run)
         progress = Progress(settings.name, seed)
         tokenizer = train_tokenizer(settings.vocab_size)
         model = build_model(settings, seed)
@@ -102,6 +104,15 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False) -> Path:
             if progress.finished or progress.step % settings.checkpoint_every == 0:
                 save(run, model, tokenizer, optimizers, progress)
     return latest(run)
+
+
+def _clear(run: Path) -> None:
+    """An empty folder for a run: of an earlier one only what a run writes is removed."""
+    run.mkdir(parents=True, exist_ok=True)
+    for path in (*run.glob("checkpoint-*"), *run.glob(".checkpoint-*.tmp")):
+        shutil.rmtree(path)
+    for name in ("log.jsonl", "report.json", "report.md", "heatmap.png"):
+        (run / name).unlink(missing_ok=True)
 
 
 def _advance(settings: Preset, progress: Progress, accuracy: float, tokens: int) -> None:
@@ -154,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leak", action="store_true", help="train with the mask off, to see what a leak does")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     parser.add_argument("--run", type=Path, help="output folder; runs/<preset> by default")
     parser.add_argument("--threads", type=int, default=1, help="one is fastest for a model this small")
     given = parser.parse_args(arguments)
@@ -161,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = preset(given.preset, given.leak)
     run = given.run or Path("runs") / settings.name
     try:
-        checkpoint = train(settings, given.seed, run, given.resume)
+        checkpoint = train(settings, given.seed, run, given.resume, given.overwrite)
     except ValueError as error:
         parser.error(str(error))
     evaluate_run(checkpoint, settings, run)

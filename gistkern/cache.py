@@ -79,6 +79,7 @@ class GistCache(Cache):
         self.fingerprint: str | None = None
         self.unchecked = False
         self._plan: CallPlan | None = None
+        self._touched = False
 
     def __repr__(self) -> str:
         if self.state is None:
@@ -91,8 +92,16 @@ class GistCache(Cache):
     # ---- one model call: begin, update layer by layer, commit
 
     def begin(self, plan: CallPlan) -> None:
-        """Use `plan` for the updates of the model call that follows."""
-        self._plan = plan
+        """Use `plan` for the updates of the model call that follows.
+
+        Raises RuntimeError if the call before it failed after some layers had been updated.
+        """
+        if self._plan is not None and self._touched:
+            raise RuntimeError(
+                "an earlier model call failed half way through the layers and left this cache inconsistent: "
+                "go on from a clone made before it, or compress again"
+            )
+        self._plan, self._touched = plan, False
 
     def commit(self) -> None:
         """End the model call: its plan's state becomes the cache's."""
@@ -103,6 +112,7 @@ class GistCache(Cache):
         """Called by the attention layers. Raises RuntimeError outside a patched model's call."""
         if self._plan is None:
             raise RuntimeError("a GistCache works with a patched model only: call gistkern.patch_llama(model) first")
+        self._touched = True
         return super().update(key_states, value_states, layer_idx, plan=self._plan)
 
     # ---- sizes

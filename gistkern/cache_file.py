@@ -23,7 +23,7 @@ __all__ = ["load", "save"]
 
 _FORMAT = "gistkern-cache-1"
 _STATE_TENSORS = ("seen", "gist_rows", "tail_rows", "tail_position", "tail_is_gist")
-_STATE_NUMBERS = ("gist_columns", "tail_columns", "length", "fed", "tail_has_gists")
+_STATE_NUMBERS = ("gist_columns", "tail_columns", "length", "fed", "tail_has_gists", "moving")
 
 
 def save(cache: GistCache, path: str | os.PathLike) -> None:
@@ -47,6 +47,9 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata={"gistkern": json.dumps(header)})
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -64,7 +67,7 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.d
     header = json.loads(metadata.get("gistkern", "{}"))
     if header.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a gist cache of format {_FORMAT!r} (found {header.get('format')!r})")
-    if header.pop("sha256") != _checksum(tensors, header):
+    if header.pop("sha256", None) != _checksum(tensors, header):
         raise ValueError(f"{path} is damaged: its checksum does not match; compress the context again")
     if model is not None:
         device = model.device

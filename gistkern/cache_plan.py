@@ -37,6 +37,7 @@ class CacheState:
     length: int
     fed: int = 0
     tail_has_gists: bool = False
+    moving: bool = False
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str) -> CacheState:
@@ -91,14 +92,19 @@ def plan_call(
     Raises
     ------
     ValueError
-        Under `gist_first`, if gist tokens extend a segment whose raw tokens came in an earlier call:
-        their positions depend on the number of gists.
+        After a sliding layout. Under `gist_first`, if gist tokens extend a segment whose raw tokens came in
+        an earlier call: their positions depend on the number of gists.
     """
+    if state.moving:
+        raise ValueError(
+            "the cache was filled under a layout whose window moves (GistLayout.sliding): "
+            "pass gist_layout with every call that goes on from it"
+        )
     has_gists = bool(is_gist.any())
     if valid is None and not has_gists and not state.tail_has_gists:
         return _plan_plain(state, is_gist)
     new_valid = torch.ones_like(is_gist) if valid is None else valid
-    arrange, all_valid, all_gist = _join_tail(state, is_gist & new_valid, new_valid)
+    left, arrange, all_valid, all_gist = _join_tail(state, is_gist & new_valid, new_valid)
     tail, rows = state.tail_columns, is_gist.shape[1]
     whole = from_roles(
         all_gist,
@@ -110,7 +116,8 @@ def plan_call(
     )
     layout = whole.last_rows(rows)
     if scheme == "gist_first" and tail:
-        late = layout.is_gist & (layout.local_begin < tail) & (state.tail_rows > 0)[:, None]
+        began_before = layout.local_begin < (tail + left)[:, None]
+        late = layout.is_gist & began_before & (state.tail_rows > 0)[:, None]
         if late.any():
             raise ValueError(
                 "positions='gist_first' needs a segment's raw tokens and its gist tokens in one call: "
@@ -134,13 +141,30 @@ def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tenso
     real = layout.is_real()
     all_gist = torch.cat([state.tail_is_gist, is_gist & real], 1)
     all_valid = torch.cat([_tail_is_valid(state), real], 1)
-    last = position_ids.masked_fill(~real, -1).amax(1)
-    last_gist = position_ids.masked_fill(~(is_gist & real), -1).amax(1)
-    kept = (layout.num_local - layout.keep_local).clamp(min=0)
-    # an empty tail starts right after the gists it will see, an open one goes on where it is
-    follows = torch.where(kept > 0, last + 1 - kept, torch.maximum(last_gist, state.tail_position - 1) + 1)
-    after, keep = _finish(state, layout, all_valid, all_gist, follows)
-    return CallPlan(layout, position_ids, after, None, keep)
+    after, keep = _finish(state, layout, all_valid, all_gist, state.tail_position)
+    tail_position = _tail_position(state, layout, position_ids, real)
+    # where the window has moved on from the last row, new rows need a layout of the same kind
+    last_start = layout.local_begin.masked_fill(~real, -1).amax(1)
+    moving = bool(((after.tail_rows > 0) & (layout.keep_local > last_start)).any())
+    return CallPlan(layout, position_ids, replace(after, tail_position=tail_position, moving=moving), None, keep)
+
+
+def _tail_position(
+    state: CacheState, layout: GistLayout, position_ids: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
+    """Position of the kept tail's first token; for an empty tail, right after the gists that stay."""
+    beyond = torch.iinfo(torch.int64).max
+    in_tail = real & (layout.row_index() >= layout.keep_local[:, None])
+    first = position_ids.masked_fill(~in_tail, beyond).amin(1)
+    slot = torch.arange(layout.past, layout.num_compact, device=real.device)
+    stays = (layout.gather >= layout.tail) & (slot >= layout.keep_begin[:, None]) & (slot < layout.keep_end[:, None])
+    row = (layout.gather - layout.tail).clamp(min=0)
+    is_gist_row = stays & layout.is_gist.gather(1, row)
+    last_gist = torch.where(is_gist_row, position_ids.gather(1, row), -1)
+    empty = torch.nn.functional.pad(last_gist, (1, 0), value=-1).amax(1) + 1
+    opened_earlier = layout.keep_local < layout.tail
+    fresh = torch.where(first < beyond, first, torch.maximum(empty, state.tail_position))
+    return torch.where(opened_earlier, state.tail_position, fresh)
 
 
 def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
@@ -162,17 +186,18 @@ def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
 
 def _join_tail(
     state: CacheState, is_gist: torch.Tensor, valid: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Put the tail right in front of each sample's first real new token.
 
-    Returns the column order (None if nothing moves), and valid and is_gist over ``[tail | new]``.
+    Returns by how much it moves, the column order (None if nothing moves), and valid and is_gist over
+    ``[tail | new]``.
     """
     tail, device = state.tail_columns, is_gist.device
     all_valid = torch.cat([_tail_is_valid(state), valid], 1)
     all_gist = torch.cat([state.tail_is_gist, is_gist], 1)
     left = (valid.long().cumsum(1) == 0).sum(1)
     if not tail or not bool((left > 0).any()):
-        return None, all_valid, all_gist
+        return left, None, all_valid, all_gist
     width = all_valid.shape[1]
     column = torch.arange(width, device=device).expand(len(left), -1)
     # tail columns move right over the sample's left padding, which moves to the front
@@ -180,7 +205,7 @@ def _join_tail(
     order = torch.where(moved, (column - left[:, None]) % (tail + left)[:, None], column)
     gist = torch.arange(state.gist_columns, device=device).expand(len(left), -1)
     arrange = torch.cat([gist, order + state.gist_columns], 1)
-    return arrange, all_valid.gather(1, order), all_gist.gather(1, order)
+    return left, arrange, all_valid.gather(1, order), all_gist.gather(1, order)
 
 
 def _tail_is_valid(state: CacheState) -> torch.Tensor:
@@ -201,7 +226,8 @@ def _finish(
     tail_end = (index * all_valid).amax(1)  # just behind the last real token
     tail_rows = (tail_end - layout.keep_local).clamp(min=0)
     gist_rows = layout.keep_end - layout.keep_begin
-    seen = state.seen + all_valid[:, state.tail_columns :].sum(1)
+    # all valid columns less the old tail: a re-ordered call mixes the two
+    seen = state.seen + all_valid.sum(1) - state.tail_rows
     gist_columns, tail_columns, length = torch.stack([gist_rows.max(), tail_rows.max(), seen.max()]).tolist()
 
     compact = _aligned(layout.keep_begin, gist_rows, gist_columns).clamp(min=0)

@@ -74,7 +74,7 @@ def compress(
 
     cache = GistCache()
     samples = [ids[real] for ids, real in zip(input_ids, valid, strict=True)]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         if not handle.segment_gist_token_ids:
@@ -84,7 +84,8 @@ def compress(
         else:
             _hierarchical(handle, cache, samples, segment_length)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     cache.state = replace(_state(cache, input_ids), fed=0)
     cache.fingerprint = fingerprint(handle.inner)
     return cache

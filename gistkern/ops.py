@@ -45,14 +45,14 @@ def _attention_backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin,
 @torch.library.register_fake("gistkern::attention", lib=_library)
 def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("gistkern::attention_backward", lib=_library)
 def _attention_backward_fake(
     grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend
 ):
-    return tuple(torch.empty_like(t) for t in (q, k, v, gist_k, gist_v))
+    return tuple(t.new_empty(t.shape) for t in (q, k, v, gist_k, gist_v))
 
 
 def _setup_context(ctx, inputs, output):

@@ -56,7 +56,7 @@ def forward(
     safe_lse = lse.masked_fill(lse == -torch.inf, 0.0)
     probabilities = torch.exp(scores - safe_lse[..., None])
     values = torch.cat([gist_v, v], dim=2).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return torch.einsum("bhnm,bhmd->bhnd", probabilities, values), lse
+    return torch.einsum("bhnm,bhmd->bhnd", probabilities, values).contiguous(), lse
 
 
 def backward(
@@ -89,7 +89,7 @@ def backward(
 
     grad_gist_k, grad_k = to_kv_heads(torch.einsum("bhnm,bhnd->bhmd", grad_scores, q))
     grad_gist_v, grad_v = to_kv_heads(torch.einsum("bhnm,bhnd->bhmd", probabilities, grad_out))
-    return grad_q, *(g.contiguous() for g in (grad_k, grad_v, grad_gist_k, grad_gist_v))
+    return tuple(g.contiguous() for g in (grad_q, grad_k, grad_v, grad_gist_k, grad_gist_v))
 
 
 def from_layout(

@@ -101,6 +101,8 @@ def from_input_ids(
         raise ValueError(
             f"input_ids must be an integer tensor [batch, tokens], got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
+    if not input_ids.numel():
+        raise ValueError(f"input_ids must hold at least one token, got {tuple(input_ids.shape)}")
     ids = torch.as_tensor(gist_token_ids, dtype=torch.int64, device=input_ids.device)
     if ids.dim() != 1 or not len(ids):
         raise ValueError("gist_token_ids must be a non-empty list of token ids")

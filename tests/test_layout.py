@@ -210,3 +210,12 @@ def test_check_intervals_finds_a_broken_rule(changes, message):
 def test_a_layout_of_wrong_shapes_cannot_be_made(changes, message):
     with pytest.raises(ValueError, match=message):
         hand_made(**changes)
+
+
+def test_png_picture(tmp_path):
+    from gistkern.mask_picture import save_png
+
+    save_png(GistLayout.from_segments([5, 4], 2, tail=3), tmp_path / "mask.png", title="a mask")
+    assert (tmp_path / "mask.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="a text picture holds 120 tokens, the layout has 200"):
+        GistLayout.sliding(200, 5, 5).picture()

@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
     work = [_working(t) for t in (q, k, v, gist_k, gist_v)]
-    out = torch.zeros_like(work[0])
+    out = torch.zeros(q.shape, dtype=work[0].dtype)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype)
     tail = k.shape[2] - q.shape[2]
     for block in plan(gist_begin, gist_end, local_begin, k.shape[2]):
@@ -75,7 +75,7 @@ def backward(
     """Gradients of q, k, v, gist_k and gist_v, summed block after block in a fixed order."""
     work = [_working(t) for t in (q, k, v, gist_k, gist_v)]
     wide_grad, wide_out = _working(grad_out), _working(out)
-    gradients = [torch.zeros_like(t) for t in work]
+    gradients = [torch.zeros(t.shape, dtype=t.dtype) for t in work]
     tail = k.shape[2] - q.shape[2]
     for block in plan(gist_begin, gist_end, local_begin, k.shape[2]):
         rows, row_grad, row_out, row_lse = (_rows(t, block) for t in (work[0], wide_grad, wide_out, lse))

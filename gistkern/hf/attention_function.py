@@ -23,6 +23,8 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
     layout, backend = gist_call.layout, gist_call.backend
+    if torch.is_autocast_enabled(value.device.type):  # the rotation promotes queries and keys to fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     past_key, past_value = (t[:, :, : layout.past] if layout.past else None for t in (key, value))
     out: torch.Tensor = gist_attention(  # type: ignore[assignment]
         query,

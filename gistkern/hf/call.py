@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gistkern.cache import GistCache
-from gistkern.cache_plan import CacheState, plan_call, plan_layout
+from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.hf.fingerprint import check_cache
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
@@ -19,7 +19,7 @@ from gistkern.schemes import check_padding
 if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle
 
-__all__ = ["GistCall", "after_inner", "before_inner", "before_model", "prepare_inputs"]
+__all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_model", "generate", "prepare_inputs"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,26 @@ def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
     return (), arguments
 
 
+def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
+    """No gist token is ever generated, also where a padded vocabulary has logits for their ids."""
+    logits = output.logits
+    end = min(handle.first_id + handle.num_ids, logits.shape[-1])
+    if handle.first_id < end:
+        index = torch.arange(logits.shape[-1], device=logits.device)
+        output.logits = logits.masked_fill((index >= handle.first_id) & (index < end), -torch.inf)
+
+
+def generate(handle: GistHandle, original, *args, **kwargs):
+    """`generate`, refusing what would silently drop tokens of a prompt that follows a compressed context."""
+    config = kwargs.get("generation_config") or handle.model.generation_config
+    if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
+        raise ValueError(
+            "prefill_chunk_size is not supported with gist tokens: compress(..., segment_length=...) reads long "
+            "contexts piece by piece"
+        )
+    return original(*args, **kwargs)
+
+
 def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Replace ids by embeddings, and add layout, positions and cache to the inner model's arguments."""
     arguments = _bind(module, args, kwargs)
@@ -56,13 +76,17 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
     else:
         is_gist = layout.is_gist
     handle.check_settings()
-    valid = _padding(arguments.get("attention_mask"), is_gist)
     cache = _cache(handle, module, arguments, is_gist.shape[0])
+    valid = _padding(arguments.get("attention_mask"), is_gist, None if cache is None else cache.state)
     state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
     if layout is None:
         plan = plan_call(state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens)
+        if cache is None:
+            _check_positions(arguments, plan, is_gist.shape)
     else:
         positions = _given_positions(handle, arguments, layout, is_gist, state)
+        if valid is not None and not torch.equal(valid, layout.is_real()):
+            raise ValueError("attention_mask and gist_layout disagree about padding: pass the layout alone")
         plan = plan_layout(state, layout, positions, is_gist)
     if cache is not None:
         cache.begin(plan)
@@ -129,7 +153,9 @@ def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _padding(attention_mask: torch.Tensor | None, is_gist: torch.Tensor) -> torch.Tensor | None:
+def _padding(
+    attention_mask: torch.Tensor | None, is_gist: torch.Tensor, state: CacheState | None
+) -> torch.Tensor | None:
     """bool ``[B, N]`` of the call's own tokens, or None where none is padding."""
     if attention_mask is None:
         return None
@@ -139,14 +165,40 @@ def _padding(attention_mask: torch.Tensor | None, is_gist: torch.Tensor) -> torc
             f"attention_mask must be [batch, tokens] with at least the {rows} new tokens of {len(is_gist)} samples, "
             f"got {tuple(attention_mask.shape)}"
         )
+    history = attention_mask[:, : attention_mask.shape[1] - rows]
+    if state is not None and history.shape[1] and history.shape[1] == state.fed:
+        hidden = history.ne(0).sum(1)
+        if bool(((hidden != state.tail_rows) & (hidden != state.seen)).any()):
+            raise ValueError(
+                "attention_mask hides tokens that the cache has read as real ones (samples that generate() had ended "
+                "early, say): crop the cache, or continue the samples one by one"
+            )
     # generate's mask also covers tokens that the cache has read; the last columns are this call's
     valid = check_padding(is_gist, attention_mask[:, -rows:])
     return None if bool(valid.all()) else valid
 
 
+def _check_positions(arguments: dict[str, Any], plan: CallPlan, shape: torch.Size) -> None:
+    """Positions are the scheme's; others than the usual guesses mean something that would be lost."""
+    given = arguments.get("position_ids")
+    if given is None:
+        return
+    real = plan.layout.is_real()
+    guesses = (plan.position_ids, plan.layout.stream_position, torch.arange(shape[1], device=given.device))
+    if not any(torch.equal(*torch.broadcast_tensors(given * real, guess * real)) for guess in guesses):
+        raise ValueError(
+            "position_ids are set by the position scheme: for packed documents or positions of your own pass them "
+            "together with gist_layout (GistLayout.pack)"
+        )
+
+
 def _cache(handle: GistHandle, module: nn.Module, arguments: dict[str, Any], batch: int) -> GistCache | None:
     cache: Cache | None = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
+    if _checkpoints_activations(module):
+        if cache is not None or use_cache:
+            raise ValueError("a cache cannot be filled under gradient checkpointing: pass use_cache=False")
+        return None
     if cache is None:
         # transformers would cache by default even in training, where nothing reads it
         wanted = handle.inner.config.use_cache and not module.training if use_cache is None else use_cache
@@ -163,12 +215,20 @@ def _cache(handle: GistHandle, module: nn.Module, arguments: dict[str, Any], bat
         return None
     if cache.state is not None and cache.batch_size != batch:
         raise ValueError(f"the cache holds {cache.batch_size} samples, the call has {batch}")
-    if cache.positions is None:
-        cache.positions = handle.positions
+    if cache.positions not in (None, handle.positions):
+        raise ValueError(
+            f"the cache was written with positions={cache.positions!r}, the model is patched with "
+            f"positions={handle.positions!r}: patch it with the scheme it was trained with"
+        )
+    cache.positions = handle.positions
     if cache.unchecked:
         check_cache(cache, handle.model)
         cache.unchecked = False
     return cache
+
+
+def _checkpoints_activations(module: nn.Module) -> bool:
+    return module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
 def _given_positions(

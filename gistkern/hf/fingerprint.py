@@ -22,12 +22,27 @@ def fingerprint(inner: nn.Module) -> str:
     """Hex digest of names, shapes and sampled values of the parameters (adapters and gist rows included)."""
     digest = hashlib.sha256()
     values = []
+    idle = _idle_adapters(inner)
     for name, parameter in inner.named_parameters():
+        if any(f".{adapter}." in name for adapter in idle):
+            continue
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         flat = parameter.detach().reshape(-1)
         values.append(flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.float32))
     digest.update(torch.cat([v.to(values[0].device) for v in values]).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _idle_adapters(inner: nn.Module) -> set[str]:
+    """Names of the peft adapters that are loaded and not in use: they do not change what the model computes."""
+    loaded: set[str] = set()
+    active: set[str] = set()
+    for module in inner.modules():
+        for holder in ("lora_A", "modules_to_save"):
+            loaded |= set(getattr(module, holder, {}))
+        if hasattr(module, "active_adapters") and not getattr(module, "disable_adapters", False):
+            active |= set(module.active_adapters)  # type: ignore[arg-type]
+    return loaded - active
 
 
 def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
@@ -42,6 +57,6 @@ def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
         )
     dtype = cache.layers[0].dtype if cache.layers else None
     if dtype not in (None, model.dtype):
-        raise ValueError(f"the cache holds {dtype}, the model {model.dtype}: load the model in {dtype} or use cache.to")
+        raise ValueError(f"the cache holds {dtype}, the model {model.dtype}: load the model in {dtype}")
     if cache.fingerprint is not None and cache.fingerprint != fingerprint(handle.inner):
         raise ValueError("the cache was written by another model (or by other weights): compress the context again")

@@ -14,7 +14,7 @@ from gistkern.hf import call
 from gistkern.hf.adapters import adapter_for, inner_model
 from gistkern.hf.attention_function import NAME, register
 from gistkern.hf.embedding import GistEmbedding
-from gistkern.hf.saved import load_rows, saved_settings
+from gistkern.hf.saved import agreed_settings, load_rows
 from gistkern.positions import SCHEMES, check_scheme
 from gistkern.schemes import check_count
 
@@ -97,20 +97,17 @@ def patch_llama(
     check_scheme(positions)
     if backend != "auto":
         backends.get(backend)
-    if hasattr(model, "get_base_model"):
+    if hasattr(model, "get_base_model") or getattr(model, "peft_config", None):
         raise ValueError(
-            "patch the model before wrapping it with peft, which then trains and saves the gist rows: "
+            "patch the model before wrapping it with peft or loading an adapter, which then holds the gist rows: "
             'patch_llama(base); get_peft_model(base, LoraConfig(..., modules_to_save=["gist_embeddings"]))'
         )
     adapter_for(model)
-    if hasattr(model, _ATTRIBUTE):
+    if hasattr(model, _ATTRIBUTE) or hasattr(inner_model(model), "gist_embeddings"):
         raise ValueError("the model is patched already: use model.gistkern_handle, or unpatch it first")
-    settings = saved_settings(model, given, _DEFAULTS)
-    return GistHandle(model, tokenizer, backend, restore=settings != given or _is_saved(model), **settings)
-
-
-def _is_saved(model: PreTrainedModel) -> bool:
-    return getattr(model.config, "gistkern", None) is not None
+    saved = getattr(model.config, "gistkern", None)
+    settings = given if saved is None else agreed_settings(saved, given, _DEFAULTS)
+    return GistHandle(model, tokenizer, backend, saved, **settings)
 
 
 def handle_of(model: Any) -> GistHandle:
@@ -138,7 +135,7 @@ class GistHandle:
         model: Any,
         tokenizer: PreTrainedTokenizerBase | None,
         backend: str,
-        restore: bool,
+        saved: dict[str, Any] | None,
         *,
         num_gist_tokens: int,
         positions: str,
@@ -150,15 +147,23 @@ class GistHandle:
         self.backend = backend
         self.positions, self.sink_tokens = positions, sink_tokens
         self.num_ids = num_gist_tokens + num_segment_gist_tokens
-        self.first_id = _add_tokens(tokenizer, self.num_ids, model.config.vocab_size)
+        self.first_id = _first_id(tokenizer, self.num_ids, model.config.vocab_size, saved)
         ids = list(range(self.first_id, self.first_id + self.num_ids))
         self.gist_token_ids, self.segment_gist_token_ids = ids[:num_gist_tokens], ids[num_gist_tokens:]
-        self._checked_settings: tuple[int, int] | None = None
+        self._checked: tuple[torch.Tensor, int] | None = None
 
         vocabulary = self.inner.get_input_embeddings().weight
-        rows = GistEmbedding(vocabulary, self.num_ids, positions, sink_tokens)
-        if restore:
+        self._settings = [
+            num_gist_tokens,
+            num_segment_gist_tokens,
+            SCHEMES.index(positions),
+            sink_tokens,
+            self.first_id,
+        ]
+        rows = GistEmbedding(vocabulary, self.num_ids, self._settings)
+        if saved is not None:
             load_rows(model, rows)
+        self._previous_config = saved
         self._previous_attention = model.config._attn_implementation
         register()
         model.set_attn_implementation(NAME)
@@ -168,6 +173,7 @@ class GistHandle:
             "num_segment_gist_tokens": num_segment_gist_tokens,
             "positions": positions,
             "sink_tokens": sink_tokens,
+            "first_gist_id": self.first_id,
         }
         self._hooks = [
             self.inner.register_forward_pre_hook(partial(call.before_inner, self), with_kwargs=True),
@@ -175,8 +181,9 @@ class GistHandle:
         ]
         if model is not self.inner:
             self._hooks.append(model.register_forward_pre_hook(partial(call.before_model, self), with_kwargs=True))
-            original = self.model.prepare_inputs_for_generation
-            self.model.prepare_inputs_for_generation = partial(call.prepare_inputs, self, original)
+            self._hooks.append(model.register_forward_hook(partial(call.after_model, self), with_kwargs=True))
+            for name, wrapper in (("prepare_inputs_for_generation", call.prepare_inputs), ("generate", call.generate)):
+                setattr(model, name, partial(wrapper, self, getattr(model, name)))
         setattr(model, _ATTRIBUTE, self)
 
     def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
@@ -200,21 +207,21 @@ class GistHandle:
                     f"the adapter {name!r} would neither train nor save the gist rows: "
                     'pass modules_to_save=["gist_embeddings"] in its config'
                 )
+        if configs and not hasattr(rows, "modules_to_save"):
+            raise ValueError("the adapter was loaded beside the gist rows instead of around them: patch first")
         active = getattr(rows, "active_adapter", None)
         holder = rows.modules_to_save[active] if active in getattr(rows, "modules_to_save", ()) else rows
         settings = getattr(holder, "original_module", holder).settings
-        seen = (id(settings), settings._version)
-        if seen == self._checked_settings:
+        # the tensor itself is kept, so that its id cannot be another one's
+        seen = (settings, settings._version)
+        if self._checked is not None and self._checked[0] is settings and self._checked[1] == settings._version:
             return
-        expected = [self.num_ids, SCHEMES.index(self.positions), self.sink_tokens]
-        if settings.tolist() != expected:
-            count, scheme, sinks = settings.tolist()
+        if settings.tolist() != self._settings:
             raise ValueError(
-                f"the gist rows were trained with {count} gist tokens, positions={SCHEMES[scheme]!r} and "
-                f"sink_tokens={sinks}, the model is patched with {self.num_ids}, {self.positions!r} and "
-                f"{self.sink_tokens}: patch it with the settings of the training"
+                f"the gist rows were trained with {_spelled(settings.tolist())}; the model is patched with "
+                f"{_spelled(self._settings)}: patch it with the settings of the training"
             )
-        self._checked_settings = seen
+        self._checked = seen
 
     def unpatch(self) -> None:
         """Take everything back: the model is bit for bit what it was. Calling it again does nothing."""
@@ -223,10 +230,13 @@ class GistHandle:
         for hook in self._hooks:
             hook.remove()
         if self.model is not self.inner:
-            del self.model.prepare_inputs_for_generation
+            del self.model.prepare_inputs_for_generation, self.model.generate
         del self.inner.gist_embeddings
         delattr(self.model, _ATTRIBUTE)
-        del self.model.config.gistkern
+        if self._previous_config is None:
+            del self.model.config.gistkern
+        else:
+            self.model.config.gistkern = self._previous_config
         self.model.set_attn_implementation(self._previous_attention)
 
     def __enter__(self) -> GistHandle:
@@ -236,13 +246,28 @@ class GistHandle:
         self.unpatch()
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase | None, count: int, vocab_size: int) -> int:
-    """Id of the first of `count` consecutive gist tokens, added to the tokenizer if there is one."""
+def _spelled(settings: list[int]) -> str:
+    gists, segment_gists, scheme, sinks, first = settings
+    return (
+        f"num_gist_tokens={gists}, num_segment_gist_tokens={segment_gists}, positions={SCHEMES[scheme]!r}, "
+        f"sink_tokens={sinks}, first id {first}"
+    )
+
+
+def _first_id(
+    tokenizer: PreTrainedTokenizerBase | None, count: int, vocab_size: int, saved: dict[str, Any] | None
+) -> int:
+    """Id of the first of `count` consecutive gist tokens, which the tokenizer gets if there is one."""
     if tokenizer is None:
-        return vocab_size
+        return vocab_size if saved is None else saved["first_gist_id"]
     tokens = [f"<gist_{i}>" for i in range(count)]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
     if ids != list(range(ids[0], ids[0] + count)):
         raise ValueError(f"the tokenizer gave the gist tokens ids that do not follow each other: {ids}")
+    if saved is not None and saved["first_gist_id"] != ids[0]:
+        raise ValueError(
+            f"the tokenizer's gist tokens begin at id {ids[0]}, the checkpoint's at {saved['first_gist_id']}: "
+            "pass the tokenizer that the model was trained with"
+        )
     return ids[0]

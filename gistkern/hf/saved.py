@@ -16,36 +16,33 @@ from transformers.utils import cached_file
 
 from gistkern.hf.embedding import GistEmbedding
 
-__all__ = ["load_rows", "saved_settings"]
+__all__ = ["agreed_settings", "load_rows"]
 
 _KEY = "gist_embeddings.weight"
 
 
-def saved_settings(model: PreTrainedModel, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings in force: the saved ones if the config holds any, else the given ones.
+def agreed_settings(saved: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, as far as `given` names them.
 
     Raises
     ------
     ValueError
         If a given setting is not the default and contradicts the saved one.
     """
-    saved = getattr(model.config, "gistkern", None)
-    if saved is None:
-        return given
     for name, value in given.items():
         if value not in (defaults[name], saved[name]):
             raise ValueError(
                 f"{name}={value!r} contradicts the checkpoint, which was trained with {saved[name]!r}: "
                 "leave it out, or delete model.config.gistkern to start afresh"
             )
-    return dict(saved)
+    return {name: saved[name] for name in given}
 
 
 def load_rows(model: PreTrainedModel, rows: GistEmbedding) -> None:
     """Fill `rows` from the checkpoint that the model was loaded from; ValueError if they are not there."""
     source = model.config._name_or_path
     problem = f"the checkpoint {source!r} has gist settings but no rows called *{_KEY}"
-    file = _file_with_rows(source)
+    file = _file_with_rows(source, getattr(model.config, "_commit_hash", None))
     if file is None:
         raise ValueError(f"{problem}: it was not written by save_pretrained of a patched model")
     path, key = file
@@ -56,15 +53,15 @@ def load_rows(model: PreTrainedModel, rows: GistEmbedding) -> None:
     rows.weight.data.copy_(weight)
 
 
-def _file_with_rows(source: str) -> tuple[str, str] | None:
+def _file_with_rows(source: str, revision: str | None) -> tuple[str, str] | None:
     """(safetensors file, key) of the gist rows in a checkpoint folder or hub id."""
-    index = _find(source, "model.safetensors.index.json")
+    index = _find(source, "model.safetensors.index.json", revision)
     if index is not None:
         with open(index, encoding="utf-8") as handle:
             for key, name in json.load(handle)["weight_map"].items():
-                if key.endswith(_KEY) and (shard := _find(source, name)):
+                if key.endswith(_KEY) and (shard := _find(source, name, revision)):
                     return shard, key
-    single = _find(source, "model.safetensors")
+    single = _find(source, "model.safetensors", revision)
     if single is not None:
         with safe_open(single, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
@@ -73,12 +70,13 @@ def _file_with_rows(source: str) -> tuple[str, str] | None:
     return None
 
 
-def _find(source: str, name: str) -> str | None:
+def _find(source: str, name: str, revision: str | None) -> str | None:
     if not source:
         return None
     return cached_file(
         source,
         name,
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,

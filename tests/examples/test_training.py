@@ -19,7 +19,7 @@ import gistkern
 import niah
 import train_niah
 from checkpoints import latest
-from evaluation import wilson
+from evaluation import evaluate_run, wilson
 from presets import preset
 from task import answer_logits, build_model, make_batch
 
@@ -59,7 +59,7 @@ def test_it_writes_log_checkpoint_and_report(finished):
     assert report["swap"]["n"] == 20
     assert report["side_by_side"]["gist"]["decode_tokens_per_s"] > 0
     assert (folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
-    assert "exact match" in (folder / "report.md").read_text()
+    assert "95 % interval" in (folder / "report.md").read_text()
     assert "digits" in done.stderr, "the progress bar shows the digit accuracy"
 
 
@@ -123,6 +123,16 @@ def test_refusals(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_earlier_run_is_not_overwritten(finished, tmp_path):
+    before = weights(finished[0])
+    with pytest.raises(ValueError, match="is in use: pass --resume to go on, --overwrite to start again"):
+        train_niah.train(preset("smoke"), 0, finished[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(finished[0]).items())
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    train_niah.train(preset("smoke"), 0, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
 def test_resuming_another_seed_is_refused(finished):
     with pytest.raises(ValueError, match="is of preset 'smoke', seed 0: pass the same"):
         train_niah.train(preset("smoke"), 5, finished[0], resume=True)
@@ -168,9 +178,15 @@ def test_leak_lets_the_answer_see_the_context():
         assert not torch.equal(answer_logits(model, other, True), leaked)
 
 
-def test_leak_preset_trains(tmp_path):
+def test_leak_preset_trains_and_reports_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.side_by_side", lambda *_: None)
+    monkeypatch.setattr("report._side_by_side", lambda _: [])
     settings = preset("smoke", leak=True)
-    assert train_niah.train(settings, 0, tmp_path / settings.name).name == "checkpoint-000008"
+    checkpoint = train_niah.train(settings, 0, tmp_path / settings.name)
+    assert checkpoint.name == "checkpoint-000008"
+    report = evaluate_run(checkpoint, settings, tmp_path)
+    assert [row["language"] for row in report["context_visible"]] == ["en", "ko"]
+    assert "With the context still in sight (ko, n=50)" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (9, 10, 0.5958, 0.9821), (0, 0, 0, 1)])

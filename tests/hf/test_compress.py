@@ -38,8 +38,10 @@ def test_hierarchical_needs_a_segment_length():
 def test_training_mode_and_gradients_are_left_as_they_were(model):
     with gistkern.patch_llama(model):
         model.train()
+        model.model.layers[0].eval()
         cache = gistkern.compress(model, random_ids(1, 9))
         assert model.training
+        assert not model.model.layers[0].training
         assert not cache.layers[0].keys.requires_grad
 
 

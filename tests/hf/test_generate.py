@@ -174,3 +174,19 @@ def test_a_gist_cache_needs_a_patched_model(patched):
     handle.unpatch()
     with pytest.raises(RuntimeError, match=r"call gistkern.patch_llama\(model\) first"):
         model(random_ids(1, 4), past_key_values=cache)
+
+
+def test_what_would_drop_tokens_is_refused(patched):
+    model, _ = patched
+    cache = gistkern.compress(model, random_ids(1, 9))
+    with pytest.raises(ValueError, match="prefill_chunk_size is not supported"):
+        model.generate(random_ids(1, 7), past_key_values=cache, prefill_chunk_size=3, max_new_tokens=2)
+
+
+def test_a_mask_that_hides_what_was_read_is_refused(patched):
+    model, _ = patched
+    cache = gistkern.compress(model, random_ids(2, 9))
+    model(random_ids(2, 4), past_key_values=cache)
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="hides tokens that the cache has read as real"):
+        model(random_ids(2, 2), attention_mask=mask, past_key_values=cache)

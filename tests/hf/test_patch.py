@@ -201,3 +201,55 @@ def test_explicit_layout_packs_documents(model):
         packed = model(torch.cat(streams, 1), gist_layout=layout, use_cache=False).logits
         alone = torch.cat([model(stream).logits for stream in streams], 1)
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
+
+
+def test_a_padded_vocabulary_never_generates_a_gist_token():
+    """Where the tokenizer is smaller than the embedding matrix, gist ids have logits; they are masked."""
+    model = make_model()
+    tokenizer = Tokenizer(90)
+    with gistkern.patch_llama(model, tokenizer, num_gist_tokens=2) as handle, torch.no_grad():
+        model.lm_head.weight[90:92] += 100 * torch.sign(model.model.norm.weight)
+        logits = model(random_ids(1, 5)).logits
+        assert (logits[..., handle.gist_token_ids] == -torch.inf).all()
+        out = model.generate(random_ids(1, 5), max_new_tokens=5, do_sample=False)
+    assert not handle.is_gist(out).any()
+
+
+def test_positions_of_packed_sequences_are_not_lost(model):
+    ids = random_ids(1, 6)
+    with gistkern.patch_llama(model), torch.no_grad():
+        with pytest.raises(ValueError, match="position_ids are set by the position scheme"):
+            model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+        model(ids, position_ids=torch.arange(6)[None], use_cache=False)
+
+
+def test_a_mask_beside_a_layout_is_not_ignored(model):
+    layout = gistkern.GistLayout.from_segments([], 1, tail=4)
+    with gistkern.patch_llama(model), pytest.raises(ValueError, match="disagree about padding"):
+        model(random_ids(1, 4), attention_mask=torch.tensor([[0, 1, 1, 1]]), gist_layout=layout)
+
+
+def test_gradient_checkpointing_takes_no_cache(model):
+    model.model.gradient_checkpointing_enable()
+    with gistkern.patch_llama(model):
+        assert model.train()(random_ids(1, 4)).past_key_values is None
+        with pytest.raises(ValueError, match="cannot be filled under gradient checkpointing"):
+            model(random_ids(1, 4), use_cache=True)
+
+
+def test_autocast():
+    model = make_model(dtype=torch.float32)
+    with gistkern.patch_llama(model, num_gist_tokens=2) as handle, torch.no_grad():
+        ids = torch.cat([random_ids(1, 8), torch.tensor([handle.gist_token_ids]), random_ids(1, 4)], 1)
+        plain = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(ids, use_cache=False).logits
+            cache = gistkern.compress(model, ids[:, :8])
+            decoded = model(ids[:, 10:], past_key_values=cache).logits
+    assert (mixed - plain).abs().max() < 0.1 * plain.abs().max()
+    assert (decoded - plain[:, 10:]).abs().max() < 0.1 * plain.abs().max()
+
+
+def test_patching_inner_and_outer_model_is_an_error(model):
+    with gistkern.patch_llama(model.model), pytest.raises(ValueError, match="patched already"):
+        gistkern.patch_llama(model)

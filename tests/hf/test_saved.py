@@ -133,7 +133,7 @@ def test_adapter_trained_with_other_settings_is_refused(tmp_path):
     other = make_model()
     handle = gistkern.patch_llama(other, **{**SETTINGS, "positions": "absolute"})
     loaded = PeftModel.from_pretrained(other, tmp_path)
-    with pytest.raises(ValueError, match="trained with 3 gist tokens, positions='gist_first' and sink_tokens=2"):
+    with pytest.raises(ValueError, match=r"trained with num_gist_tokens=3, .*positions='gist_first', sink_tokens=2"):
         loaded(stream(handle))
 
 
@@ -160,3 +160,58 @@ def test_adapter_trains_and_generates_with_gradient_checkpointing():
         optimizer.step()
     assert losses[-1] < losses[0]
     assert handle.trainable_parameters()[0].grad.abs().sum() > 0
+
+
+def test_an_adapter_loaded_before_patching_is_refused(tmp_path):
+    model = make_model()
+    gistkern.patch_llama(model, **SETTINGS)
+    get_peft_model(model, LoraConfig(**LORA)).save_pretrained(tmp_path)
+    late = make_model()
+    PeftModel.from_pretrained(late, tmp_path)
+    with pytest.raises(ValueError, match="before wrapping it with peft or loading an adapter"):
+        gistkern.patch_llama(late, **SETTINGS)
+
+
+def test_the_split_into_segment_gists_is_checked(tmp_path):
+    model = make_model()
+    gistkern.patch_llama(model, num_gist_tokens=3, num_segment_gist_tokens=2)
+    get_peft_model(model, LoraConfig(**LORA)).save_pretrained(tmp_path)
+    other = make_model()
+    gistkern.patch_llama(other, num_gist_tokens=2, num_segment_gist_tokens=3)
+    with pytest.raises(ValueError, match="trained with num_gist_tokens=3, num_segment_gist_tokens=2"):
+        PeftModel.from_pretrained(other, tmp_path)(random_ids(1, 4))
+
+
+def test_unpatching_and_patching_a_checkpoint_again_keeps_its_rows(checkpoint):
+    path, ids, expected = checkpoint
+    model = LlamaForCausalLM.from_pretrained(path).eval()
+    gistkern.patch_llama(model).unpatch()
+    gistkern.patch_llama(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_cache_of_another_adapter_is_refused(tmp_path):
+    model = make_model()
+    gistkern.patch_llama(model, **SETTINGS)
+    adapted = get_peft_model(model, LoraConfig(**LORA)).eval()
+    cache = gistkern.compress(adapted, random_ids(1, 9))
+    cache.save(tmp_path / "cache")
+    adapted.add_adapter("other", LoraConfig(**LORA, init_lora_weights=False))
+    gistkern.GistCache.load(tmp_path / "cache", model)  # an idle adapter changes nothing
+    adapted.set_adapter("other")
+    with pytest.raises(ValueError, match="written by another model"):
+        gistkern.GistCache.load(tmp_path / "cache", model)
+
+
+def test_ids_of_a_tokenizer_come_back_without_it(tmp_path):
+    from test_patch import Tokenizer
+
+    model = make_model()
+    gistkern.patch_llama(model, Tokenizer(90), num_gist_tokens=2)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    with gistkern.patch_llama(again) as handle:
+        assert handle.gist_token_ids == [90, 91]
+    with pytest.raises(ValueError, match="begin at id 95, the checkpoint's at 90"):
+        gistkern.patch_llama(again, Tokenizer(95))
