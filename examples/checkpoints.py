@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
 from gistkern import GistHandle, patch_llama
 from optimizer import Optimizers
@@ -22,6 +23,10 @@ from optimizer import Optimizers
 __all__ = ["Progress", "latest", "load_model", "load_progress", "save"]
 
 KEEP = 2
+
+# transformers draws a bar for every file and reports the gist rows, which patching reads, as unexpected keys
+logging.disable_progress_bar()
+logging.set_verbosity_error()
 
 
 @dataclass

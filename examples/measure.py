@@ -120,9 +120,10 @@ def _measure_in_this_process(length: int) -> None:
             question = model(question, past_key_values=cache).logits[:, -1:].argmax(-1)
         after_decode = _peak()
     known = before is not None
+    # the resident set is counted lazily by the kernel: growth below a few hundred kilobytes is noise
     peaks = {
-        "prefill_peak_bytes": after_prefill - before if known else None,
-        "decode_peak_bytes": after_decode - kept if known else None,
+        "prefill_peak_bytes": max(0, after_prefill - before) if known else None,
+        "decode_peak_bytes": max(0, after_decode - kept) if known else None,
     }
     print(json.dumps(peaks))
 

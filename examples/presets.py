@@ -26,7 +26,7 @@ class Stage:
 class Preset:
     """A model, its gist scheme, a curriculum and an evaluation.
 
-    `evaluate` lists (language, tokens, samples). `learning_rate` is for a batch of 32 and scales with the
+    A batch is in one language, drawn by its share. `evaluate` lists (language, tokens, samples). `learning_rate` is for a batch of 32 and scales with the
     square root of the batch. `leak` trains with the mask off: the failure that gistkern exists to prevent.
     """
 
@@ -34,6 +34,7 @@ class Preset:
     stages: tuple[Stage, ...]
     evaluate: tuple[tuple[str, int, int], ...]
     languages: tuple[str, ...] = ("en", "ko")
+    language_shares: tuple[float, ...] = (0.4, 0.6)  # the Korean needles took longer to learn
     vocab_size: int = 1024
     gist_tokens: int = 10
     segment_gist_tokens: int = 8
@@ -59,7 +60,7 @@ _TINY = Preset(
         Stage((1, 1), 56, batch_size=32, steps=250, gate=0.85),
         Stage((1, 1), 96, batch_size=32, steps=250, gate=0.93),
         Stage((2, 8), 96, batch_size=8, steps=250, gate=0.93),
-        Stage((2, 48), 96, batch_size=4, steps=420),
+        Stage((2, 48), 96, batch_size=4, steps=560),
     ),
     evaluate=(
         ("en", 500, 50),
