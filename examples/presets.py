@@ -27,7 +27,8 @@ class Preset:
     """A model, its gist scheme, a curriculum and an evaluation.
 
     A batch is in one language, drawn by its share. `evaluate` lists (language, tokens, samples).
-    `learning_rate` is for a batch of 32 and scales with the square root of the batch. `leak` trains with the mask off: the failure that gistkern exists to prevent.
+    `learning_rate` is for a batch of 32 and scales with the square root of the batch; Muon and AdamW take
+    multiples of it. `leak` trains with the mask off: the failure that gistkern exists to prevent.
     """
 
     name: str
