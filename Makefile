@@ -31,7 +31,7 @@ demo: setup ## train the tiny preset on CPU, drop the context's cache, answer fr
 	$(BIN)/python examples/train_niah.py --preset $(PRESET) $(or $(ARGS),--overwrite)
 
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
 
 lint: setup ## ruff (format and rules) and mypy
 	$(BIN)/ruff format --check .
