@@ -26,7 +26,7 @@ class Stage:
 class Preset:
     """A model, its gist scheme, a curriculum and an evaluation.
 
-    A batch is in one language, drawn by its share. `evaluate` lists (language, tokens, samples).
+    Each batch is in one of the `languages`. `evaluate` lists (language, tokens, samples).
     `learning_rate` is for a batch of 32 and scales with the square root of the batch; Muon and AdamW take
     multiples of it. `leak` trains with the mask off: the failure that gistkern exists to prevent.
     """
@@ -35,7 +35,6 @@ class Preset:
     stages: tuple[Stage, ...]
     evaluate: tuple[tuple[str, int, int], ...]
     languages: tuple[str, ...] = ("en", "ko")
-    language_shares: tuple[float, ...] = (0.4, 0.6)  # the Korean needles took longer to learn
     vocab_size: int = 1024
     gist_tokens: int = 10
     segment_gist_tokens: int = 8

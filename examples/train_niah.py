@@ -80,8 +80,7 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
         while not progress.finished:
             stage = settings.stages[progress.stage]
             rng = random.Random(f"{seed}-{progress.step}")
-            (language,) = rng.choices(settings.languages, settings.language_shares)
-            haystack = haystacks[language]
+            haystack = haystacks[rng.choice(settings.languages)]
             haystack.rng = rng
             batch = make_batch(haystack, handle, stage, rng)
             rate = _learning_rate(settings, progress)

@@ -101,7 +101,8 @@ def test_gradient_of_the_tail_stops_at_the_gist_rows():
 @pytest.mark.parametrize("name", ["T=700-hierarchical", "T=777-sliding"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_runs_are_bit_identical(name, threads, request):
-    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     torch.set_num_threads(threads)
     layout = LONG[name]
     inputs = make_inputs(layout, heads=6, kv_heads=2)
