@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     model, _, tokenizer = load_model(checkpoint)
     model.eval()
-    answers = list(answer_samples(model, tokenizer, samples, settings.segment_length, "evaluating"))
+    answers = list(answer_samples(model, tokenizer, samples, settings.segments, "evaluating"))
     config = model.config
     rows = rows_of(answers, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4)
     given.output.mkdir(parents=True, exist_ok=True)

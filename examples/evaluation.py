@@ -48,22 +48,22 @@ class Answer:
 
 
 def answer_samples(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segment_length: int, show: str = ""
+    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segments: dict[str, int], show: str = ""
 ) -> Iterable[Answer]:
     """Compress each context, then generate the answer to its question from the cache."""
     for begin in tqdm(range(0, len(samples), BATCH), desc=show, disable=not show, leave=False):
         batch = samples[begin : begin + BATCH]
-        cache = compress_samples(model, tokenizer, batch, segment_length)
+        cache = compress_samples(model, tokenizer, batch, segments)
         rows, size = cache.gist_rows.tolist(), cache.nbytes // len(batch)
         for sample, said, count in zip(batch, ask(model, tokenizer, cache, batch), rows, strict=True):
             yield Answer(sample, said, count, size)
 
 
 def compress_samples(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segment_length: int
+    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segments: dict[str, int]
 ) -> GistCache:
     ids, mask = left_padded(tokenizer, [sample.context for sample in samples])
-    return compress(model, ids, mask, segment_length=segment_length)
+    return compress(model, ids, mask, **segments)
 
 
 def ask(model: LlamaForCausalLM, tokenizer: Tokenizer, cache: GistCache, samples: Sequence[Sample]) -> list[str]:
@@ -133,7 +133,7 @@ def _by_depth(group: Sequence[Answer], bins: int = 10) -> list[dict[str, Any]]:
 
 
 def swap_test(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segment_length: int
+    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segments: dict[str, int]
 ) -> dict[str, Any]:
     """Give each question the cache of the next sample: the answer must be that sample's key, not its own."""
     swapped = own = n = 0
@@ -142,7 +142,7 @@ def swap_test(
         if len(batch) < 2:
             continue
         order = torch.roll(torch.arange(len(batch)), -1)
-        cache = compress_samples(model, tokenizer, batch, segment_length)
+        cache = compress_samples(model, tokenizer, batch, segments)
         cache.batch_select_indices(order)
         for place, said in enumerate(ask(model, tokenizer, cache, batch)):
             swapped += said == batch[int(order[place])].answer
@@ -161,7 +161,7 @@ def evaluate_run(checkpoint: Path, settings: Preset, run: Path, seed: int = 1) -
     for language, tokens, count in settings.evaluate:
         samples = list(dataset(tokenizer, language, tokens, count, seed=seed))
         show = f"evaluating {language} {tokens}"
-        answers += answer_samples(model, tokenizer, samples, settings.segment_length, show)
+        answers += answer_samples(model, tokenizer, samples, settings.segments, show)
     language, tokens, _ = max(settings.evaluate, key=lambda row: row[1])
     probe = list(dataset(tokenizer, language, tokens, 20, seed=seed + 1))
     config = model.config
@@ -171,8 +171,8 @@ def evaluate_run(checkpoint: Path, settings: Preset, run: Path, seed: int = 1) -
         "checkpoint": checkpoint.name,
         "decoding": "greedy, from the gist rows alone; the context is compressed before the question is seen",
         "rows": rows_of(answers, bytes_per_token),
-        "swap": swap_test(model, tokenizer, probe, settings.segment_length),
-        "side_by_side": side_by_side(checkpoint, tokenizer, probe[0], settings.segment_length),
+        "swap": swap_test(model, tokenizer, probe, settings.segments),
+        "side_by_side": side_by_side(checkpoint, tokenizer, probe[0], settings.segments),
         "answers": [{**asdict(a.sample), "context": None, "said": a.said} for a in answers],
     }
     if settings.leak:

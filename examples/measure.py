@@ -29,7 +29,7 @@ RUNS = 3
 NEW_TOKENS = 64
 
 
-def side_by_side(checkpoint: Path, tokenizer: Tokenizer, sample: Sample, segment_length: int) -> dict[str, Any]:
+def side_by_side(checkpoint: Path, tokenizer: Tokenizer, sample: Sample, segments: dict[str, int]) -> dict[str, Any]:
     """Time to first token, decode speed and peak memory with gist rows and with the full-context cache.
 
     Both read the same context with the same weights; the full cache is transformers' own DynamicCache on the
@@ -44,7 +44,7 @@ def side_by_side(checkpoint: Path, tokenizer: Tokenizer, sample: Sample, segment
     handle.unpatch()
     times: dict[str, list[tuple[float, float]]] = {"gist": [], "full": []}
     for _ in range(RUNS):
-        times["gist"].append(_timed(gist_model, _gist_prefill(gist_model, context, segment_length), question))
+        times["gist"].append(_timed(gist_model, _gist_prefill(gist_model, context, segments), question))
         times["full"].append(_timed(full_model, _full_prefill(full_model, context), question))
     found: dict[str, Any] = {
         "tokens": sample.tokens,
@@ -56,13 +56,13 @@ def side_by_side(checkpoint: Path, tokenizer: Tokenizer, sample: Sample, segment
         found[name] = {
             "time_to_first_token_s": statistics.median(first for first, _ in pairs),
             "decode_tokens_per_s": statistics.median(speed for _, speed in pairs),
-            **_peaks(checkpoint, name, context, question, segment_length),
+            **_peaks(checkpoint, name, context, question, segments),
         }
     return found
 
 
-def _gist_prefill(model: LlamaForCausalLM, context: torch.Tensor, segment_length: int) -> Callable[[], Any]:
-    return lambda: compress(model, context, segment_length=segment_length)
+def _gist_prefill(model: LlamaForCausalLM, context: torch.Tensor, segments: dict[str, int]) -> Callable[[], Any]:
+    return lambda: compress(model, context, **segments)
 
 
 def _full_prefill(model: LlamaForCausalLM, context: torch.Tensor) -> Callable[[], Any]:
@@ -85,32 +85,36 @@ def _timed(model: LlamaForCausalLM, prefill: Callable[[], Any], question: torch.
     return first - begin, NEW_TOKENS / (time.perf_counter() - first)
 
 
-def _peaks(checkpoint: Path, which: str, context: torch.Tensor, question: torch.Tensor, length: int) -> dict[str, Any]:
+def _peaks(
+    checkpoint: Path, which: str, context: torch.Tensor, question: torch.Tensor, segments: dict[str, int]
+) -> dict[str, Any]:
     """Growth of the peak resident set in prefill and, from what prefill left, in decode; None off Linux."""
     request = {
         "checkpoint": str(checkpoint),
         "which": which,
         "context": context.tolist(),
         "question": question.tolist(),
+        "segments": segments,
     }
-    command = [sys.executable, str(Path(__file__)), str(length)]
+    command = [sys.executable, str(Path(__file__))]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def _measure_in_this_process(length: int) -> None:
+def _measure_in_this_process() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(1)
     model, handle, _ = load_model(Path(request["checkpoint"]))
     model.eval()
     context, question = torch.tensor(request["context"]), torch.tensor(request["question"])
+    segments = request["segments"]
     if request["which"] == "gist":
-        prefill = _gist_prefill(model, context, length)
-        compress(model, context[:, :length], segment_length=length)  # allocators and kernels warm up first
+        prefill = _gist_prefill(model, context, segments)
+        compress(model, context[:, :100], **segments)  # allocators and kernels warm up first
     else:
         handle.unpatch()
         prefill = _full_prefill(model, context)
-        model(context[:, :length])
+        model(context[:, :100])
     with torch.no_grad():
         before = _reset_peak()
         cache = prefill()
@@ -151,4 +155,4 @@ def _status(field: str) -> int | None:
 
 
 if __name__ == "__main__":
-    _measure_in_this_process(int(sys.argv[1]))
+    _measure_in_this_process()

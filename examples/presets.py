@@ -40,6 +40,7 @@ class Preset:
     segment_gist_tokens: int = 8
     positions: str = "gist_first"
     sink_tokens: int = 0
+    segment_overlap: int = 24  # longer than one statement of a key, which a boundary then cannot cut in both segments
     learning_rate: float = 4e-3
     muon_factor: float = 4.0
     adamw_factor: float = 2.0
@@ -48,9 +49,9 @@ class Preset:
     leak: bool = False
 
     @property
-    def segment_length(self) -> int:
-        """Raw tokens per segment when compressing: what the last stage trained with."""
-        return self.stages[-1].segment_length
+    def segments(self) -> dict[str, int]:
+        """How contexts are cut when compressing: `gistkern.compress` takes these arguments."""
+        return {"segment_length": self.stages[-1].segment_length, "segment_overlap": self.segment_overlap}
 
 
 _TINY = Preset(
@@ -88,7 +89,8 @@ PRESETS = {one.name: one for one in (_TINY, _SMOKE)}
 def preset(name: str, leak: bool = False) -> Preset:
     """The preset called `name`; ValueError names the known ones.
 
-    With `leak` the curriculum stops before contexts become too long for an unmasked model.
+    With `leak` the curriculum stops before contexts become too long for an unmasked model, and tokens keep
+    their places in the stream: `gist_first` means nothing where everything is seen.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
@@ -96,4 +98,4 @@ def preset(name: str, leak: bool = False) -> Preset:
     if not leak:
         return found
     short = tuple(row for row in found.evaluate if row[1] <= 500)
-    return replace(found, name=f"{name}-leak", stages=found.stages[:3], evaluate=short, leak=True)
+    return replace(found, name=f"{name}-leak", stages=found.stages[:3], evaluate=short, positions="absolute", leak=True)

@@ -77,11 +77,8 @@ def answer_logits(model: LlamaForCausalLM, batch: Batch, leak: bool = False) -> 
     With `leak` every token sees every earlier one, as in the proof of concept whose mask leaked.
     """
     layout = batch.layout
-    positions = layout.positions("gist_first")
     if leak:
         everything = GistLayout.from_segments([], 1, tail=layout.num_rows)
         layout = GistLayout.stack([everything] * layout.batch_size)
-    output = model(
-        batch.input_ids, gist_layout=layout, position_ids=positions, logits_to_keep=KEY_DIGITS + 1, use_cache=False
-    )
+    output = model(batch.input_ids, gist_layout=layout, logits_to_keep=KEY_DIGITS + 1, use_cache=False)
     return output.logits[:, :-1]

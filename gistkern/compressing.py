@@ -30,6 +30,7 @@ def compress(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     segment_length: int | None = None,
+    segment_overlap: int = 0,
 ) -> GistCache:
     """Read a context and keep its gist rows only.
 
@@ -47,6 +48,9 @@ def compress(
         then dropped, so memory holds one segment however long the context is. On a model with
         ``num_segment_gist_tokens`` the segments instead write those, independently of each other, and the
         gist tokens that stay are a summary that sees all of them.
+    segment_overlap : int
+        Raw tokens at the start of each segment that repeat the end of the one before, so that what a boundary
+        cuts is whole in one of the two. They are read, and counted, twice.
 
     Returns
     -------
@@ -66,6 +70,11 @@ def compress(
         raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {tuple(input_ids.shape)}")
     if segment_length is not None:
         check_count("segment_length", segment_length, least=1)
+    check_count("segment_overlap", segment_overlap)
+    if segment_overlap and segment_overlap >= (segment_length or 0):
+        raise ValueError(
+            f"segment_overlap must be less than segment_length, got {segment_overlap} and {segment_length}"
+        )
     valid = check_padding(input_ids, attention_mask)
     if not bool(valid.any(1).all()):
         raise ValueError(f"sample {int((~valid.any(1)).int().argmax())} of the context is empty")
@@ -73,16 +82,17 @@ def compress(
         raise ValueError("the context holds gist tokens already: pass the raw context, compress appends them")
 
     cache = GistCache()
-    samples = [ids[real] for ids, real in zip(input_ids, valid, strict=True)]
+    length = segment_length or input_ids.shape[1]
+    samples = [_segments(ids[real], length, segment_overlap) for ids, real in zip(input_ids, valid, strict=True)]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         if not handle.segment_gist_token_ids:
-            _segment_wise(handle, cache, samples, segment_length or input_ids.shape[1])
+            _segment_wise(handle, cache, samples)
         elif segment_length is None:
             raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
         else:
-            _hierarchical(handle, cache, samples, segment_length)
+            _hierarchical(handle, cache, samples, length)
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -91,12 +101,17 @@ def compress(
     return cache
 
 
-def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[torch.Tensor], length: int) -> None:
+def _segments(ids: torch.Tensor, length: int, overlap: int) -> list[torch.Tensor]:
+    """A context in segments of `length` tokens (the last may be shorter), each but the first with its overlap."""
+    last = max(1, len(ids) - overlap)
+    return [ids[begin : begin + length] for begin in range(0, last, length - overlap)]
+
+
+def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]]) -> None:
     """One call per segment; samples that have ended bring padding only."""
-    gists = samples[0].new_tensor(handle.gist_token_ids)
-    none = samples[0][:0]
-    for begin in range(0, max(len(ids) for ids in samples), length):
-        pieces = [torch.cat([ids[begin : begin + length], gists]) if begin < len(ids) else none for ids in samples]
+    gists = samples[0][0].new_tensor(handle.gist_token_ids)
+    for index in range(max(len(segments) for segments in samples)):
+        pieces = [torch.cat([segments[index], gists]) if index < len(segments) else gists[:0] for segments in samples]
         ids, valid = _left_padded(pieces)
         plan = plan_call(
             _state(cache, ids),
@@ -108,22 +123,22 @@ def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[torch.Tens
         _run(handle, cache, ids, valid, plan.layout.closed(), plan.position_ids)
 
 
-def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[torch.Tensor], length: int) -> None:
+def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]], length: int) -> None:
     """Independent segments, many per call, then one call of summary gists that sees all segment gists."""
     if handle.sink_tokens > length:
         raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
-    ends = samples[0].new_tensor(handle.segment_gist_token_ids)
-    step = max(1, CALL_TOKENS // length) * length
-    for begin in range(0, max(len(ids) for ids in samples), step):
-        pieces = []
-        for sample in samples:
-            segments = sample[begin : begin + step].split(length) if begin < len(sample) else ()
-            pieces.append(torch.cat([sample[:0], *(p for segment in segments for p in (segment, ends))]))
+    ends = samples[0][0].new_tensor(handle.segment_gist_token_ids)
+    step = max(1, CALL_TOKENS // length)
+    for first in range(0, max(len(segments) for segments in samples), step):
+        pieces = [
+            torch.cat([ends[:0], *(part for segment in segments[first : first + step] for part in (segment, ends))])
+            for segments in samples
+        ]
         _run_independent(handle, cache, *_left_padded(pieces))
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
-    sinks = ends.new_tensor([min(len(sample), handle.sink_tokens) for sample in samples])
+    sinks = ends.new_tensor([min(len(segments[0]), handle.sink_tokens) for segments in samples])
     _sinks_last(cache, _state(cache, ends), sinks)
-    _run_summary(handle, cache, samples[0].new_tensor(handle.gist_token_ids), sinks)
+    _run_summary(handle, cache, ends.new_tensor(handle.gist_token_ids), sinks)
 
 
 def _run_independent(handle: GistHandle, cache: GistCache, ids: torch.Tensor, valid: torch.Tensor) -> None:
