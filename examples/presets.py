@@ -89,13 +89,21 @@ PRESETS = {one.name: one for one in (_TINY, _SMOKE)}
 def preset(name: str, leak: bool = False) -> Preset:
     """The preset called `name`; ValueError names the known ones.
 
-    With `leak` the curriculum stops before contexts become too long for an unmasked model, and tokens keep
-    their places in the stream: `gist_first` means nothing where everything is seen.
+    With `leak` the curriculum ends with single short contexts, which an unmasked model of this size learns to
+    read as well, and tokens keep their places in the stream: `gist_first` means nothing where all is seen.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     found = PRESETS[name]
     if not leak:
         return found
-    short = tuple(row for row in found.evaluate if row[1] <= 500)
-    return replace(found, name=f"{name}-leak", stages=found.stages[:3], evaluate=short, positions="absolute", leak=True)
+    first = found.stages[0]
+    return replace(
+        found,
+        name=f"{name}-leak",
+        stages=(replace(first, steps=2 * first.steps),),
+        evaluate=tuple((language, first.segment_length - 2, 50) for language in found.languages),
+        positions="absolute",
+        segment_overlap=0,
+        leak=True,
+    )

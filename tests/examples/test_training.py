@@ -183,7 +183,7 @@ def test_leak_preset_trains_and_reports_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr("report._side_by_side", lambda _: [])
     settings = preset("smoke", leak=True)
     checkpoint = train_niah.train(settings, 0, tmp_path / settings.name)
-    assert checkpoint.name == "checkpoint-000008"
+    assert checkpoint.name == "checkpoint-000008"  # twice the first stage
     report = evaluate_run(checkpoint, settings, tmp_path)
     assert [row["language"] for row in report["context_visible"]] == ["en", "ko"]
     assert "With the context still in sight (ko, n=50)" in (tmp_path / "report.md").read_text()

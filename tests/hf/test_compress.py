@@ -35,6 +35,28 @@ def test_hierarchical_needs_a_segment_length():
         gistkern.compress(model, random_ids(1, 9), segment_length=3)
 
 
+@pytest.mark.parametrize("segment_gists", [0, 2])
+def test_overlapping_segments_read_the_boundary_twice(model, segment_gists):
+    """A context of 17 tokens in segments of 7 that share 3: the stream repeats those three."""
+    handle = gistkern.patch_llama(model, num_gist_tokens=3, num_segment_gist_tokens=segment_gists)
+    context, tail = random_ids(1, 17), random_ids(1, 4, 2)
+    pieces = [context[:, begin : begin + 7] for begin in (0, 4, 8, 12)]
+    assert torch.equal(pieces[-1], context[:, 12:17])
+    ends = torch.tensor([handle.segment_gist_token_ids or handle.gist_token_ids])
+    stream = torch.cat([part for piece in pieces for part in (piece, ends)], 1)
+    layout = None
+    if segment_gists:
+        stream = torch.cat([stream, torch.tensor([handle.gist_token_ids])], 1)
+        layout = gistkern.GistLayout.hierarchical([7, 7, 7, 5], 2, 3, tail=4)
+    with torch.no_grad():
+        full = model(torch.cat([stream, tail], 1), gist_layout=layout, use_cache=False).logits[:, -4:]
+        cache = gistkern.compress(model, context, segment_length=7, segment_overlap=3)
+        torch.testing.assert_close(model(tail, past_key_values=cache).logits, full, rtol=0, atol=1e-12)
+    for arguments in ({"segment_length": 3, "segment_overlap": 3}, {"segment_overlap": 1}):
+        with pytest.raises(ValueError, match="segment_overlap must be less than segment_length"):
+            gistkern.compress(model, context, **arguments)
+
+
 def test_training_mode_and_gradients_are_left_as_they_were(model):
     with gistkern.patch_llama(model):
         model.train()
