@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
-from gistkern.hf.fingerprint import check_cache
+from gistkern.hf.fingerprint import check_cache, check_positions
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
 
@@ -215,11 +215,7 @@ def _cache(handle: GistHandle, module: nn.Module, arguments: dict[str, Any], bat
         return None
     if cache.state is not None and cache.batch_size != batch:
         raise ValueError(f"the cache holds {cache.batch_size} samples, the call has {batch}")
-    if cache.positions not in (None, handle.positions):
-        raise ValueError(
-            f"the cache was written with positions={cache.positions!r}, the model is patched with "
-            f"positions={handle.positions!r}: patch it with the scheme it was trained with"
-        )
+    check_positions(cache, handle)
     cache.positions = handle.positions
     if cache.unchecked:
         check_cache(cache, handle.model)

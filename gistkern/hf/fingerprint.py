@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gistkern.cache import GistCache
+    from gistkern.hf.patch import GistHandle
 
-__all__ = ["check_cache", "fingerprint"]
+__all__ = ["check_cache", "check_positions", "fingerprint"]
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
 
@@ -45,16 +46,21 @@ def _idle_adapters(inner: nn.Module) -> set[str]:
     return loaded - active
 
 
-def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
-    """Raise ValueError unless `model` (patched) wrote `cache`."""
-    from gistkern.hf.patch import handle_of
-
-    handle = handle_of(model)
+def check_positions(cache: GistCache, handle: GistHandle) -> None:
+    """Raise ValueError if the cache was written under another position scheme than the handle's."""
     if cache.positions not in (None, handle.positions):
         raise ValueError(
             f"the cache was written with positions={cache.positions!r}, the model is patched with "
             f"positions={handle.positions!r}: patch it with the scheme it was trained with"
         )
+
+
+def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
+    """Raise ValueError unless `model` (patched) wrote `cache`."""
+    from gistkern.hf.patch import handle_of
+
+    handle = handle_of(model)
+    check_positions(cache, handle)
     dtype = cache.layers[0].dtype if cache.layers else None
     if dtype not in (None, model.dtype):
         raise ValueError(f"the cache holds {dtype}, the model {model.dtype}: load the model in {dtype}")

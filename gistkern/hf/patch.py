@@ -213,7 +213,6 @@ class GistHandle:
         holder = rows.modules_to_save[active] if active in getattr(rows, "modules_to_save", ()) else rows
         settings = getattr(holder, "original_module", holder).settings
         # the tensor itself is kept, so that its id cannot be another one's
-        seen = (settings, settings._version)
         if self._checked is not None and self._checked[0] is settings and self._checked[1] == settings._version:
             return
         if settings.tolist() != self._settings:
@@ -221,7 +220,7 @@ class GistHandle:
                 f"the gist rows were trained with {_spelled(settings.tolist())}; the model is patched with "
                 f"{_spelled(self._settings)}: patch it with the settings of the training"
             )
-        self._checked = seen
+        self._checked = (settings, settings._version)
 
     def unpatch(self) -> None:
         """Take everything back: the model is bit for bit what it was. Calling it again does nothing."""
