@@ -7,7 +7,7 @@ import torch
 from gistkern import backends
 from gistkern.layout import GistLayout
 
-__all__ = ["gather_rows", "gist_attention"]
+__all__ = ["gist_attention"]
 
 
 def gist_attention(
@@ -36,7 +36,7 @@ def gist_attention(
     past_key, past_value : Tensor, optional
         ``[B, Hkv, layout.past, D]``: compact rows of earlier calls, before this call's own.
     scale : float, optional
-        Of the scores; ``D ** -0.5`` by default.
+        Of the scores, positive; ``D ** -0.5`` by default.
     backend : str
         ``"auto"`` or a name of `gistkern.backends.BACKENDS`. A named backend never falls back.
     return_lse : bool
@@ -50,7 +50,7 @@ def gist_attention(
     Raises
     ------
     ValueError
-        If tensors and layout do not fit each other, or the backend is unknown.
+        If tensors and layout do not fit each other, the scale is not positive, or the backend is unknown.
     RuntimeError
         If the backend cannot serve these tensors.
 
@@ -64,11 +64,14 @@ def gist_attention(
     from gistkern import ops
 
     _check_tensors(q, k, v, layout, past_key, past_value)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale}")
     name = backends.choose(backend, q)
-    gist_k, gist_v = (
-        gather_rows(rows, layout.gather) if past is None else torch.cat([past, gather_rows(rows, layout.gather)], 2)
-        for rows, past in ((k, past_key), (v, past_value))
-    )
+    if layout.gather.shape[1] == 0 and past_key is not None and past_value is not None:
+        gist_k, gist_v = past_key, past_value  # decoding: nothing new to gather, nothing to copy
+    else:
+        gist_k, gist_v = ops.compact(k, v, past_key, past_value, layout.gather, name)
     out, lse = ops.attention(
         q,
         k,
@@ -78,16 +81,10 @@ def gist_attention(
         layout.gist_begin,
         layout.gist_end,
         layout.local_begin,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale,
         name,
     )
     return (out, lse) if return_lse else out
-
-
-def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows ``index`` (``[B, G]``, -1 for a filler that nobody sees) of ``[B, H, M, D]``."""
-    expanded = index.clamp(min=0)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-    return rows.gather(2, expanded)
 
 
 def _check_tensors(

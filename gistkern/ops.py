@@ -9,6 +9,9 @@
 
 and returns out ``[B, Hq, N, D]`` and the natural-log LSE ``[B, Hq, N]`` in fp32 (fp64 for fp64 inputs),
 0 and -inf on rows that see nothing. The LSE is not differentiable.
+
+``compact`` takes k, v, optional past rows ``[B, Hkv, past, D]``, the gather list int64 ``[B, G - past]`` and the
+name of a backend, and returns gist_k and gist_v.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 
 from gistkern import backends
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["attention", "attention_backward", "compact", "compact_backward"]
 
 _ROWS = "Tensor gist_begin, Tensor gist_end, Tensor local_begin, float scale, str backend"
 _KEYS = "Tensor k, Tensor v, Tensor gist_k, Tensor gist_v"
@@ -27,6 +30,13 @@ _library.define(f"attention(Tensor q, {_KEYS}, {_ROWS}) -> (Tensor, Tensor)")
 _library.define(
     f"attention_backward(Tensor grad_out, Tensor q, {_KEYS}, Tensor out, Tensor lse, {_ROWS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "compact(Tensor k, Tensor v, Tensor? past_k, Tensor? past_v, Tensor gather, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "compact_backward(Tensor grad_gist_k, Tensor grad_gist_v, Tensor gather, SymInt num_local, str backend) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -73,5 +83,52 @@ def _differentiate(ctx, grad_out, grad_lse):
 
 torch.library.register_autograd("gistkern::attention", _differentiate, setup_context=_setup_context, lib=_library)
 
+
+@torch.library.impl(_library, "compact", "CompositeExplicitAutograd")
+def _compact(k, v, past_k, past_v, gather, backend):
+    return backends.get(backend).load().compact(k, v, past_k, past_v, gather)
+
+
+@torch.library.impl(_library, "compact_backward", "CompositeExplicitAutograd")
+def _compact_backward(grad_gist_k, grad_gist_v, gather, num_local, backend):
+    return backends.get(backend).load().compact_backward(grad_gist_k, grad_gist_v, gather, num_local)
+
+
+@torch.library.register_fake("gistkern::compact", lib=_library)
+def _compact_fake(k, v, past_k, past_v, gather, backend):
+    past = 0 if past_k is None else past_k.shape[2]
+    shape = (*k.shape[:2], past + gather.shape[1], k.shape[3])
+    return k.new_empty(shape), v.new_empty(shape)
+
+
+@torch.library.register_fake("gistkern::compact_backward", lib=_library)
+def _compact_backward_fake(grad_gist_k, grad_gist_v, gather, num_local, backend):
+    shape = (*grad_gist_k.shape[:2], num_local, grad_gist_k.shape[3])
+    return grad_gist_k.new_empty(shape), grad_gist_v.new_empty(shape)
+
+
+def _setup_compact_context(ctx, inputs, output):
+    k, _, past_k, _, gather, backend = inputs
+    ctx.save_for_backward(gather)
+    ctx.num_local, ctx.backend = k.shape[2], backend
+    ctx.past = None if past_k is None else past_k.shape[2]
+
+
+def _differentiate_compact(ctx, grad_gist_k, grad_gist_v):
+    (gather,) = ctx.saved_tensors
+    past = ctx.past or 0
+    gathered = (grad[:, :, past:] for grad in (grad_gist_k, grad_gist_v))
+    grad_k, grad_v = compact_backward(*gathered, gather, ctx.num_local, ctx.backend)
+    # copies, not views: the caller may add into a gradient in place
+    past_grads = (None, None) if ctx.past is None else (g[:, :, :past].clone() for g in (grad_gist_k, grad_gist_v))
+    return (grad_k, grad_v, *past_grads, None, None)
+
+
+torch.library.register_autograd(
+    "gistkern::compact", _differentiate_compact, setup_context=_setup_compact_context, lib=_library
+)
+
 attention = torch.ops.gistkern.attention.default
 attention_backward = torch.ops.gistkern.attention_backward.default
+compact = torch.ops.gistkern.compact.default
+compact_backward = torch.ops.gistkern.compact_backward.default

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from gistkern.compaction import compact, compact_backward
 from gistkern.layout import GistLayout
 
-__all__ = ["backward", "dense_mask", "dense_scores", "forward", "from_layout"]
+__all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_scores", "forward", "from_layout"]
 
 
 def dense_mask(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gistkern import reference
-from gistkern.attention import gather_rows, gist_attention
+from gistkern.attention import gist_attention
+from gistkern.compaction import gather_rows
 from gistkern.layout import GistLayout
 
 __all__ = ["Inputs", "assert_within_budget", "compare", "make_inputs"]

@@ -1,7 +1,8 @@
 """The GPUs that kernels are compiled and tuned for, as far as block sizes depend on them.
 
 Sources: NVIDIA CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (shared
-memory, registers) and the vendors' datasheets (multiprocessors).
+memory, registers) and the vendors' datasheets (multiprocessors, L2 cache); AMD's CDNA 3 white paper for gfx942, whose
+4 MiB of L2 are per die.
 """
 
 from __future__ import annotations
@@ -13,23 +14,30 @@ __all__ = ["CHIPS", "Chip", "chip_for"]
 
 @dataclass(frozen=True)
 class Chip:
-    """One compute capability. Sizes in bytes; `multiprocessors` of its largest shipped card."""
+    """One architecture. Sizes in bytes; `multiprocessors` and `l2_bytes` of the first example.
+
+    `capability` is CUDA's; None for AMD.
+    """
 
     arch: str
-    capability: tuple[int, int]
+    capability: tuple[int, int] | None
     shared_per_block: int
     shared_per_multiprocessor: int
     multiprocessors: int
+    l2_bytes: int
     example: str
 
 
+_KB, _MB = 1024, 1024 * 1024
+
 CHIPS = (
-    Chip("sm_80", (8, 0), 163 * 1024, 164 * 1024, 108, "A100"),
-    Chip("sm_86", (8, 6), 99 * 1024, 100 * 1024, 84, "RTX 3090, A40"),
-    Chip("sm_89", (8, 9), 99 * 1024, 100 * 1024, 142, "L40S, RTX 4090 (128)"),
-    Chip("sm_90", (9, 0), 227 * 1024, 228 * 1024, 132, "H100, H200"),
-    Chip("sm_100", (10, 0), 227 * 1024, 228 * 1024, 148, "B200"),
-    Chip("sm_120", (12, 0), 99 * 1024, 100 * 1024, 188, "RTX PRO 6000 Blackwell, RTX 5090 (170)"),
+    Chip("sm_80", (8, 0), 163 * _KB, 164 * _KB, 108, 40 * _MB, "A100"),
+    Chip("sm_86", (8, 6), 99 * _KB, 100 * _KB, 82, 6 * _MB, "RTX 3090, A40"),
+    Chip("sm_89", (8, 9), 99 * _KB, 100 * _KB, 128, 72 * _MB, "RTX 4090, L40S"),
+    Chip("sm_90", (9, 0), 227 * _KB, 228 * _KB, 132, 50 * _MB, "H100, H200"),
+    Chip("sm_100", (10, 0), 227 * _KB, 228 * _KB, 148, 126 * _MB, "B200"),
+    Chip("sm_120", (12, 0), 99 * _KB, 100 * _KB, 188, 128 * _MB, "RTX PRO 6000 Blackwell, RTX 5090"),
+    Chip("gfx942", None, 64 * _KB, 64 * _KB, 304, 4 * _MB, "MI300X"),
 )
 
 

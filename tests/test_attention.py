@@ -8,7 +8,7 @@ from strategies import layouts
 from torch.utils.checkpoint import checkpoint
 
 from gistkern import GistLayout, gist_attention, ops
-from gistkern.attention import gather_rows
+from gistkern.compaction import gather_rows
 from gistkern.testing import compare, make_inputs
 
 
@@ -193,7 +193,13 @@ def good_call():
         (lambda c: {"v": c["v"].double()}, ValueError, "v is torch.float64 on cpu, q torch.float32"),
         (lambda c: {"past_key": c["k"]}, ValueError, "go together"),
         (lambda c: {"past_key": c["k"], "past_value": c["v"]}, ValueError, "expects 0 past rows, past_key has 9"),
-        (lambda c: {"backend": "fast"}, ValueError, "unknown backend 'fast': expected 'auto' or one of cpu, reference"),
+        (lambda c: {"scale": 0.0}, ValueError, "scale must be a positive number, got 0.0"),
+        (lambda c: {"backend": "triton"}, RuntimeError, "'triton' serves CUDA and ROCm tensors, got cpu"),
+        (
+            lambda c: {"backend": "fast"},
+            ValueError,
+            "unknown backend 'fast': expected 'auto' or one of triton, cpu, reference",
+        ),
         (lambda c: {"layout": c["layout"].to("meta")}, ValueError, "the layout is on meta"),
         (
             lambda c: {name: c[name].half() for name in "qkv"} | {"backend": "reference"},

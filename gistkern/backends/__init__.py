@@ -6,6 +6,8 @@ Adding a backend is one row here and one module with `forward` and `backward`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,6 +25,25 @@ def _always() -> str | None:
 
 def _needs_cpu(q: torch.Tensor) -> str | None:
     return None if q.device.type == "cpu" else f"serves CPU tensors, got {q.device}"
+
+
+def _needs_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed: pip install 'gistkern[triton]'"
+    return None
+
+
+def _needs_cuda(q: torch.Tensor) -> str | None:
+    # under an emulator (docs/evidence.md) kernel launches take CPU tensors
+    if q.device.type != "cuda" and os.environ.get("GISTKERN_EMULATED") != "1":
+        return f"serves CUDA and ROCm tensors, got {q.device}"
+    if q.dtype == torch.float64:
+        return "computes float16, bfloat16 and float32: pass one of them, or backend='reference' for float64"
+    if q.dim() == 4 and q.shape[-1] > 256:
+        return f"has kernels for head dimensions up to 256, got {q.shape[-1]}"
+    if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, {q.device} has {torch.cuda.get_device_capability(q.device)}"
+    return None
 
 
 def _needs_full_precision(q: torch.Tensor) -> str | None:
@@ -68,6 +89,14 @@ class Backend:
 
 
 BACKENDS = (
+    Backend(
+        name="triton",
+        module="gistkern.backends.triton",
+        automatic=True,
+        what="fused kernels: one loop over gist columns, then local columns; decoding and compaction too",
+        missing=_needs_triton,
+        refuses=_needs_cuda,
+    ),
     Backend(
         name="cpu",
         module="gistkern.backends.cpu",

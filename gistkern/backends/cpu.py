@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from gistkern.backends.cpu_plan import Block, plan
+from gistkern.compaction import compact, compact_backward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "compact", "compact_backward", "forward"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -1,0 +1,89 @@
+"""Triton backend: the kernels of kernels/ behind the op, for CUDA and ROCm tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
+from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
+from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
+from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
+from gistkern.kernels.decode import launch_gist_decode
+from gistkern.kernels.schedule import DECODE_ROWS
+
+__all__ = ["backward", "compact", "compact_backward", "forward"]
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    local_begin: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
+    launch = launch_gist_decode if q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
+    tensors = [_dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
+    vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
+    return launch(*tensors, *vectors, scale, _precision())
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    local_begin: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
+    grad_out, q, k, v, gist_k, gist_v = (_dense_rows(t) for t in (grad_out, q, k, v, gist_k, gist_v))
+    gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
+    precision = _precision()
+    saved = out.contiguous(), lse.contiguous()
+    vectors = gist_begin, gist_end, local_begin
+    dq, delta = launch_gist_attn_bwd_dq(grad_out, q, k, v, gist_k, gist_v, *saved, *vectors, scale, precision)
+    rows = saved[1], delta
+    dgist = launch_gist_attn_bwd_dkv(grad_out, q, gist_k, gist_v, *rows, gist_begin, gist_end, scale, precision)
+    dlocal = launch_gist_attn_bwd_dkv(grad_out, q, k, v, *rows, local_begin, None, scale, precision)
+    return dq, *dlocal, *dgist
+
+
+def compact(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past_k: torch.Tensor | None,
+    past_v: torch.Tensor | None,
+    gather: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compact rows of keys and values in one launch; arguments as `gistkern.compaction`."""
+    past = [None if t is None else _dense_rows(t) for t in (past_k, past_v)]
+    return launch_gist_compact(_dense_rows(k), _dense_rows(v), *past, gather.contiguous())
+
+
+def compact_backward(
+    grad_gist_k: torch.Tensor, grad_gist_v: torch.Tensor, gather: torch.Tensor, num_local: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of k and v, repeated tokens added up in a fixed order; arguments as `gistkern.compaction`."""
+    grads = _dense_rows(grad_gist_k), _dense_rows(grad_gist_v)
+    return launch_gist_compact_bwd(*grads, gather.contiguous(), num_local)
+
+
+def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    # the kernels read whole rows of D; every other stride is free
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _precision() -> str:
+    """How fp32 products are computed: as the user set torch (`torch.backends.cuda.matmul.fp32_precision`)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,235 @@
+"""Forward of gist-masked attention: one merged loop over the gist columns, then the local columns."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gistkern.kernels.configs import pick
+from gistkern.kernels.device import facts_of, guard
+from gistkern.kernels.primitives import (
+    LOG2E,
+    column_pointers,
+    load_rows,
+    matmul,
+    normalised,
+    query_rows,
+    scheduled,
+    seen_columns,
+    softmax_step,
+    store_rows,
+    visible_columns,
+)
+from gistkern.kernels.schedule import pack_heads, padded, section_heads
+
+__all__ = ["attend", "gist_attn_fwd_kernel", "launch_gist_attn_fwd"]
+
+
+@triton.jit
+def attend(
+    b_q,
+    p_k,
+    p_v,
+    p_gk,
+    p_gv,
+    stride_kn,
+    stride_vn,
+    stride_gkn,
+    stride_gvn,
+    b_gist_begin,
+    b_gist_end,
+    b_local_begin,
+    b_local_row,
+    gist_lo,
+    n_gist,
+    local_lo,
+    n_full,
+    col_begin,
+    col_end,
+    qk_scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of a tile of rows ``b_q`` ``[BM, BD]`` over its visited columns ``[col_begin, col_end)``.
+
+    The range starts at a multiple of BN, and ends at one or at the last column.
+    Returns the unnormalised output ``[BM, BD]``, the running maximum (log2 units) and sum ``[BM]``.
+    """
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    for i_col in tl.range(col_begin, col_end, BN):
+        o_col = i_col + tl.arange(0, BN)
+        m_col = o_col < col_end
+        p_krow = column_pointers(p_gk, stride_gkn, p_k, stride_kn, o_col, gist_lo, n_gist, local_lo)
+        p_vrow = column_pointers(p_gv, stride_gvn, p_v, stride_vn, o_col, gist_lo, n_gist, local_lo)
+        b_k = load_rows(p_krow, m_col, D, BD)  # [BN, BD]
+        b_s = matmul(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
+        if i_col + BN > n_full:
+            m_seen = seen_columns(
+                o_col, col_end, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_end, b_local_begin, b_local_row
+            )
+            b_s = tl.where(m_seen, b_s, float("-inf"))
+        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l, qk_scale)
+        b_v = load_rows(p_vrow, m_col, D, BD)  # [BN, BD]
+        b_acc = b_acc * b_alpha[:, None] + matmul(b_p.to(b_v.dtype), b_v, PRECISION)
+    return b_acc, b_m, b_l
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_local_rows", "n_heads", "n_tiles", "section"])
+def gist_attn_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gk_ptr,
+    gv_ptr,
+    out_ptr,
+    lse_ptr,
+    gist_begin_ptr,
+    gist_end_ptr,
+    local_begin_ptr,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gkb,
+    stride_gkh,
+    stride_gkn,
+    stride_gvb,
+    stride_gvh,
+    stride_gvn,
+    n_rows,
+    n_local_rows,
+    n_heads,
+    n_tiles,
+    section,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out ``[B, HEADS, N, D]`` and natural-log LSE ``[B, HEADS, N]`` (both contiguous), one tile of rows a program.
+
+    q ``[B, HEADS, N, D]``, k v ``[B, HEADS / GROUP, M, D]``, gk gv ``[B, HEADS / GROUP, G, D]`` by strides with D
+    contiguous; gist_begin, gist_end, local_begin int32 ``[B, N]``. n_heads = B * HEADS / PACK.
+    """
+    i_tile, i_bh = scheduled(tl.program_id(0), n_tiles, n_heads, section, LAST_FIRST=True)
+    i_b = (i_bh // (HEADS // PACK)).to(tl.int64)
+    i_h = i_bh % (HEADS // PACK)
+    i_kv = (i_h * PACK // GROUP).to(tl.int64)
+    o_row, o_head, m_row = query_rows(i_tile * (BM // PACK), n_rows, i_h, PACK, BM)
+    o_rows = i_b * n_rows + o_row
+    b_gist_begin = tl.load(gist_begin_ptr + o_rows, mask=m_row, other=0)
+    b_gist_end = tl.load(gist_end_ptr + o_rows, mask=m_row, other=0)
+    b_local_begin = tl.load(local_begin_ptr + o_rows, mask=m_row, other=0)
+    b_local_row = o_row + (n_local_rows - n_rows)
+    gist_lo, n_gist, local_lo, n_local, n_full = visible_columns(
+        b_gist_begin, b_gist_end, b_local_begin, b_local_row, m_row
+    )
+    p_q = q_ptr + i_b * stride_qb + o_head.to(tl.int64) * stride_qh + o_row.to(tl.int64) * stride_qn
+    b_q = load_rows(p_q, m_row, D, BD)
+    b_acc, b_m, b_l = attend(
+        b_q,
+        k_ptr + i_b * stride_kb + i_kv * stride_kh,
+        v_ptr + i_b * stride_vb + i_kv * stride_vh,
+        gk_ptr + i_b * stride_gkb + i_kv * stride_gkh,
+        gv_ptr + i_b * stride_gvb + i_kv * stride_gvh,
+        stride_kn,
+        stride_vn,
+        stride_gkn,
+        stride_gvn,
+        b_gist_begin,
+        b_gist_end,
+        b_local_begin,
+        b_local_row,
+        gist_lo,
+        n_gist,
+        local_lo,
+        n_full,
+        0,
+        n_gist + n_local,
+        scale * LOG2E,
+        D,
+        BD,
+        BM,
+        BN,
+        PRECISION,
+    )
+    m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
+    b_out, b_lse = normalised(b_acc, b_m, b_l, m_empty)
+    p_stat = (i_b * HEADS + o_head) * n_rows + o_row
+    tl.store(lse_ptr + p_stat, b_lse, mask=m_row)
+    store_rows(out_ptr + p_stat * D, b_out.to(out_ptr.dtype.element_ty), m_row, D, BD)
+
+
+def launch_gist_attn_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    local_begin: torch.Tensor,
+    scale: float,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate out and LSE and fill them; arguments as `gistkern.ops`, with D contiguous in q, k, v and the gists."""
+    batch, heads, rows, dim = q.shape
+    kv_heads, local_rows = k.shape[1:3]
+    facts, width = facts_of(q.device), padded(dim)
+    config = pick("fwd", facts.arch, width, q.element_size())
+    pack = pack_heads(heads // kv_heads, config.block_rows)
+    tiles, packs = triton.cdiv(rows, config.block_rows // pack), batch * heads // pack
+    head_bytes = 2 * (local_rows + gist_k.shape[2]) * dim * q.element_size()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    with guard(q.device):
+        gist_attn_fwd_kernel[(tiles * packs,)](
+            q,
+            k,
+            v,
+            gist_k,
+            gist_v,
+            out,
+            lse,
+            gist_begin,
+            gist_end,
+            local_begin,
+            scale,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *gist_k.stride()[:3],
+            *gist_v.stride()[:3],
+            rows,
+            local_rows,
+            packs,
+            tiles,
+            section_heads(packs, head_bytes, facts.l2_bytes),
+            HEADS=heads,
+            GROUP=heads // kv_heads,
+            PACK=pack,
+            D=dim,
+            BD=width,
+            BM=config.block_rows,
+            BN=config.block_cols,
+            PRECISION=precision,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse

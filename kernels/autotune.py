@@ -1,0 +1,129 @@
+"""Measure tile configs on the device at hand and write the fastest to a JSON file (kernels/tuned.py).
+
+python -m gistkern.kernels.autotune --out h100.json
+GISTKERN_CONFIGS=h100.json python train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gistkern.kernels import configs, tuned
+from gistkern.kernels.configs import Config
+from gistkern.kernels.device import facts_of
+
+__all__ = ["candidates", "main", "tune"]
+
+# what is timed: Llama-3-8B heads, 16K tokens in segments of 256 + 16
+HEADS, KV_HEADS, ROWS, SEGMENT, GISTS, DECODE_PAST = 32, 8, 16384, 256, 16, 2048
+_NEAR = {
+    "block_rows": lambda config: (config.block_rows // 2, config.block_rows, config.block_rows * 2),
+    "block_cols": lambda config: (config.block_cols // 2, config.block_cols, config.block_cols * 2),
+    "num_warps": lambda config: (4, 8),
+    "num_stages": lambda config: (1, 2, 3, 4),
+}
+
+
+def candidates(start: Config) -> Iterator[Config]:
+    """The shipped config first, then its neighbours: tiles halved and doubled, 4 or 8 warps, 1 to 4 stages."""
+    yield start
+    for rows in _NEAR["block_rows"](start):
+        for cols in _NEAR["block_cols"](start):
+            for warps in _NEAR["num_warps"](start):
+                for stages in _NEAR["num_stages"](start):
+                    near = replace(start, block_rows=rows, block_cols=cols, num_warps=warps, num_stages=stages)
+                    if near != start and min(rows, cols) >= 16:
+                        yield replace(near, why="measured")
+
+
+def tune(
+    measure: Callable[[str, int, torch.dtype], float],
+    arch: str,
+    widths: tuple[int, ...] = (64, 128),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> list[dict[str, Any]]:
+    """The fastest candidate of every kernel.
+
+    Parameters
+    ----------
+    measure : callable
+        ``measure(kernel, width, dtype)``: milliseconds of one call under the configs in force. It raises
+        `triton.runtime.errors.OutOfResources` where a candidate does not fit the device.
+    arch : str
+        As in `facts_of`.
+    widths, dtypes
+        Head dimensions and precisions to measure.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    rows = []
+    for dtype in dtypes:
+        for width in widths:
+            for kernel in configs.KERNELS:
+                best: tuple[float, Config] | None = None
+                for config in candidates(configs.pick(kernel, arch, width, dtype.itemsize)):
+                    with configs.overridden(**{kernel: config}):
+                        try:
+                            spent = measure(kernel, width, dtype)
+                        except OutOfResources:
+                            continue
+                    if best is None or spent < best[0]:
+                        best = spent, config
+                if best is None:
+                    raise RuntimeError(f"no config of {kernel} fits {arch} at head dimension {width}, {dtype}")
+                chosen = {field: getattr(best[1], field) for field in tuned.FIELDS}
+                rows.append(
+                    {"kernel": kernel, "width": width, "itemsize": dtype.itemsize, **chosen, "milliseconds": best[0]}
+                )
+    return rows
+
+
+def _measure(kernel: str, width: int, dtype: torch.dtype) -> float:
+    """Median milliseconds of the call that `kernel` dominates, on the current CUDA device."""
+    from triton.testing import do_bench
+
+    from gistkern import GistLayout, gist_attention, ops
+    from gistkern.testing import make_inputs
+
+    if kernel == "decode":
+        layout = GistLayout.decode(DECODE_PAST, 64, batch_size=16, device="cuda")
+    else:
+        count = ROWS // (SEGMENT + GISTS)
+        layout = GistLayout.from_segments([SEGMENT] * count, GISTS, device="cuda")
+    inputs = make_inputs(layout, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, dtype=dtype)
+    leaves = tuple(inputs.leaves().values())
+    if kernel == "compact":
+        return do_bench(
+            lambda: ops.compact(inputs.k, inputs.v, None, None, layout.gather, "triton"), return_mode="median"
+        )
+    past = {"past_key": inputs.past_key, "past_value": inputs.past_value}
+    if not kernel.startswith("bwd"):
+        with torch.no_grad():
+            return do_bench(
+                lambda: gist_attention(inputs.q, inputs.k, inputs.v, layout, **past, backend="triton"),  # type: ignore
+                return_mode="median",
+            )
+    out = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend="triton")
+    return do_bench(lambda: torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True), return_mode="median")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Tune the current CUDA device."""
+    parser = argparse.ArgumentParser(prog="python -m gistkern.kernels.autotune", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    out = parser.parse_args(arguments).out
+    if not torch.cuda.is_available():
+        raise SystemExit("autotuning measures a GPU, and torch finds none here")
+    facts = facts_of(torch.device("cuda", torch.cuda.current_device()))
+    tuned.write(out, facts.name, facts.arch, tune(_measure, facts.arch))
+    print(f"wrote {out}: use it with {tuned.ENVIRONMENT}={out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Block sizes, warps and pipeline stages of every kernel, per architecture, head dimension and precision.
+
+Chosen by compiling (docs/evidence/kernels.md): of the tiles that neither spill registers nor exceed the chip's
+shared memory, those that move the fewest bytes per product. Nobody has timed them on a GPU yet.
+`autotune.py` measures a device and writes a JSON file; the environment variable GISTKERN_CONFIGS names the file
+to use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gistkern.kernels import tuned
+
+__all__ = ["KERNELS", "Config", "family_of", "overridden", "pick", "width_class"]
+
+KERNELS = ("fwd", "bwd_dq", "bwd_dkv", "decode", "compact")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is cut: tiles of `block_rows` packed query rows by `block_cols` key rows.
+
+    `why` says what decided it.
+    """
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+    num_stages: int
+    why: str
+
+
+# architectures whose limits and tensor-core instructions call for the same tiles
+_FAMILIES = {
+    "sm_80": "sm_80",  # mma.sync, 163 KiB of shared memory per block
+    "sm_86": "small",  # mma.sync, 99 KiB
+    "sm_89": "small",
+    "sm_120": "small",
+    "sm_90": "sm_90",  # wgmma on tiles of 64 rows, 227 KiB
+    "sm_100": "sm_100",  # tcgen05 with accumulators in tensor memory, 227 KiB
+    "gfx942": "gfx942",  # MFMA, 64 KiB, 512 registers
+}
+
+# why-texts that several rows share
+_RATIO = "128 rows halve the K/V traffic of 64; more columns only add rounding to the gist interval"
+_SPILLS = "larger tiles spill registers"
+_WGMMA = "one wgmma tile of 64 rows per warpgroup; more columns spill"
+_TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what shared memory does"
+_SHARED = "shared memory decides: operands are staged for every product of the step"
+_KEYS = "the key tile stays, query tiles stream past it: wide in keys, narrow in rows"
+_WIDE = "a row of 256 leaves registers for few rows"
+_LDS = "64 KiB of LDS"
+_MEMORY_BOUND = "streams K and V once: columns for bytes in flight, rows are only the packed heads"
+_COPY = "copies rows; the gradient compares tiles of entries with each other"
+
+# (kernel, bytes per element, padded head dimension) -> family -> (rows, columns, warps, stages, why)
+_TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = {
+    ("fwd", 2, 64): {
+        "sm_80": (128, 64, 8, 3, _RATIO),
+        "small": (128, 64, 8, 3, _RATIO),
+        "sm_90": (128, 64, 8, 3, _RATIO),
+        "sm_100": (128, 64, 8, 3, _RATIO),
+        "gfx942": (128, 64, 4, 1, _LDS),
+    },
+    ("fwd", 2, 128): {
+        "sm_80": (128, 64, 8, 3, _RATIO),
+        "small": (128, 64, 8, 2, _SHARED),
+        "sm_90": (128, 64, 8, 3, _RATIO),
+        "sm_100": (128, 64, 8, 3, _RATIO),
+        "gfx942": (128, 32, 4, 1, _LDS),
+    },
+    ("fwd", 2, 256): {
+        "sm_80": (64, 32, 8, 2, _WIDE),
+        "small": (64, 32, 8, 2, _WIDE),
+        "sm_90": (64, 64, 8, 2, _WIDE),
+        "sm_100": (64, 64, 8, 2, _WIDE),
+        "gfx942": (64, 32, 4, 1, _LDS),
+    },
+    ("bwd_dq", 2, 64): {
+        "sm_80": (64, 32, 4, 3, _SPILLS),
+        "small": (64, 32, 4, 3, _SPILLS),
+        "sm_90": (128, 64, 8, 3, _WGMMA),
+        "sm_100": (128, 64, 8, 3, _TENSOR_MEMORY),
+        "gfx942": (64, 32, 4, 1, _LDS),
+    },
+    ("bwd_dq", 2, 128): {
+        "sm_80": (64, 32, 4, 3, _SPILLS),
+        "small": (64, 32, 4, 3, _SPILLS),
+        "sm_90": (128, 64, 8, 2, _WGMMA),
+        "sm_100": (128, 64, 8, 3, _TENSOR_MEMORY),
+        "gfx942": (64, 32, 4, 1, _LDS),
+    },
+    ("bwd_dq", 2, 256): {
+        "sm_80": (64, 32, 8, 2, _WIDE),
+        "small": (32, 32, 4, 2, _SHARED),
+        "sm_90": (64, 64, 8, 2, _WIDE),
+        "sm_100": (64, 32, 8, 2, _SHARED),
+        "gfx942": (32, 32, 4, 1, _LDS),
+    },
+    ("bwd_dkv", 2, 64): {
+        "sm_80": (32, 128, 8, 2, _KEYS),
+        "small": (32, 128, 8, 2, _KEYS),
+        "sm_90": (64, 128, 8, 2, _WGMMA),
+        "sm_100": (64, 128, 8, 2, _TENSOR_MEMORY),
+        "gfx942": (32, 64, 4, 1, _LDS),
+    },
+    ("bwd_dkv", 2, 128): {
+        "sm_80": (64, 64, 8, 3, _SPILLS),
+        "small": (64, 64, 8, 2, _SPILLS),
+        "sm_90": (64, 64, 8, 3, _WGMMA),
+        "sm_100": (64, 128, 8, 2, _TENSOR_MEMORY),
+        "gfx942": (32, 64, 4, 1, _LDS),
+    },
+    ("bwd_dkv", 2, 256): {
+        "sm_80": (32, 32, 4, 2, _WIDE),
+        "small": (16, 32, 4, 1, _SHARED),
+        "sm_90": (64, 32, 8, 2, _WIDE),
+        "sm_100": (32, 64, 8, 2, _SHARED),
+        "gfx942": (16, 32, 4, 1, _LDS),
+    },
+    ("decode", 2, 64): {
+        "sm_80": (64, 128, 4, 3, _MEMORY_BOUND),
+        "small": (64, 128, 4, 2, _MEMORY_BOUND),
+        "sm_90": (64, 128, 4, 3, _MEMORY_BOUND),
+        "sm_100": (64, 128, 4, 3, _MEMORY_BOUND),
+        "gfx942": (64, 64, 4, 1, _LDS),
+    },
+    ("decode", 2, 128): {
+        "sm_80": (64, 64, 4, 3, _MEMORY_BOUND),
+        "small": (64, 64, 4, 2, _MEMORY_BOUND),
+        "sm_90": (64, 64, 4, 3, _MEMORY_BOUND),
+        "sm_100": (64, 64, 4, 3, _MEMORY_BOUND),
+        "gfx942": (64, 64, 4, 1, _LDS),
+    },
+    ("decode", 2, 256): {
+        "sm_80": (64, 32, 4, 2, _MEMORY_BOUND),
+        "small": (64, 32, 4, 2, _MEMORY_BOUND),
+        "sm_90": (64, 32, 4, 2, _MEMORY_BOUND),
+        "sm_100": (64, 32, 4, 2, _MEMORY_BOUND),
+        "gfx942": (64, 32, 4, 1, _LDS),
+    },
+    ("fwd", 4, 64): {
+        "sm_80": (64, 64, 4, 2, _SPILLS),
+        "small": (64, 64, 4, 2, _SPILLS),
+        "sm_90": (128, 64, 8, 2, _RATIO),
+        "sm_100": (128, 64, 8, 2, _RATIO),
+        "gfx942": (64, 32, 4, 1, _LDS),
+    },
+    ("fwd", 4, 128): {
+        "sm_80": (64, 64, 8, 2, _SHARED),
+        "small": (64, 32, 8, 2, _SHARED),
+        "sm_90": (64, 64, 8, 2, _SHARED),
+        "sm_100": (64, 64, 8, 2, _SHARED),
+        "gfx942": (32, 32, 4, 1, _LDS),
+    },
+    ("fwd", 4, 256): {
+        "sm_80": (32, 32, 8, 1, _WIDE),
+        "small": (32, 32, 8, 1, _WIDE),
+        "sm_90": (32, 32, 8, 1, _WIDE),
+        "sm_100": (32, 32, 8, 1, _WIDE),
+        "gfx942": (16, 16, 4, 1, _LDS),
+    },
+    ("bwd_dq", 4, 64): {
+        "sm_80": (128, 32, 8, 2, _SPILLS),
+        "small": (128, 32, 8, 2, _SPILLS),
+        "sm_90": (128, 64, 8, 2, _WGMMA),
+        "sm_100": (128, 64, 8, 2, _SHARED),
+        "gfx942": (32, 32, 4, 1, _LDS),
+    },
+    ("bwd_dq", 4, 128): {
+        "sm_80": (64, 32, 8, 2, _SHARED),
+        "small": (32, 32, 4, 2, _SHARED),
+        "sm_90": (64, 32, 8, 2, _SHARED),
+        "sm_100": (64, 32, 8, 2, _SHARED),
+        "gfx942": (16, 16, 4, 1, _LDS),
+    },
+    ("bwd_dq", 4, 256): {
+        "sm_80": (32, 32, 8, 1, _WIDE),
+        "small": (16, 32, 8, 1, _SHARED),
+        "sm_90": (32, 32, 8, 1, _WIDE),
+        "sm_100": (32, 32, 8, 1, _WIDE),
+        "gfx942": (16, 16, 4, 1, _LDS),
+    },
+    ("bwd_dkv", 4, 64): {
+        "sm_80": (64, 32, 4, 2, _SPILLS),
+        "small": (64, 32, 4, 2, _SPILLS),
+        "sm_90": (64, 64, 8, 2, _WGMMA),
+        "sm_100": (64, 64, 8, 2, _SHARED),
+        "gfx942": (32, 32, 4, 1, _LDS),
+    },
+    ("bwd_dkv", 4, 128): {
+        "sm_80": (64, 32, 8, 2, _SHARED),
+        "small": (32, 32, 4, 2, _SHARED),
+        "sm_90": (64, 32, 8, 2, _SHARED),
+        "sm_100": (64, 32, 8, 2, _SHARED),
+        "gfx942": (16, 16, 4, 1, _LDS),
+    },
+    ("bwd_dkv", 4, 256): {
+        "sm_80": (32, 32, 8, 1, _WIDE),
+        "small": (16, 16, 8, 1, _SHARED),
+        "sm_90": (32, 32, 8, 1, _WIDE),
+        "sm_100": (32, 32, 8, 1, _WIDE),
+        "gfx942": (16, 16, 4, 1, _LDS),
+    },
+    ("decode", 4, 64): dict.fromkeys(_FAMILIES.values(), (64, 64, 4, 1, _MEMORY_BOUND)),
+    ("decode", 4, 128): dict.fromkeys(_FAMILIES.values(), (64, 32, 4, 1, _MEMORY_BOUND)),
+    ("decode", 4, 256): dict.fromkeys(_FAMILIES.values(), (64, 16, 4, 1, _MEMORY_BOUND)),
+    **{
+        ("compact", itemsize, width): dict.fromkeys(_FAMILIES.values(), (rows, rows, 4, 1, _COPY))
+        for itemsize in (2, 4)
+        for width, rows in ((64, 32), (128, 32), (256, 16))
+    },
+}
+
+_override: dict[str, Config] = {}
+
+
+def family_of(arch: str) -> str:
+    """The tuning family of an architecture; an unlisted one gets the tiles that fit everywhere on its make."""
+    if arch in _FAMILIES:
+        return _FAMILIES[arch]
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return "sm_100" if arch in ("sm_101", "sm_103", "sm_110") else "small"
+
+
+def width_class(width: int) -> int:
+    """The column of the table that serves tiles of `width` (padded head dimension) columns: 64, 128 or 256."""
+    return max(64, width)
+
+
+def pick(kernel: str, arch: str, width: int, itemsize: int) -> Config:
+    """The config of a kernel of `KERNELS` for tiles of `width` columns (padded head dimension) of `itemsize` bytes.
+
+    Raises
+    ------
+    ValueError
+        If GISTKERN_CONFIGS names a file that is broken or made for another device.
+    """
+    if kernel in _override:
+        return _override[kernel]
+    if measured := tuned.lookup(kernel, arch, width, itemsize):
+        return Config(**{field: measured[field] for field in tuned.FIELDS}, why=f"measured, {tuned.ENVIRONMENT}")
+    rows, cols, warps, stages, why = _TABLE[kernel, itemsize, width_class(width)][family_of(arch)]
+    return Config(rows, cols, warps, stages, why)
+
+
+@contextlib.contextmanager
+def overridden(**configs: Config) -> Iterator[None]:
+    """Use these configs, by kernel name, within the block (tests of tile boundaries, autotuning)."""
+    if unknown := set(configs) - set(KERNELS):
+        raise ValueError(f"unknown kernel {sorted(unknown)}: expected some of {', '.join(KERNELS)}")
+    before = dict(_override)
+    _override.update(configs)
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)

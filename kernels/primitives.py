@@ -1,0 +1,196 @@
+"""Device functions that every attention kernel here is made of. Each rule stands once; docs/kernels.md explains.
+
+Naming inside kernels: ``i_`` indices, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` tiles, ``n_`` counts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "FAR",
+    "LN2",
+    "LOG2E",
+    "column_pointers",
+    "count_at_most",
+    "load_rows",
+    "matmul",
+    "normalised",
+    "probabilities",
+    "query_rows",
+    "scheduled",
+    "seen_columns",
+    "softmax_step",
+    "store_rows",
+    "visible_columns",
+]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# beyond every row index; sums of two of them still fit int32
+FAR = tl.constexpr(1 << 30)
+# width of one step of `count_at_most`
+PROBES = tl.constexpr(128)
+# the interpreter multiplies the bit patterns of bfloat16 operands, so there (only) operands are widened first
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def matmul(b_a, b_b, PRECISION: tl.constexpr):
+    """fp32 product of two tiles; PRECISION is ``"ieee"`` or ``"tf32"`` and matters for fp32 inputs only."""
+    if INTERPRETED:
+        b_a = b_a.to(tl.float32)
+        b_b = b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(p_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
+    """Tile ``[R, BD]`` of the rows at ``p_rows`` ``[R]``; 0 where masked and in the padding of D."""
+    o_d = tl.arange(0, BD)
+    m_tile = m_rows[:, None]
+    if BD != D:
+        m_tile = m_tile & (o_d < D)[None, :]
+    return tl.load(p_rows[:, None] + o_d[None, :], mask=m_tile, other=0.0)
+
+
+@triton.jit
+def store_rows(p_rows, b_tile, m_rows, D: tl.constexpr, BD: tl.constexpr):
+    """The inverse of `load_rows`: columns ``0..D`` of a tile ``[R, BD]``."""
+    o_d = tl.arange(0, BD)
+    m_tile = m_rows[:, None]
+    if BD != D:
+        m_tile = m_tile & (o_d < D)[None, :]
+    tl.store(p_rows[:, None] + o_d[None, :], b_tile, mask=m_tile)
+
+
+@triton.jit
+def scheduled(i_program, n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
+    """(tile, head) of a program: sections of heads that fit in L2, tiles in order within, heads fastest.
+
+    LAST_FIRST walks the tiles backwards: later query rows see more gists, so the longest programs start first.
+    """
+    i_section = i_program // (section * n_tiles)
+    i_rest = i_program % (section * n_tiles)
+    width = tl.minimum(section, n_heads - i_section * section)
+    i_tile = i_rest // width
+    if LAST_FIRST:
+        i_tile = n_tiles - 1 - i_tile
+    return i_tile, i_section * section + i_rest % width
+
+
+@triton.jit
+def query_rows(row_begin, row_end, i_head, PACK: tl.constexpr, BM: tl.constexpr):
+    """The BM lanes of a tile: PACK query heads that share one K/V head, position-major, from ``row_begin`` on.
+
+    i_head counts packs within a sample. Returns positions, query heads and the mask of real lanes.
+    """
+    o_m = tl.arange(0, BM)
+    o_row = row_begin + o_m // PACK
+    o_head = i_head * PACK + o_m % PACK
+    return o_row, o_head, (o_m < (BM // PACK) * PACK) & (o_row < row_end)
+
+
+@triton.jit
+def visible_columns(b_gist_begin, b_gist_end, b_local_begin, b_local_row, m_row):
+    """The columns a tile of rows has to visit: its gist interval, then its local interval.
+
+    Returns ``(gist_lo, n_gist, local_lo, n_local, n_full)``; every row sees the first `n_full` of the
+    ``n_gist + n_local`` columns, so they need no mask. Rows that see nothing do not count (their results are
+    overwritten).
+    """
+    m_gist = m_row & (b_gist_begin < b_gist_end)
+    m_local = m_row & (b_local_begin <= b_local_row)
+    m_any = m_gist | m_local
+    gist_lo = tl.min(tl.where(m_gist, b_gist_begin, FAR), 0)
+    n_gist = tl.maximum(tl.max(tl.where(m_gist, b_gist_end, 0), 0) - gist_lo, 0)
+    local_lo = tl.min(tl.where(m_local, b_local_begin, FAR), 0)
+    n_local = tl.maximum(tl.max(tl.where(m_local, b_local_row + 1, 0), 0) - local_lo, 0)
+    last_begin = tl.max(tl.where(m_any, b_gist_begin, 0), 0)
+    first_end = tl.min(tl.where(m_any, b_gist_end, FAR), 0)
+    full_gist = tl.where(last_begin <= gist_lo, tl.maximum(tl.minimum(first_end - gist_lo, n_gist), 0), 0)
+    last_local = tl.max(tl.where(m_any, b_local_begin, 0), 0)
+    first_row = tl.min(tl.where(m_any, b_local_row, FAR), 0)
+    full_local = tl.where(last_local <= local_lo, tl.maximum(tl.minimum(first_row + 1 - local_lo, n_local), 0), 0)
+    n_full = tl.where(full_gist == n_gist, n_gist + full_local, full_gist)
+    return gist_lo, n_gist, local_lo, n_local, n_full
+
+
+@triton.jit
+def column_pointers(p_gist, gist_stride, p_local, local_stride, o_col, gist_lo, n_gist, local_lo):
+    """Row pointers ``[BN]`` of visited columns: the gist buffer's rows, then the local buffer's.
+
+    One tile may hold both, so a row tile pays for one partly filled tile, not two.
+    """
+    p_g = p_gist + (gist_lo + o_col).to(tl.int64) * gist_stride
+    p_l = p_local + (local_lo + o_col - n_gist).to(tl.int64) * local_stride
+    return tl.where(o_col < n_gist, p_g, p_l)
+
+
+@triton.jit
+def seen_columns(o_col, n_cols, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_end, b_local_begin, b_local_row):
+    """bool ``[BM, BN]``: the mask rule (gistkern/layout.py), row by row, on the columns of one tile."""
+    o_gist = (gist_lo + o_col)[None, :]
+    o_local = (local_lo + o_col - n_gist)[None, :]
+    m_gist = (o_gist >= b_gist_begin[:, None]) & (o_gist < b_gist_end[:, None])
+    m_local = (o_local >= b_local_begin[:, None]) & (o_local <= b_local_row[:, None])
+    is_gist = (o_col < n_gist)[None, :]
+    return ((is_gist & m_gist) | (~is_gist & m_local)) & (o_col < n_cols)[None, :]
+
+
+@triton.jit
+def softmax_step(b_s, b_m, b_l, qk_scale):
+    """One step of the online softmax (Milakov and Gimelshein 2018) in units of log2.
+
+    b_s ``[BM, BN]`` raw scores, -inf where unseen; b_m, b_l ``[BM]`` running maximum and sum; qk_scale > 0
+    holds log2(e). Returns probabilities, the factor for what was accumulated, and the new maximum and sum.
+    """
+    b_new = tl.maximum(b_m, tl.max(b_s, 1) * qk_scale)
+    # a row that has seen nothing yet has -inf here, and -inf - -inf would be NaN
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_alpha = tl.exp2(b_m - b_safe)
+    b_p = tl.exp2(b_s * qk_scale - b_safe[:, None])
+    return b_p, b_alpha, b_new, b_l * b_alpha + tl.sum(b_p, 1)
+
+
+@triton.jit
+def normalised(b_acc, b_m, b_l, m_empty):
+    """Output tile and natural-log LSE from what the softmax steps accumulated; 0 and -inf for empty rows.
+
+    Tiles without a mask give rows that see nothing garbage, so `m_empty` must name them.
+    """
+    m_empty = m_empty | (b_l == 0.0)
+    b_out = tl.where(m_empty[:, None], 0.0, b_acc / tl.where(m_empty, 1.0, b_l)[:, None])
+    b_lse = tl.where(m_empty, float("-inf"), (b_m + tl.log2(tl.where(m_empty, 1.0, b_l))) * LN2)
+    return b_out, b_lse
+
+
+@triton.jit
+def probabilities(b_s, b_lse, scale, FP32: tl.constexpr):
+    """exp(scale * scores - LSE), for the backward: b_s raw scores, b_lse natural-log LSE of a broadcastable shape.
+
+    A row that sees nothing, or that does not exist, has LSE -inf and gets exactly 0 everywhere.
+    """
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    if FP32:
+        # the difference first: rounding LSE * log2(e) by itself would cost fp32 a few units in the last place
+        return tl.exp2((b_s * scale - b_lse) * LOG2E)
+    return tl.exp2(b_s * (scale * LOG2E) - b_lse * LOG2E)
+
+
+@triton.jit
+def count_at_most(p_values, n_values, bound):
+    """How many of the non-decreasing int32 values are <= bound: a search of PROBES ways per step."""
+    o_probe = tl.arange(0, PROBES)
+    lo = 0
+    hi = n_values
+    while lo < hi:
+        step = tl.cdiv(hi - lo, PROBES)
+        o_last = lo + (o_probe + 1) * step - 1
+        # the answer never exceeds hi, so probes from hi on count as larger
+        b_value = tl.load(p_values + o_last, mask=o_last < hi, other=FAR)
+        below = tl.sum((b_value <= bound).to(tl.int32), 0)
+        lo = lo + below * step
+        hi = tl.minimum(hi, lo + step - 1)
+    return lo

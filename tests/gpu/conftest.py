@@ -1,0 +1,35 @@
+"""Tests of the Triton kernels, written for a GPU.
+
+The same files run in three ways (docs/evidence.md): on a GPU (``pytest -m gpu``), in Triton's interpreter
+(``make emulate``) and as compiled IR under ttsem's sanitizer (``make sanitize``). In the last two, launches take
+CPU tensors.
+"""
+
+import pytest
+import torch
+from emulation import EMULATED, INTERPRETED, tiles
+
+from gistkern.kernels import configs
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a GPU; without one: make emulate, make sanitize")
+    for item in items:
+        if "tests/gpu" not in item.path.as_posix():
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if not EMULATED and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tensors live: ttsem turns "cuda" into the CPU by itself, the interpreter does not."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def small_tiles():
+    """Tiles of 16 by 16, so that small inputs have many programs, boundaries and full tiles."""
+    with configs.overridden(**tiles(16, 16)):
+        yield

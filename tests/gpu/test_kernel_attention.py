@@ -1,0 +1,144 @@
+"""Forward and backward kernels against the fp64 oracle, within the error budgets of docs/numerics.md."""
+
+import pytest
+import torch
+from emulation import EMULATED, INTERPRETED, tiles
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import layouts
+
+from gistkern import GistLayout, gist_attention
+from gistkern.kernels import configs
+from gistkern.testing import compare, make_inputs
+
+# emulation is slow, the sanitizer most of all
+EXAMPLES = 15 if INTERPRETED else 4 if EMULATED else 100
+
+LAYOUTS = {
+    "T=1": lambda: GistLayout.from_segments([], 1, tail=1),
+    "T=63-segments": lambda: GistLayout.from_segments([20, 17, 13], 3, tail=4),
+    "T=71-one-segment": lambda: GistLayout.from_segments([], 1, tail=71, sink_tokens=0),
+    "T=70-wide-gists": lambda: GistLayout.from_segments([7, 5], 25, tail=8),
+    "T=66-hierarchical": lambda: GistLayout.hierarchical([11] * 4, 3, 5, tail=5),
+    "T=66-hierarchical-seeing": lambda: GistLayout.hierarchical([11] * 4, 3, 5, tail=5, see_earlier_gists=True),
+    "T=60-sliding": lambda: GistLayout.sliding(60, 21, 8, gists=2),
+    "packed": lambda: GistLayout.pack([GistLayout.from_segments([n, 9], 2, tail=3) for n in (11, 30, 1)]),
+    "left-padded": lambda: GistLayout.stack([GistLayout.from_segments([n], 2, tail=5) for n in (40, 3)], "left"),
+    "right-padded": lambda: GistLayout.stack([GistLayout.from_segments([n], 2, tail=5) for n in (40, 3)], "right"),
+    "past": lambda: GistLayout.from_segments([20, 20], 3, tail=6, past=19),
+    "ragged-past": lambda: GistLayout.from_input_ids(
+        torch.tensor([[1, 2, 90, 3] * 6] * 2), [90], past=torch.tensor([0, 17])
+    ),
+    "past-rows-and-tail": lambda: GistLayout.from_segments([30, 30], 4, tail=20).last_rows(33),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_scheme(name, dtype, device, small_tiles):
+    layout = LAYOUTS[name]().to(device)
+    compare(make_inputs(layout, heads=4, kv_heads=2, dtype=dtype), layout, "triton")
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128, 192, 256])
+def test_head_dimensions(head_dim, device, small_tiles):
+    layout = GistLayout.from_segments([19, 14], 3, tail=4).to(device)
+    compare(make_inputs(layout, heads=2, kv_heads=1, head_dim=head_dim, dtype=torch.float16), layout, "triton")
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (9, 3), (20, 1)], ids=str)
+def test_head_groups(heads, device, small_tiles):
+    """Groups that fill a tile, that do not divide it, and that are larger than it."""
+    layout = GistLayout.stack([GistLayout.from_segments([11, 7], 3, tail=2), GistLayout.from_segments([9], 2)])
+    layout = layout.to(device)
+    compare(make_inputs(layout, heads=heads[0], kv_heads=heads[1]), layout, "triton")
+
+
+@pytest.mark.parametrize("blocks", [(16, 32), (32, 16), (64, 16), (16, 64)], ids=str)
+def test_tile_shapes(blocks, device):
+    layout = GistLayout.from_segments([40, 25, 31], 5, tail=7).to(device)
+    with configs.overridden(**tiles(*blocks)):
+        compare(make_inputs(layout, heads=4, kv_heads=2), layout, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shipped_configs(dtype, device):
+    """What a user's call runs: several tiles of the real sizes."""
+    layout = GistLayout.from_segments([70, 90], 6, tail=40).to(device)
+    compare(make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=dtype), layout, "triton")
+
+
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    layouts(),
+    st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 1)]),
+    st.sampled_from([16, 24, 32]),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 2**31),
+)
+def test_any_layout(device, layout, heads, head_dim, dtype, seed):
+    layout = layout.to(device)
+    inputs = make_inputs(layout, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, seed=seed)
+    with configs.overridden(**tiles(16, 16)):
+        compare(inputs, layout, "triton")
+
+
+def test_rows_that_see_nothing_are_zero_and_harmless(device, small_tiles):
+    ids = torch.tensor([[1, 2, 90, 3, 0, 0] * 4, [0] * 24], device=device)
+    mask = (ids > 0).long()
+    mask[0, 6:] = 0
+    layout = GistLayout.from_input_ids(ids, [90], mask)
+    inputs = make_inputs(layout)
+    out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, return_lse=True, backend="triton")
+    padding = mask == 0
+    assert (out.transpose(1, 2)[padding] == 0).all()
+    assert (lse.transpose(1, 2)[padding] == -torch.inf).all()
+    assert lse.transpose(1, 2)[~padding].isfinite().all()
+    for gradient in torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out):
+        assert (gradient.transpose(1, 2)[padding] == 0).all()
+        assert gradient.isfinite().all()
+
+
+def test_what_no_row_sees_cannot_reach_the_output(device, small_tiles):
+    """Other context, same gist rows: the tail's output and gradient are bit-identical."""
+    layout = GistLayout.from_segments([50], 4, tail=40).to(device)
+    inputs = make_inputs(layout)
+    rows = layout.gather[0]
+    results = []
+    for factor in (1.0, -1e4):
+        k, v = (t.detach().clone() for t in (inputs.k, inputs.v))
+        for tensor in (k, v):
+            kept = tensor[:, :, rows].clone()
+            tensor[:, :, :50] *= factor
+            tensor[:, :, rows] = kept
+        q = inputs.q.detach().clone().requires_grad_()
+        out = gist_attention(q, k, v, layout, backend="triton")
+        (dq,) = torch.autograd.grad(out, q, inputs.grad_out)
+        results.append((out[:, :, 54:], dq[:, :, 54:], out[:, :, 10]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][2], results[1][2]), "the context's own rows do see it"
+
+
+def test_two_runs_are_bit_identical(device, small_tiles):
+    layout = GistLayout.hierarchical([24] * 4, 3, 5, tail=10).to(device)
+    inputs = make_inputs(layout, heads=6, kv_heads=2, dtype=torch.float16)
+    leaves = tuple(inputs.leaves().values())
+    runs = []
+    for _ in range(2):
+        out, lse = gist_attention(*leaves, layout, return_lse=True, backend="triton")
+        runs.append([out, lse, *torch.autograd.grad(out, leaves, inputs.grad_out)])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_strided_inputs_give_the_same(device, small_tiles):
+    """transformers passes [B, N, H, D] storage viewed as [B, H, N, D]; gradients may be expanded scalars."""
+    layout = GistLayout.from_segments([30, 20], 3, tail=5).to(device)
+    inputs = make_inputs(layout)
+    leaves = [t.detach() for t in (inputs.q, inputs.k, inputs.v)]
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in leaves]
+    plain = [t.clone().requires_grad_() for t in leaves]
+    outs = [gist_attention(*tensors, layout, backend="triton") for tensors in (views, plain)]
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(out.sum(), tensors) for out, tensors in zip(outs, (views, plain), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -1,0 +1,64 @@
+"""The compaction kernel moves bits exactly; its gradient adds up repeated tokens without atomics."""
+
+import pytest
+import torch
+
+from gistkern import GistLayout, compaction, ops
+from gistkern.backends import triton as backend
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def rows(*shape, dtype, device):
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("past", [0, 1, 23])
+@pytest.mark.parametrize("head_dim", [16, 24, 128])
+def test_rows_are_copied_bit_for_bit(dtype, past, head_dim, device, small_tiles):
+    gather = torch.tensor([[3, 3, -1, 0, 39, 7] + list(range(20)), [-1] * 20 + [5] * 6], device=device)
+    k, v = (rows(2, 40, 3, head_dim, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
+    past_k, past_v = (rows(2, 3, past, head_dim, dtype=dtype, device=device) for _ in range(2)) if past else (None,) * 2
+    ours = backend.compact(k, v, past_k, past_v, gather)
+    filler = torch.cat([torch.zeros(2, past, dtype=torch.bool), (gather < 0).cpu()], 1)[:, None, :, None].to(device)
+    for mine, plain in zip(ours, compaction.compact(k, v, past_k, past_v, gather), strict=True):
+        assert torch.equal(mine, plain.masked_fill(filler, 0))
+
+
+def test_keys_that_are_no_numbers_are_copied_too(device, small_tiles):
+    k = torch.full((1, 1, 20, 16), torch.nan, device=device)
+    k[:, :, ::2] = torch.inf
+    ours, _ = backend.compact(k, k, None, None, torch.arange(20, device=device)[None])
+    assert torch.equal(ours.view(torch.int32), k.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_adds_repeated_tokens(dtype, device, small_tiles):
+    """Repeats within a tile, across tiles, and many of one token."""
+    entries = torch.tensor([[5, 9, 5, -1] + list(range(10, 40)) + [5, 12, 39] + [0] * 5 + [5]], device=device)
+    grads = [rows(1, 2, entries.shape[1], 24, dtype=dtype, device=device) for _ in range(2)]
+    for grad in grads:  # nobody sees a filler, so its gradient is zero
+        grad[:, :, 3] = 0
+    ours = backend.compact_backward(*grads, entries, 41)
+    again = backend.compact_backward(*grads, entries, 41)
+    exact = compaction.compact_backward(*(g.double() for g in grads), entries, 41)
+    plain = compaction.compact_backward(*grads, entries, 41)
+    for mine, second, reference, cpu in zip(ours, again, exact, plain, strict=True):
+        assert torch.equal(mine, second)
+        error = (mine.double() - reference).abs().max()
+        scale = reference.abs().max() * torch.finfo(dtype).eps
+        assert error <= 2 * (cpu.double() - reference).abs().max() + scale
+        untouched = torch.ones(41, dtype=torch.bool, device=device)
+        untouched[entries.clamp(min=0)] = False
+        assert (mine[:, :, untouched] == 0).all()
+
+
+def test_opcheck(device, small_tiles):
+    layout = GistLayout.from_segments([9, 7], 2, tail=3, past=4).to(device)
+    k, v = (rows(1, 2, layout.num_local, 16, dtype=torch.float32, device=device).requires_grad_() for _ in range(2))
+    past_k, past_v = (rows(1, 2, 4, 16, dtype=torch.float32, device=device).requires_grad_() for _ in range(2))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.compact, (k, v, past_k, past_v, layout.gather, "triton"), test_utils=tests)
+    grads = [rows(1, 2, layout.gather.shape[1], 16, dtype=torch.float32, device=device) for _ in range(2)]
+    torch.library.opcheck(ops.compact_backward, (*grads, layout.gather, layout.num_local, "triton"), test_utils=tests)

@@ -1,0 +1,139 @@
+"""What surrounds the kernels: chunked sums, addresses beyond 2^31, precision, opcheck, compile, checkpointing."""
+
+import pytest
+import torch
+from emulation import EMULATED, INTERPRETED
+from torch.utils.checkpoint import checkpoint
+
+from gistkern import GistLayout, gist_attention, ops
+from gistkern.compaction import gather_rows
+from gistkern.kernels import attn_bwd_dkv, schedule
+from gistkern.testing import Inputs, compare, make_inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gist_gradients_in_row_chunks(dtype, device, small_tiles, monkeypatch):
+    """Several chunks, some of them empty (late gists have short row intervals), add up to the same gradient."""
+    monkeypatch.setattr(schedule, "MIN_CHUNK_ROWS", 8)
+    summed = []
+    kernel = attn_bwd_dkv.sum_chunks_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            summed.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(attn_bwd_dkv, "sum_chunks_kernel", Counted())
+    layout = GistLayout.from_segments([12, 9, 15, 11], 5, tail=7).to(device)
+    compare(make_inputs(layout, dtype=dtype), layout, "triton")
+    assert len(summed) == 1
+
+
+@pytest.mark.skipif(EMULATED and not INTERPRETED, reason="ttsem copies whole storages; this one has 5 GiB")
+@pytest.mark.parametrize("rows", [40, 5], ids=["prefill", "decode"])
+def test_addresses_beyond_two_to_the_31(rows, device, small_tiles):
+    """Row strides of 2^26 elements: the last rows lie past 2^31 elements of their tensors."""
+    stride = 2**26 if rows == 40 else 2**29
+    layout = (GistLayout.from_segments([15, 10], 3, tail=9) if rows == 40 else GistLayout.decode(6, 0, rows=5)).to(
+        device
+    )
+    plain = make_inputs(layout, heads=1, kv_heads=1, head_dim=16, dtype=torch.float16)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only the touched pages are real
+    try:
+        storage = torch.empty((layout.num_rows - 1) * stride + 5 * 16, dtype=torch.float16, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def spread(tensor, offset):
+        if tensor is None:
+            return None
+        view = storage[offset:].as_strided(tensor.shape, (0, 0, stride, 1))
+        return view.copy_(tensor.detach()).requires_grad_()
+
+    q, k, v = (spread(t, 16 * i) for i, t in enumerate((plain.q, plain.k, plain.v)))
+    assert q.stride(2) * (layout.num_rows - 1) + q.storage_offset() >= 2**31
+    compare(Inputs(q, k, v, plain.past_key, plain.past_value, plain.grad_out), layout, "triton")
+
+
+def test_fp32_products_follow_torch_precision(device, small_tiles, monkeypatch):
+    """With torch set to TF32 the kernel says so to Triton; by default it multiplies in full fp32."""
+    from gistkern.kernels import attn_fwd
+
+    seen = []
+    kernel = attn_fwd.gist_attn_fwd_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (seen.append(kwargs["PRECISION"]), kernel[grid](*args, **kwargs))
+
+    monkeypatch.setattr(attn_fwd, "gist_attn_fwd_kernel", Recorded())
+    layout = GistLayout.from_segments([12], 2, tail=4).to(device)
+    inputs = make_inputs(layout)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            gist_attention(inputs.q, inputs.k, inputs.v, layout, backend="triton")
+    finally:
+        matmul.fp32_precision = before
+    assert seen == ["ieee", "tf32"]
+
+
+def test_opcheck(device, small_tiles):
+    layout = GistLayout.from_segments([9, 7], 2, tail=3).to(device)
+    inputs = make_inputs(layout, head_dim=16)
+    compact = [gather_rows(t, layout.gather).detach().requires_grad_() for t in (inputs.k, inputs.v)]
+    vectors = (layout.gist_begin, layout.gist_end, layout.local_begin)
+    arguments = (inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.25, "triton")
+    torch.library.opcheck(ops.attention, arguments)
+    out, lse = (t.detach() for t in ops.attention(*arguments))
+    plain = [t.detach() for t in arguments[:5]]
+    torch.library.opcheck(ops.attention_backward, (inputs.grad_out, *plain, out, lse, *vectors, 0.25, "triton"))
+
+
+def test_compiles_as_one_graph(device, small_tiles):
+    layout = GistLayout.from_segments([12, 9], 3, tail=6).to(device)
+    inputs = make_inputs(layout)
+    leaves = (inputs.q, inputs.k, inputs.v)
+
+    def loss(q, k, v):
+        return gist_attention(q * 2, k, v, layout, backend="triton").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_activation_checkpointing_changes_nothing(device, small_tiles):
+    layout = GistLayout.from_segments([12, 9], 3, tail=6).to(device)
+    inputs = make_inputs(layout)
+    leaves = (inputs.q, inputs.k, inputs.v)
+
+    def call(q, k, v):
+        return gist_attention(q, k, v, layout, backend="triton")
+
+    gradients = [
+        torch.autograd.grad(out, leaves, inputs.grad_out)
+        for out in (call(*leaves), checkpoint(call, *leaves, use_reentrant=False))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(EMULATED, reason="measures CUDA's own warning about synchronisation")
+def test_no_host_synchronisation(device):
+    layout = GistLayout.from_segments([300, 200], 8, tail=30).to(device)
+    inputs = make_inputs(layout, dtype=torch.bfloat16)
+    leaves = (inputs.q, inputs.k, inputs.v)
+
+    def step():
+        out = gist_attention(*leaves, layout, backend="triton")
+        torch.autograd.grad(out, leaves, inputs.grad_out)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
