@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot lint format bench docs clean
+.PHONY: help setup demo test emulate sanitize aot work lint format bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ sanitize: setup ## the GPU tests on compiled Triton IR: out-of-bounds accesses, 
 
 aot: setup ## compile every kernel for every listed chip and write docs/evidence/kernels.*
 	$(BIN)/python bench/aot.py $(ARGS)
+
+work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
+	$(BIN)/python bench/work_report.py $(ARGS)
 
 lint: setup ## ruff (format and rules) and mypy
 	$(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import draw_tiles
+
 from gistkern import GistLayout
 from gistkern.mask_picture import save_png
 
@@ -23,6 +25,7 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     for name, (layout, title) in PICTURES.items():
         save_png(layout, HERE / f"{name}.png", title=title)
+    draw_tiles.draw(HERE / "tiles.png")
 
 
 if __name__ == "__main__":

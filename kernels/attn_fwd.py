@@ -9,7 +9,6 @@ import triton.language as tl
 from gistkern.kernels.configs import pick
 from gistkern.kernels.device import facts_of, guard
 from gistkern.kernels.primitives import (
-    LOG2E,
     column_pointers,
     load_rows,
     matmul,
@@ -47,7 +46,7 @@ def attend(
     n_full,
     col_begin,
     col_end,
-    qk_scale,
+    scale,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
@@ -57,7 +56,7 @@ def attend(
     """Attention of a tile of rows ``b_q`` ``[BM, BD]`` over its visited columns ``[col_begin, col_end)``.
 
     The range starts at a multiple of BN, and ends at one or at the last column.
-    Returns the unnormalised output ``[BM, BD]``, the running maximum (log2 units) and sum ``[BM]``.
+    Returns the unnormalised output ``[BM, BD]``, the running maximum (of raw scores) and sum ``[BM]``.
     """
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
@@ -74,7 +73,7 @@ def attend(
                 o_col, col_end, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_end, b_local_begin, b_local_row
             )
             b_s = tl.where(m_seen, b_s, float("-inf"))
-        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l, qk_scale)
+        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l, scale, b_q.dtype == tl.float32)
         b_v = load_rows(p_vrow, m_col, D, BD)  # [BN, BD]
         b_acc = b_acc * b_alpha[:, None] + matmul(b_p.to(b_v.dtype), b_v, PRECISION)
     return b_acc, b_m, b_l
@@ -162,7 +161,7 @@ def gist_attn_fwd_kernel(
         n_full,
         0,
         n_gist + n_local,
-        scale * LOG2E,
+        scale,
         D,
         BD,
         BM,
@@ -170,7 +169,7 @@ def gist_attn_fwd_kernel(
         PRECISION,
     )
     m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
-    b_out, b_lse = normalised(b_acc, b_m, b_l, m_empty)
+    b_out, b_lse = normalised(b_acc, b_m, b_l, scale, m_empty)
     p_stat = (i_b * HEADS + o_head) * n_rows + o_row
     tl.store(lse_ptr + p_stat, b_lse, mask=m_row)
     store_rows(out_ptr + p_stat * D, b_out.to(out_ptr.dtype.element_ty), m_row, D, BD)

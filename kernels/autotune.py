@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from gistkern.kernels import configs, tuned
-from gistkern.kernels.configs import Config
+from gistkern.kernels.configs import KERNELS, Config, overridden, pick
 from gistkern.kernels.device import facts_of
+from gistkern.kernels.tuned import ENVIRONMENT, FIELDS, write
 
 __all__ = ["candidates", "main", "tune"]
 
@@ -65,10 +65,10 @@ def tune(
     rows = []
     for dtype in dtypes:
         for width in widths:
-            for kernel in configs.KERNELS:
+            for kernel in KERNELS:
                 best: tuple[float, Config] | None = None
-                for config in candidates(configs.pick(kernel, arch, width, dtype.itemsize)):
-                    with configs.overridden(**{kernel: config}):
+                for config in candidates(pick(kernel, arch, width, dtype.itemsize)):
+                    with overridden(**{kernel: config}):
                         try:
                             spent = measure(kernel, width, dtype)
                         except OutOfResources:
@@ -77,7 +77,7 @@ def tune(
                         best = spent, config
                 if best is None:
                     raise RuntimeError(f"no config of {kernel} fits {arch} at head dimension {width}, {dtype}")
-                chosen = {field: getattr(best[1], field) for field in tuned.FIELDS}
+                chosen = {field: getattr(best[1], field) for field in FIELDS}
                 rows.append(
                     {"kernel": kernel, "width": width, "itemsize": dtype.itemsize, **chosen, "milliseconds": best[0]}
                 )
@@ -121,8 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("autotuning measures a GPU, and torch finds none here")
     facts = facts_of(torch.device("cuda", torch.cuda.current_device()))
-    tuned.write(out, facts.name, facts.arch, tune(_measure, facts.arch))
-    print(f"wrote {out}: use it with {tuned.ENVIRONMENT}={out}")
+    write(out, facts.name, facts.arch, tune(_measure, facts.arch))
+    print(f"wrote {out}: use it with {ENVIRONMENT}={out}")
 
 
 if __name__ == "__main__":

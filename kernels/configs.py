@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gistkern.kernels import tuned
+from gistkern.kernels.tuned import ENVIRONMENT, FIELDS, lookup
 
 __all__ = ["KERNELS", "Config", "family_of", "overridden", "pick", "width_class"]
 
@@ -51,6 +51,8 @@ _WGMMA = "one wgmma tile of 64 rows per warpgroup; more columns spill"
 _TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what shared memory does"
 _SHARED = "shared memory decides: operands are staged for every product of the step"
 _KEYS = "the key tile stays, query tiles stream past it: wide in keys, narrow in rows"
+_FMA = "IEEE fp32 (the default) multiplies without tensor cores, operands in registers: small tiles"
+_FMA_SPILLS = "IEEE fp32 holds two whole rows of operands in registers and spills at any tile size; tf32 does not"
 _WIDE = "a row of 256 leaves registers for few rows"
 _LDS = "64 KiB of LDS"
 _MEMORY_BOUND = "streams K and V once: columns for bytes in flight, rows are only the packed heads"
@@ -143,71 +145,47 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
         "gfx942": (64, 32, 4, 1, _LDS),
     },
     ("fwd", 4, 64): {
-        "sm_80": (64, 64, 4, 2, _SPILLS),
-        "small": (64, 64, 4, 2, _SPILLS),
-        "sm_90": (128, 64, 8, 2, _RATIO),
-        "sm_100": (128, 64, 8, 2, _RATIO),
+        "sm_80": (64, 64, 8, 1, _FMA),
+        "small": (64, 64, 8, 1, _FMA),
+        "sm_90": (64, 32, 8, 1, _FMA),
+        "sm_100": (64, 32, 8, 1, _FMA),
         "gfx942": (64, 32, 4, 1, _LDS),
     },
-    ("fwd", 4, 128): {
-        "sm_80": (64, 64, 8, 2, _SHARED),
-        "small": (64, 32, 8, 2, _SHARED),
-        "sm_90": (64, 64, 8, 2, _SHARED),
-        "sm_100": (64, 64, 8, 2, _SHARED),
-        "gfx942": (32, 32, 4, 1, _LDS),
-    },
-    ("fwd", 4, 256): {
-        "sm_80": (32, 32, 8, 1, _WIDE),
-        "small": (32, 32, 8, 1, _WIDE),
-        "sm_90": (32, 32, 8, 1, _WIDE),
-        "sm_100": (32, 32, 8, 1, _WIDE),
-        "gfx942": (16, 16, 4, 1, _LDS),
-    },
-    ("bwd_dq", 4, 64): {
-        "sm_80": (128, 32, 8, 2, _SPILLS),
-        "small": (128, 32, 8, 2, _SPILLS),
-        "sm_90": (128, 64, 8, 2, _WGMMA),
-        "sm_100": (128, 64, 8, 2, _SHARED),
-        "gfx942": (32, 32, 4, 1, _LDS),
-    },
-    ("bwd_dq", 4, 128): {
-        "sm_80": (64, 32, 8, 2, _SHARED),
-        "small": (32, 32, 4, 2, _SHARED),
-        "sm_90": (64, 32, 8, 2, _SHARED),
-        "sm_100": (64, 32, 8, 2, _SHARED),
-        "gfx942": (16, 16, 4, 1, _LDS),
-    },
-    ("bwd_dq", 4, 256): {
-        "sm_80": (32, 32, 8, 1, _WIDE),
-        "small": (16, 32, 8, 1, _SHARED),
-        "sm_90": (32, 32, 8, 1, _WIDE),
-        "sm_100": (32, 32, 8, 1, _WIDE),
-        "gfx942": (16, 16, 4, 1, _LDS),
-    },
+    ("bwd_dq", 4, 64): dict.fromkeys(_FAMILIES.values(), (32, 32, 8, 1, _FMA)),
     ("bwd_dkv", 4, 64): {
-        "sm_80": (64, 32, 4, 2, _SPILLS),
-        "small": (64, 32, 4, 2, _SPILLS),
-        "sm_90": (64, 64, 8, 2, _WGMMA),
-        "sm_100": (64, 64, 8, 2, _SHARED),
+        "sm_80": (32, 64, 8, 1, _FMA),
+        "small": (32, 64, 8, 1, _FMA),
+        "sm_90": (32, 32, 8, 1, _FMA),
+        "sm_100": (32, 32, 8, 1, _FMA),
         "gfx942": (32, 32, 4, 1, _LDS),
     },
+    ("fwd", 4, 128): {
+        "sm_80": (64, 64, 8, 1, _FMA),
+        "small": (64, 64, 8, 1, _FMA),
+        "sm_90": (64, 64, 8, 1, _FMA),
+        "sm_100": (64, 64, 8, 1, _FMA),
+        "gfx942": (32, 32, 4, 1, _LDS),
+    },
+    ("bwd_dq", 4, 128): dict.fromkeys(_FAMILIES.values(), (32, 32, 8, 1, _FMA_SPILLS)),
     ("bwd_dkv", 4, 128): {
-        "sm_80": (64, 32, 8, 2, _SHARED),
-        "small": (32, 32, 4, 2, _SHARED),
-        "sm_90": (64, 32, 8, 2, _SHARED),
-        "sm_100": (64, 32, 8, 2, _SHARED),
+        "sm_80": (64, 32, 8, 1, _FMA),
+        "small": (32, 32, 8, 1, _SHARED),
+        "sm_90": (32, 64, 8, 1, _FMA),
+        "sm_100": (32, 64, 8, 1, _FMA),
         "gfx942": (16, 16, 4, 1, _LDS),
     },
+    ("fwd", 4, 256): dict.fromkeys(_FAMILIES.values(), (32, 32, 8, 1, _WIDE)),
+    ("bwd_dq", 4, 256): dict.fromkeys(_FAMILIES.values(), (16, 32, 8, 1, _FMA_SPILLS)),
     ("bwd_dkv", 4, 256): {
-        "sm_80": (32, 32, 8, 1, _WIDE),
+        "sm_80": (32, 32, 8, 1, _FMA),
         "small": (16, 16, 8, 1, _SHARED),
-        "sm_90": (32, 32, 8, 1, _WIDE),
-        "sm_100": (32, 32, 8, 1, _WIDE),
+        "sm_90": (32, 32, 8, 1, _FMA),
+        "sm_100": (32, 32, 8, 1, _FMA),
         "gfx942": (16, 16, 4, 1, _LDS),
     },
-    ("decode", 4, 64): dict.fromkeys(_FAMILIES.values(), (64, 64, 4, 1, _MEMORY_BOUND)),
-    ("decode", 4, 128): dict.fromkeys(_FAMILIES.values(), (64, 32, 4, 1, _MEMORY_BOUND)),
-    ("decode", 4, 256): dict.fromkeys(_FAMILIES.values(), (64, 16, 4, 1, _MEMORY_BOUND)),
+    ("decode", 4, 64): dict.fromkeys(_FAMILIES.values(), (64, 32, 4, 1, _MEMORY_BOUND)),
+    ("decode", 4, 128): dict.fromkeys(_FAMILIES.values(), (64, 64, 4, 1, _MEMORY_BOUND)),
+    ("decode", 4, 256): dict.fromkeys(_FAMILIES.values(), (64, 32, 4, 1, _MEMORY_BOUND)),
     **{
         ("compact", itemsize, width): dict.fromkeys(_FAMILIES.values(), (rows, rows, 4, 1, _COPY))
         for itemsize in (2, 4)
@@ -242,8 +220,8 @@ def pick(kernel: str, arch: str, width: int, itemsize: int) -> Config:
     """
     if kernel in _override:
         return _override[kernel]
-    if measured := tuned.lookup(kernel, arch, width, itemsize):
-        return Config(**{field: measured[field] for field in tuned.FIELDS}, why=f"measured, {tuned.ENVIRONMENT}")
+    if measured := lookup(kernel, arch, width, itemsize):
+        return Config(**{field: measured[field] for field in FIELDS}, why=f"measured, {ENVIRONMENT}")
     rows, cols, warps, stages, why = _TABLE[kernel, itemsize, width_class(width)][family_of(arch)]
     return Config(rows, cols, warps, stages, why)
 

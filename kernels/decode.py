@@ -13,7 +13,6 @@ from gistkern.kernels.attn_fwd import attend
 from gistkern.kernels.configs import pick
 from gistkern.kernels.device import facts_of, guard
 from gistkern.kernels.primitives import (
-    LOG2E,
     load_rows,
     normalised,
     query_rows,
@@ -115,7 +114,7 @@ def gist_decode_kernel(
         n_full,
         col_begin,
         tl.minimum(col_begin + share, n_cols),
-        scale * LOG2E,
+        scale,
         D,
         BD,
         BM,
@@ -123,7 +122,7 @@ def gist_decode_kernel(
         PRECISION,
     )
     m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
-    b_out, b_lse = normalised(b_acc, b_m, b_l, m_empty)
+    b_out, b_lse = normalised(b_acc, b_m, b_l, scale, m_empty)
     n_stats = n_heads.to(tl.int64) * PACK * n_rows
     p_stat = i_split * n_stats + (i_b * HEADS + o_head) * n_rows + o_row
     tl.store(lse_ptr + p_stat, b_lse, mask=m_row)
@@ -153,9 +152,9 @@ def merge_splits_kernel(
         b_lse = tl.load(part_lse_ptr + p_stat, mask=m_stat, other=float("-inf"))
         b_part = load_rows(part_out_ptr + p_stat * D, m_stat, D, BD)
         # each split is one "column" whose score is its LSE
-        b_p, b_alpha, b_m, b_l = softmax_step(b_lse[:, None], b_m, b_l, LOG2E)
+        b_p, b_alpha, b_m, b_l = softmax_step(b_lse[:, None], b_m, b_l, 1.0, True)
         b_acc = b_acc * b_alpha[:, None] + b_p * b_part
-    b_out, b_lse = normalised(b_acc, b_m, b_l, b_l == 0.0)
+    b_out, b_lse = normalised(b_acc, b_m, b_l, 1.0, b_l == 0.0)
     tl.store(lse_ptr + o_stat, b_lse, mask=m_stat)
     store_rows(out_ptr + o_stat * D, b_out.to(out_ptr.dtype.element_ty), m_stat, D, BD)
 

@@ -140,29 +140,35 @@ def seen_columns(o_col, n_cols, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_
 
 
 @triton.jit
-def softmax_step(b_s, b_m, b_l, qk_scale):
-    """One step of the online softmax (Milakov and Gimelshein 2018) in units of log2.
+def softmax_step(b_s, b_m, b_l, scale, FP32: tl.constexpr):
+    """One step of the online softmax (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
 
-    b_s ``[BM, BN]`` raw scores, -inf where unseen; b_m, b_l ``[BM]`` running maximum and sum; qk_scale > 0
-    holds log2(e). Returns probabilities, the factor for what was accumulated, and the new maximum and sum.
+    b_s ``[BM, BN]`` raw scores, -inf where unseen; b_m, b_l ``[BM]`` running maximum of the raw scores and sum;
+    scale > 0. Returns probabilities, the factor for what was accumulated, and the new maximum and sum.
     """
-    b_new = tl.maximum(b_m, tl.max(b_s, 1) * qk_scale)
+    b_new = tl.maximum(b_m, tl.max(b_s, 1))
     # a row that has seen nothing yet has -inf here, and -inf - -inf would be NaN
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_alpha = tl.exp2(b_m - b_safe)
-    b_p = tl.exp2(b_s * qk_scale - b_safe[:, None])
+    qk_scale = scale * LOG2E
+    if FP32:
+        # the difference first: rounding the two products by themselves would cost units in the last place
+        b_alpha = tl.exp2((b_m - b_safe) * qk_scale)
+        b_p = tl.exp2((b_s - b_safe[:, None]) * qk_scale)
+    else:
+        b_alpha = tl.exp2(b_m * qk_scale - b_safe * qk_scale)
+        b_p = tl.exp2(b_s * qk_scale - (b_safe * qk_scale)[:, None])
     return b_p, b_alpha, b_new, b_l * b_alpha + tl.sum(b_p, 1)
 
 
 @triton.jit
-def normalised(b_acc, b_m, b_l, m_empty):
+def normalised(b_acc, b_m, b_l, scale, m_empty):
     """Output tile and natural-log LSE from what the softmax steps accumulated; 0 and -inf for empty rows.
 
     Tiles without a mask give rows that see nothing garbage, so `m_empty` must name them.
     """
     m_empty = m_empty | (b_l == 0.0)
     b_out = tl.where(m_empty[:, None], 0.0, b_acc / tl.where(m_empty, 1.0, b_l)[:, None])
-    b_lse = tl.where(m_empty, float("-inf"), (b_m + tl.log2(tl.where(m_empty, 1.0, b_l))) * LN2)
+    b_lse = tl.where(m_empty, float("-inf"), b_m * scale + tl.log2(tl.where(m_empty, 1.0, b_l)) * LN2)
     return b_out, b_lse
 
 

@@ -6,6 +6,7 @@ from gistkern.kernels import configs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("GISTKERN_EMULATED") == "1"
+SANITIZED = EMULATED and not INTERPRETED
 
 
 def tiles(block_rows, block_cols):

@@ -17,7 +17,7 @@ def rows(*shape, dtype, device):
 @pytest.mark.parametrize("past", [0, 1, 23])
 @pytest.mark.parametrize("head_dim", [16, 24, 128])
 def test_rows_are_copied_bit_for_bit(dtype, past, head_dim, device, small_tiles):
-    gather = torch.tensor([[3, 3, -1, 0, 39, 7] + list(range(20)), [-1] * 20 + [5] * 6], device=device)
+    gather = torch.tensor([[3, 3, -1, 0, 39, 7, *range(20)], [-1] * 20 + [5] * 6], device=device)
     k, v = (rows(2, 40, 3, head_dim, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
     past_k, past_v = (rows(2, 3, past, head_dim, dtype=dtype, device=device) for _ in range(2)) if past else (None,) * 2
     ours = backend.compact(k, v, past_k, past_v, gather)
@@ -36,7 +36,7 @@ def test_keys_that_are_no_numbers_are_copied_too(device, small_tiles):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_adds_repeated_tokens(dtype, device, small_tiles):
     """Repeats within a tile, across tiles, and many of one token."""
-    entries = torch.tensor([[5, 9, 5, -1] + list(range(10, 40)) + [5, 12, 39] + [0] * 5 + [5]], device=device)
+    entries = torch.tensor([[5, 9, 5, -1, *range(10, 40), 5, 12, 39, *[0] * 5, 5]], device=device)
     grads = [rows(1, 2, entries.shape[1], 24, dtype=dtype, device=device) for _ in range(2)]
     for grad in grads:  # nobody sees a filler, so its gradient is zero
         grad[:, :, 3] = 0

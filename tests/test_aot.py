@@ -1,0 +1,234 @@
+"""`make aot`: it compiles what a user's call compiles, its gates hold on a subset, and they fail when they should."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("cuxray")
+
+import triton
+from triton.runtime.driver import driver
+
+from gistkern.kernels import configs
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import aot  # noqa: E402
+from aot_kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of  # noqa: E402
+from aot_page import page  # noqa: E402
+from control_flow import Instruction, working_loop  # noqa: E402
+
+SUBSET = [(kernel, arch) for kernel in ("fwd", "bwd_dkv_gist", "decode") for arch in ("sm_80", "sm_90")]
+OURS = [kernel for kernel in KERNELS if not kernel.startswith("plain_")]
+
+
+@pytest.mark.parametrize(("kernel", "arch"), SUBSET, ids=[f"{kernel}-{arch}" for kernel, arch in SUBSET])
+def test_no_spills_tensor_cores_in_the_loop_and_shared_memory_within_limits(kernel, arch):
+    row = aot.row_of(kernel, arch, 128)
+    assert not aot.problems(row) or (kernel, arch) in aot.REASONS, aot.problems(row)
+    assert row["inner_loop"]["tensor_core_instructions"] > 0
+    assert row["inner_loop"]["async_copies"] > 0, "keys and values come by cp.async while the tile before is used"
+    assert row["blocks_per_multiprocessor"] >= 1
+    # unclassified opcodes would appear in the mix under their own names
+    assert set(row["inner_loop"]["full_tile"]) <= set(aot.CLASSES)
+
+
+def test_the_gate_fails_on_a_tile_that_spills():
+    with configs.overridden(fwd=configs.Config(128, 128, 4, 2, "too large")):
+        row = aot.row_of("fwd", "sm_80", 128)
+    assert row["spill_bytes"] > 0
+    assert row["stack_bytes"] > 0
+    assert row["spill_instructions"] > 0
+    failures = aot.check([row], {})
+    assert len(failures) == 1
+    assert "spills" in failures[0]
+    assert aot.check([row], {("fwd", "sm_80"): "a test"}) == []
+    assert row["reason"] == "a test"
+
+
+def test_the_gate_fails_on_more_shared_memory_than_the_chip_has():
+    with configs.overridden(fwd=configs.Config(128, 64, 8, 5, "too deep")):
+        failures = aot.check([aot.row_of("fwd", "sm_86", 128)], {})
+    assert len(failures) == 1
+    assert "bytes of shared memory" in failures[0]
+
+
+def test_the_gate_fails_without_tensor_cores_in_the_loop():
+    row = aot.row_of("sum_chunks", "sm_80", 64)
+    assert aot.problems(row) == []
+    assert aot.problems(row | {"kernel": "fwd"}) == ["no tensor-core instruction in a loop"]
+
+
+def test_the_gate_fails_on_a_warning_of_ptxas_and_on_a_kernel_that_does_not_compile():
+    row = aot.row_of("sum_chunks", "sm_80", 64)
+    assert "serialized" in aot.problems(row | {"ptxas_warnings": ["wgmma instructions are serialized"]})[0]
+    with mock.patch.object(aot, "build", side_effect=RuntimeError("PassManager::run failed")):
+        row = aot.row_of("sum_chunks", "sm_80", 64)
+    assert aot.problems(row) == ["does not compile: RuntimeError PassManager::run failed"]
+
+
+def test_a_reason_that_excuses_nothing_is_an_error():
+    row = aot.row_of("sum_chunks", "sm_80", 64)
+    assert "REASONS" in aot.check([row], {("sum_chunks", "sm_80"): "no longer needed"})[0]
+    assert aot.check([row], {("fwd", "sm_80"): "not compiled in this run"}) == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_arguments_are_specialised_as_declared(kernel):
+    source = compiler_input(launch_of(kernel, "sm_90", 128), "sm_90")
+    fn, names = source.fn, source.fn.arg_names
+    assert list(source.signature) == names
+    declared = {param.name for param in fn.params if param.is_constexpr}
+    # no integer that happened to be 1 became a constant
+    assert {name for name, kind in source.signature.items() if kind == "constexpr"} == declared
+    assert {names[i] for (i,) in source.constexprs} == declared
+    divisible = {names[i] for (i,), found in source.attrs.items() if ["tt.divisibility", 16] in found}
+    pointers = {name for name in names if name.endswith("_ptr")}
+    strides = {name for name in names if name.startswith("stride_")}
+    assert divisible == pointers | strides
+    assert divisible.isdisjoint(fn.do_not_specialize)
+    assert all(source.signature[name].startswith("*") for name in pointers)
+    assert set(fn.do_not_specialize) | strides == {name for name in names if source.signature[name] == "i32"}
+    assert set(names) == declared | divisible | set(fn.do_not_specialize) | ({"scale"} & set(names))
+    assert source.signature.get("scale", "fp32") == "fp32"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", OURS)
+def test_the_compiler_gets_what_tritons_runtime_would_give_it(kernel, arch):
+    launch = launch_of(kernel, arch, 128)
+    source = compiler_input(launch, arch)
+    device = SimpleNamespace(
+        get_current_device=lambda: f"aot-{arch}",
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target_of(arch),
+    )
+    given = []
+
+    def instead_of_compiling(*, compile, **rest):
+        given.append(compile)
+        return True
+
+    with (
+        mock.patch.object(driver, "_active", device),
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", instead_of_compiling),
+    ):
+        launch.fn[(1,)](*launch.args, **launch.kwargs)
+    (compiled,) = given
+    assert compiled["signature"] == source.signature
+    assert compiled["constants"] == source.constexprs
+    assert compiled["configs"] == [source.attrs]
+    options = json.loads(compiled["specialization_data"])["options"]
+    assert options == json.loads(json.dumps(source.options))
+
+
+def test_the_working_loop_is_found_and_its_mask_arm_is_not_counted():
+    code = [
+        Instruction("S2R"),
+        Instruction("LDG", labels=("spin",)),
+        Instruction("BRA", target="spin"),  # an inner loop without tensor cores
+        Instruction("HMMA", labels=("loop",)),
+        Instruction("BRA", target="full"),
+        Instruction("FSEL"),
+        Instruction("FSEL"),
+        Instruction("HMMA", labels=("full",)),
+        Instruction("BRA", target="loop"),
+        Instruction("EXIT", falls_through=False),
+    ]
+    loop = working_loop(code, lambda opcode: opcode == "HMMA")
+    assert loop.body == ("HMMA", "BRA", "FSEL", "FSEL", "HMMA", "BRA")
+    assert loop.shortest_turn == ("HMMA", "BRA", "HMMA", "BRA")
+    assert working_loop(code, lambda opcode: opcode == "HGMMA") is None
+
+
+def test_tensor_cores_that_one_elected_warp_drives_are_on_the_shortest_turn():
+    code = [
+        Instruction("ISETP", labels=("loop",)),
+        Instruction("BRA", target="others"),
+        Instruction("UTCHMMA"),
+        Instruction("MUFU", labels=("others",)),
+        Instruction("BRA", target="loop"),
+        Instruction("EXIT", falls_through=False),
+    ]
+    assert "UTCHMMA" in working_loop(code, lambda opcode: opcode == "UTCHMMA").shortest_turn
+
+
+# run in a process of its own: kernels are interpreted there
+CHECK_PLAIN_FLASH = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from gistkern.kernels import configs
+from plain_flash import launch_plain_fwd
+from plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+
+config = configs.Config(BM, BN, 4, 1, "test")
+q, grad_out = torch.randn(2, 4, 45, 16, requires_grad=True), torch.randn(2, 4, 45, 16)
+k, v = (torch.randn(2, 2, 45, 16, requires_grad=True) for _ in range(2))
+expected = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+gradients = torch.autograd.grad(expected, (q, k, v), grad_out)
+lse = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~torch.ones(45, 45).tril().bool(), -torch.inf).logsumexp(-1)
+with torch.no_grad(), configs.overridden(fwd=config, bwd_dq=config, bwd_dkv=config):
+    out, found_lse = launch_plain_fwd(q, k, v, 0.25, "ieee")
+    dq, delta = launch_plain_bwd_dq(grad_out, q, k, v, out, found_lse, 0.25, "ieee")
+    dk, dv = launch_plain_bwd_dkv(grad_out, q, k, v, found_lse, delta, 0.25, "ieee")
+for found, wanted in zip((out, found_lse, dq, dk, dv), (expected, lse, *gradients), strict=True):
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (32, 16)], ids=["tiles=16x32", "tiles=32x16"])
+def test_the_plain_flash_kernel_is_right(rows, columns):
+    """What is compared with must do the work: forward, LSE and gradients against SDPA, N=45, grouped heads."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK_PLAIN_FLASH.replace("BM", str(rows)).replace("BN", str(columns))],
+        env=os.environ | {"TRITON_INTERPRET": "1", "GISTKERN_EMULATED": "1", "PYTHONPATH": str(ROOT / "bench")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads((ROOT / "docs" / "evidence" / "kernels.json").read_text())
+
+
+def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed):
+    rows = {(row["kernel"], row["arch"], row["head_dim"]): row for row in committed["rows"]}
+    assert set(rows) == {(kernel, arch, dim) for kernel in KERNELS for arch in ARCHS for dim in HEAD_DIMS}
+    assert len(rows) == len(committed["rows"])
+    assert committed["grade"] == "compiled"
+    for key, row in rows.items():
+        assert row["problems"] == aot.problems(row), key
+        assert not row["problems"] or row["reason"], key
+    assert (ROOT / "docs" / "evidence" / "kernels.md").read_text() == page(committed)
+    assert str(ROOT) not in json.dumps(committed)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_committed_evidence_is_about_the_configs_of_today(committed, arch):
+    for row in committed["rows"]:
+        if row["arch"] == arch:
+            launch = launch_of(row["kernel"], arch, row["head_dim"])
+            assert aot.config_of(launch) == row["config"], f"{row['kernel']} D={row['head_dim']}: run `make aot`"
+
+
+def test_the_cache_of_earlier_compilations_is_not_used(tmp_path):
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(tmp_path)):
+        row = aot.row_of("sum_chunks", "sm_80", 64)
+    assert row["registers"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_builds_carry_the_log_of_ptxas():
+    built = aot.build(launch_of("sum_chunks", "sm_80", 64), "sm_80")
+    assert isinstance(built, Build)
+    assert "spill stores" in built.ptxas_log
