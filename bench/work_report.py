@@ -88,8 +88,9 @@ def markdown(rows: list[dict[str, Any]], shape: Shape) -> str:
     lines = [
         "# Work of the schedule",
         "",
-        "Counted by `make work` (bench/work.py) from the layouts and the shipped configs; the counts equal the products",
-        "that the kernels make in the interpreter (tests/test_work.py). Grade: *emulated*; no time was measured.",
+        "Counted by `make work` (bench/work.py) from the layouts and the shipped configs; the counts equal the",
+        "products that the kernels make in the interpreter (tests/test_work.py). Grade: *emulated*; no",
+        "time was measured.",
         "",
         f"Heads {shape.heads}/{shape.kv_heads}, head dimension {shape.head_dim}, bf16, batch 1.",
         "",
@@ -98,8 +99,8 @@ def markdown(rows: list[dict[str, Any]], shape: Shape) -> str:
         "- *Uncompacted*: forward tiles of a block-sparse kernel that leaves the gists in the token stream, over ours.",
         "- *Balance*: mean over maximum load if programs go in launch order to the first free multiprocessor, one at a",
         "  time.",
-        f"- Targets: ratio at most {TARGET} for 256/16 and coarser, balance of the gist dk/dv at least {BALANCE_TARGET}",
-        '  at 32K. **Bold** misses its target; docs/kernels.md, "Work", says why.',
+        f"- Targets: ratio at most {TARGET} for 256/16 and coarser, balance of the gist dk/dv at least",
+        f'  {BALANCE_TARGET} at 32K. **Bold** misses its target; docs/kernels.md, "Work", says why.',
         "",
         "![ratio and balance](../pictures/work.png)",
     ]

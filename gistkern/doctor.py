@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import gistkern
 from gistkern import backends
 from gistkern.kernels.chips import chip_for
+from gistkern.kernels.tuned import ENVIRONMENT
 
 __all__ = ["main", "report"]
 
@@ -27,6 +29,7 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
+        "tuned_configs": os.environ.get(ENVIRONMENT),
         "backends": [_backend(row, device) for device in _device_names() for row in backends.BACKENDS],
     }
 
@@ -80,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("devices")
     for device in facts["devices"]:
         print("  " + ", ".join(f"{key} {value}" for key, value in device.items()))
+    print(f"tile configs {facts['tuned_configs'] or f'as shipped ({ENVIRONMENT} names no file)'}")
     print("backends (float32)")
     for row in facts["backends"]:
         verdict = "usable" if row["usable"] else f"not usable: {row['reason']}"

@@ -25,3 +25,5 @@ def test_text_report_names_every_backend_and_reason(capsys, monkeypatch):
     assert "cpu        on cpu   usable" in printed
     assert "broken     on cpu   not usable: needs a moon" in printed
     assert "flash-attn     not installed" in printed
+    assert "triton     on cpu   not usable: serves CUDA and ROCm tensors, got cpu" in printed
+    assert "tile configs as shipped (GISTKERN_CONFIGS names no file)" in printed

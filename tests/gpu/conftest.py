@@ -12,6 +12,7 @@ from emulation import EMULATED, INTERPRETED, tiles
 from gistkern.kernels import configs
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a GPU; without one: make emulate, make sanitize")
     for item in items:

@@ -1,0 +1,195 @@
+"""Compile every kernel for every chip with no GPU, check the machine code, and write it up.
+
+    make aot                                              # everything, to docs/evidence/kernels.{json,md}
+    python bench/aot.py --arch sm_90 --kernel fwd         # some of it, gates only
+    python bench/aot.py --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
+
+Compiled, not run: nothing here says how long a kernel takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import triton
+from aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, chip_of, launch_of
+from aot_page import page
+from machine_code import CLASSES, describe
+from tqdm import tqdm
+
+from gistkern.kernels import tuned
+
+__all__ = ["CLASSES", "REASONS", "build", "check", "config_of", "main", "problems", "row_of"]
+
+EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
+# constexprs that are choices of ours, for the config column
+_CHOSEN = ("PACK", "BM", "BN", "BG", "BLOCK")
+
+# (kernel, arch) -> why a row may fail a gate
+REASONS: dict[tuple[str, str], str] = {}
+PLAIN_REASON = "not ours: compiled with the tiles of our kernel, only for comparison"
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row: it does not compile, spills, misses the tensor cores or asks for too much memory."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    found = []
+    if row["spill_bytes"] or row["spill_instructions"]:
+        found.append(f"spills {row['spill_bytes']} bytes per thread ({row['spill_instructions']} instructions)")
+    loop = row["inner_loop"]
+    if (row["kernel"] in PLAIN or row["plain"]) and not (loop and loop["tensor_core_instructions"]):
+        found.append("no tensor-core instruction in a loop")
+    if row["shared_bytes"] > row["shared_limit"]:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, the chip has {row['shared_limit']}")
+    return found + [f"ptxas: {warning}" for warning in row.get("ptxas_warnings", ())]
+
+
+def check(rows: list[dict[str, Any]], reasons: dict[tuple[str, str], str]) -> list[str]:
+    """Put `problems` and `reason` into the rows; returns what fails: rows without a reason, reasons without a row."""
+    failures = []
+    for row in rows:
+        key = row["kernel"], row["arch"]
+        row["problems"] = problems(row)
+        if row["problems"] and (reason := PLAIN_REASON if row["plain"] else reasons.get(key)):
+            row["reason"] = reason
+        elif row["problems"]:
+            failures.append(f"{row['kernel']} on {row['arch']}, D={row['head_dim']}: {'; '.join(row['problems'])}")
+    for key in reasons:
+        covered = [row for row in rows if (row["kernel"], row["arch"]) == key]
+        if covered and not any(row["problems"] for row in covered):
+            failures.append(f"{key[0]} on {key[1]}: REASONS excuses it, but nothing is wrong with it")
+    return failures
+
+
+def row_of(kernel: str, arch: str, dim: int, launch: Launch | None = None) -> dict[str, Any]:
+    """Compile one kernel and describe it; `launch` replaces the launch that a user's call would make."""
+    launch = launch or launch_of(kernel, arch, dim)
+    row: dict[str, Any] = {
+        "kernel": kernel,
+        "function": launch.fn.__name__,
+        "plain": kernel.startswith("plain_"),
+        "arch": arch,
+        "head_dim": dim,
+        "dtype": "bfloat16",
+        "config": config_of(launch),
+    }
+    with _captured_stderr() as noise:
+        try:
+            return row | describe(build(launch, arch), chip_of(arch))
+        except Exception as error:  # the compiler's own failures are of many types, and each is a row's result
+            return row | {"error": _first_cause(noise(), error)}
+
+
+def config_of(launch: Launch) -> dict[str, int]:
+    """What of a launch is a choice of ours: tile sizes, packed heads, warps and pipeline stages."""
+    return {name: launch.kwargs[name] for name in (*_CHOSEN, "num_warps", "num_stages") if name in launch.kwargs}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--kernel", nargs="+", choices=tuple(KERNELS), default=list(KERNELS))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--out", type=Path, help="where to write (default: docs/evidence if everything is compiled)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    args = parser.parse_args(arguments)
+    if os.environ.get(tuned.ENVIRONMENT):
+        parser.error(f"unset {tuned.ENVIRONMENT}: this is about the configs that the package ships")
+
+    wanted = [(kernel, arch, dim) for arch in args.arch for kernel in args.kernel for dim in args.head_dim]
+    rows = _compile_all(wanted, args.jobs)
+    failures = check(rows, REASONS)
+    everything = len(wanted) == len(ARCHS) * len(KERNELS) * len(HEAD_DIMS)
+    if out := args.out or (EVIDENCE if everything else None):
+        out.mkdir(parents=True, exist_ok=True)
+        report = _report(rows)
+        (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "kernels.md").write_text(page(report))
+        print(f"{len(rows)} rows written to {out}/kernels.json and kernels.md")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    reasoned = sum("reason" in row for row in rows)
+    print(f"{len(rows)} rows: {len(failures)} failures, {reasoned} excused by a stated reason")
+    return bool(failures)
+
+
+def _compile_all(wanted: list[tuple[str, str, int]], jobs: int) -> list[dict[str, Any]]:
+    """Rows in the order of `wanted`."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context) as pool:
+        futures = {pool.submit(row_of, *key): key for key in wanted}
+        finished = tqdm(as_completed(futures), total=len(futures), desc="compile", unit="kernel", disable=None)
+        rows = {futures[future]: future.result() for future in finished}
+    return [rows[key] for key in wanted]
+
+
+def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    tools = triton.knobs.nvidia
+    return {
+        "grade": "compiled",
+        "command": "make aot",
+        "versions": {
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+            "ptxas": _version(tools.ptxas.path),
+            "ptxas, sm_100 and later": _version(tools.ptxas_blackwell.path),
+        },
+        "shapes": f"{HEADS} query heads, {KV_HEADS} key/value heads, bfloat16; decoding with one query row",
+        "rows": rows,
+    }
+
+
+def _version(tool: str) -> str:
+    said = subprocess.run([tool, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+(\.\d+)+)", said)
+    return found[1] if found else "unknown"
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Any]:
+    """MLIR writes whole modules to the C-level stderr when a pass fails; yields a function that returns them."""
+    with tempfile.TemporaryFile(mode="w+") as file:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def noise() -> str:
+            file.seek(0)
+            return file.read()
+
+        try:
+            yield noise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _first_cause(noise: str, error: Exception) -> str:
+    """One line about a failed compilation, without this machine's paths."""
+    failed = re.search(r"Pipeline failed while executing \[`(\w+)`", noise)
+    asserted = re.search(r"Assertion `(.*?)' failed", noise)
+    parts = [f"pass {failed[1]}"] if failed else []
+    parts += [f"assertion {asserted[1]}"] if asserted else []
+    # Triton's front end says where in the first line and why in the last, with the source in between
+    said = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    text = ": ".join(parts) or " ".join([type(error).__name__, *dict.fromkeys(said[:1] + said[-1:])])
+    return re.sub(r"(?:/[\w.+-]+)+/", "", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

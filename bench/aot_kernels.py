@@ -1,0 +1,205 @@
+"""What `make aot` compiles: the launches of one Llama-3-8B layer, recorded from the launchers and given to Triton.
+
+Nothing here repeats a signature or a block size. The launchers of kernels/ run on CPU tensors as if on the named
+chip, their launches are recorded instead of executed, and Triton's own binder turns the recorded arguments into the
+compiler's input. So what is compiled is what a user's first call would compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from plain_flash import launch_plain_fwd
+from plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from gistkern.kernels import device
+from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
+from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
+from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
+from gistkern.kernels.chips import CHIPS, Chip
+from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
+from gistkern.kernels.decode import launch_gist_decode
+
+__all__ = [
+    "ARCHS",
+    "HEAD_DIMS",
+    "KERNELS",
+    "PLAIN",
+    "Build",
+    "CompilerInput",
+    "Launch",
+    "build",
+    "chip_of",
+    "compiler_input",
+    "launch_of",
+    "target_of",
+]
+
+ARCHS = tuple(chip.arch for chip in CHIPS)
+HEAD_DIMS = (64, 128)
+# Llama-3-8B's heads; enough rows that the compact columns are cut into chunks and decoding into splits, because
+# then the partial results are fp32, which is the heavier variant of both kernels
+BATCH, HEADS, KV_HEADS, ROWS, GISTS = 1, 32, 8, 2048, 256
+# the bits of the scale are no compile-time constant, and neither is anything else that depends on sizes
+SCALE = 0.125
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: ``fn[grid](*args, **kwargs)`` without the grid."""
+
+    fn: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CompilerInput:
+    """What Triton's runtime hands to its compiler for a launch.
+
+    `signature` maps argument names to types (``"constexpr"`` included), `constexprs` and `attrs` are keyed by
+    argument position; `options` are the backend's (num_warps and num_stages among them).
+    """
+
+    fn: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled kernel, what it was compiled from, and the log of ptxas (empty for AMD)."""
+
+    source: CompilerInput
+    compiled: CompiledKernel
+    ptxas_log: str
+
+
+def _attention(dim: int) -> dict[str, Callable[[], Any]]:
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty((BATCH, *shape), dtype=dtype)
+
+    q, k, g = tensor(HEADS, ROWS, dim), tensor(KV_HEADS, ROWS, dim), tensor(KV_HEADS, GISTS, dim)
+    stat = tensor(HEADS, ROWS, dtype=torch.float32)
+    rule = tensor(ROWS, dtype=torch.int32)
+    token, token_rule = tensor(HEADS, 1, dim), tensor(1, dtype=torch.int32)
+    gather = tensor(GISTS, dtype=torch.int64)
+    how = SCALE, "ieee"
+    return {
+        "fwd": lambda: launch_gist_attn_fwd(q, k, k, g, g, rule, rule, rule, *how),
+        "bwd_dq": lambda: launch_gist_attn_bwd_dq(q, q, k, k, g, g, q, stat, rule, rule, rule, *how),
+        "bwd_dkv_gist": lambda: launch_gist_attn_bwd_dkv(q, q, g, g, stat, stat, rule, rule, *how),
+        "bwd_dkv_local": lambda: launch_gist_attn_bwd_dkv(q, q, k, k, stat, stat, rule, None, *how),
+        "decode": lambda: launch_gist_decode(token, k, k, g, g, token_rule, token_rule, token_rule, *how),
+        "compact": lambda: launch_gist_compact(k, k, None, None, gather),
+        "compact_bwd": lambda: launch_gist_compact_bwd(g, g, gather, ROWS),
+        "plain_fwd": lambda: launch_plain_fwd(q, k, k, *how),
+        "plain_bwd_dq": lambda: launch_plain_bwd_dq(q, q, k, k, q, stat, *how),
+        "plain_bwd_dkv": lambda: launch_plain_bwd_dkv(q, q, k, k, stat, stat, *how),
+    }
+
+
+# row name -> (the call that launches it, which of that call's launches it is)
+KERNELS = {
+    "fwd": ("fwd", 0),
+    "bwd_dq": ("bwd_dq", 0),
+    "bwd_dkv_gist": ("bwd_dkv_gist", 0),
+    "bwd_dkv_local": ("bwd_dkv_local", 0),
+    "sum_chunks": ("bwd_dkv_gist", 1),
+    "decode": ("decode", 0),
+    "merge_splits": ("decode", 1),
+    "compact": ("compact", 0),
+    "compact_bwd": ("compact_bwd", 0),
+    "plain_fwd": ("plain_fwd", 0),
+    "plain_bwd_dq": ("plain_bwd_dq", 0),
+    "plain_bwd_dkv": ("plain_bwd_dkv", 0),
+}
+# attention kernels and the plain flash kernel that does the same work under a causal mask
+PLAIN = {
+    "fwd": "plain_fwd",
+    "bwd_dq": "plain_bwd_dq",
+    "bwd_dkv_gist": "plain_bwd_dkv",
+    "bwd_dkv_local": "plain_bwd_dkv",
+    "decode": None,
+}
+
+
+def chip_of(arch: str) -> Chip:
+    """The chip of an architecture name of `ARCHS`."""
+    return next(chip for chip in CHIPS if chip.arch == arch)
+
+
+def launch_of(kernel: str, arch: str, dim: int) -> Launch:
+    """The launch that a call on a chip of `arch` with head dimension `dim` makes of a kernel of `KERNELS`."""
+    call, index = KERNELS[kernel]
+    with _recorded_launches(chip_of(arch)) as launches:
+        _attention(dim)[call]()
+    return launches[index]
+
+
+def compiler_input(launch: Launch, arch: str) -> CompilerInput:
+    """The compiler's input for a launch: the steps of `triton.runtime.jit.JITFunction.run`, with the target given."""
+    fn, kwargs = launch.fn, dict(launch.kwargs)
+    kwargs["debug"] = fn.debug or triton.knobs.runtime.debug
+    kwargs["instrumentation_mode"] = triton.knobs.compilation.instrumentation_mode
+    backend = make_backend(target_of(arch))
+    bind = create_function_from_signature(fn.signature, fn.params, backend)
+    bound, specialization, unbound = bind(*launch.args, **kwargs)
+    options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, specialization, unbound)
+    return CompilerInput(fn, signature, constexprs, attrs, dict(options.__dict__))
+
+
+def build(launch: Launch, arch: str) -> Build:
+    """Compile a launch for a chip. No GPU and no earlier compilation is needed or used."""
+    source = compiler_input(launch, arch)
+    ast = ASTSource(source.fn, source.signature, source.constexprs, source.attrs)
+    knobs = triton.knobs
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        knobs.cache.dir = cache
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(ast, target=target_of(arch), options=source.options)
+    return Build(source, compiled, log.getvalue())
+
+
+def target_of(arch: str) -> GPUTarget:
+    """Triton's name for an architecture."""
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+@contextlib.contextmanager
+def _recorded_launches(chip: Chip) -> Iterator[list[Launch]]:
+    """Launchers take CPU tensors for `chip` within the block; what they launch is listed and not run."""
+    launches: list[Launch] = []
+
+    def run(fn: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(fn, args, kwargs))
+
+    facts = device.DeviceFacts(chip.arch, chip.multiprocessors, chip.l2_bytes, chip.example)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(device, "_of_chip", return_value=facts),
+        mock.patch.dict(os.environ, GISTKERN_EMULATED="1"),
+    ):
+        yield launches

@@ -1,0 +1,199 @@
+"""What a compiled kernel costs, read from its machine code: registers, spills, memory, occupancy, instructions.
+
+Nothing runs and nothing is timed. NVIDIA: `cuobjdump` gives registers and stack, the log of the very ptxas run that
+made the code gives spills, `nvdisasm` the instructions, cuxray the occupancy. AMD: LLVM's own assembly text.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cuxray.archspec
+import cuxray.occupancy
+import triton
+from aot_kernels import Build
+from control_flow import Instruction, working_loop
+from cuxray.parse import ptxasv, resusage
+
+from gistkern.kernels.chips import Chip
+
+__all__ = ["CLASSES", "describe"]
+
+# classes of the instruction mix, and the opcodes of NVIDIA's and AMD's that belong to each; the first match counts
+CLASSES = {
+    "tensor core": r"HMMA|HGMMA|UTC\w*MMA|v_s?mfmac?_\w+",
+    "tensor memory": r"LDTM|STTM|UTCCP",
+    "exp2, log2, 1/x": r"MUFU|v_(exp|log|rcp|rsq|sqrt)_\w+",
+    "fp32": r"F(FMA|ADD|MUL|MNMX|SEL|SETP|SET|CHK|SWZADD)[23]?|F2FP|v_\w+_(f32|bf16|f16)\w*",
+    "shared memory": r"LDS|STS|LDSM|STSM|ATOMS|ds_(read|write|load|store)\w*",
+    "local memory (spills)": r"LDL|STL|scratch_\w+",
+    "global memory": r"LDG(STS)?|STG|UTMA\w+|UBLKCP|ATOMG?|REDG?|LD|ST|(global|buffer|flat|s_load|s_buffer_load)_\w+",
+    "barriers and waits": (
+        r"BAR|U?DEPBAR|LDGDEPBAR|SYNCS|UTCBAR|FENCE|MEMBAR|WARPGROUP|WARPSYNC|ARRIVES|ERRBAR|CCTL|NANOSLEEP"
+        r"|s_barrier|s_waitcnt\w*|s_nop|s_sleep"
+    ),
+    "branches and predicates": (
+        r"BRA|BRX|BSSY|BSYNC|BREAK|CALL|RET|EXIT|U?PLOP3|P2R|R2P|U?P2UR|VOTEU?|ELECT|BPT|KILL"
+        r"|s_c?branch\w*|s_endpgm|s_setpc\w*|s_\w+_saveexec\w*"
+    ),
+    "shuffles and conversions": (
+        r"SHFL|C?REDUX|I2FP?|F2IP?|I2I|v_(perm|readlane|readfirstlane|writelane|cvt)\w*|\w+_dpp|ds_b?permute\w*|ds_swizzle\w*"
+    ),
+    # index arithmetic, moves, integer comparisons and selections; HFMA2 here only ever loads constants
+    "integer and addresses": (
+        r"U?(IMAD|IADD3?|IABS|IMNMX|ISETP|LEA|LOP3|SHF|SHL|SHR|SGXT|SEL|VIADD|VIADDMNMX|VIMNMX3?|MOV|PRMT|FLO|BMSK|POPC)"
+        r"|CS2R|S2U?R|R2UR|ULDC|LDCU?|UCLEA|HFMA2|v_\w+|s_\w+"
+    ),
+    "padding": r"NOP",
+}
+_CLASS_PATTERNS = {name: re.compile(pattern) for name, pattern in CLASSES.items()}
+_TENSOR = _CLASS_PATTERNS["tensor core"]
+# v_mfma_f32_32x32x8_bf16 -> mfma
+_TENSOR_NAME = re.compile(r"^v_|_.*")
+_ASYNC = re.compile(r"LDGSTS|UTMALDG|UBLKCP|buffer_load_\w+_lds")
+_SPILL = re.compile(r"LDL|STL|scratch_(load|store)\w*")
+# 32-bit columns of tensor memory in one multiprocessor of sm_100
+TENSOR_MEMORY_COLUMNS = 512
+
+# "(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+_WARNING = re.compile(r"\(C\d+\) (Potential Performance Loss: .*?)(?: in the function .*)?$", re.MULTILINE)
+_LABEL = re.compile(r"^([.\w$]+):")
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)[.\w]*\s*([^;]*);")
+_SASS_TARGET = re.compile(r"^(.*)`\(([^)]+)\)")
+_AMD = re.compile(r"^\t([a-z]\w+)\s*([^;]*)")
+
+
+def describe(build: Build, chip: Chip) -> dict[str, Any]:
+    """Everything a row of docs/evidence/kernels.json says about the machine code of one kernel on one chip.
+
+    Bytes are per thread for `stack_bytes`, `spill_bytes` (what ptxas counts as spill stores) and
+    `spill_load_bytes`, and per block for `shared_bytes`. `spill_instructions` counts loads and stores of local
+    memory in the code. `inner_loop` is None if no loop holds tensor-core instructions.
+    """
+    facts, code = (_nvidia if chip.capability else _amd)(build, chip)
+    opcodes = Counter(ins.opcode for ins in code)
+    tensor = {op: n for op, n in opcodes.items() if _TENSOR.fullmatch(op)}
+    loop = working_loop(code, lambda op: _TENSOR.fullmatch(op) is not None)
+    return facts | {
+        "shared_bytes": build.compiled.metadata.shared,
+        "shared_limit": chip.shared_per_block,
+        "spill_instructions": _total(opcodes, _SPILL),
+        "instructions": sum(opcodes.values()),
+        "tensor_core": "+".join(sorted({_TENSOR_NAME.sub("", op).upper() for op in tensor})) or None,
+        "tensor_core_instructions": sum(tensor.values()),
+        "async_copies": _total(opcodes, _ASYNC),
+        "inner_loop": loop
+        and {
+            "instructions": len(loop.body),
+            "tensor_core_instructions": _total(Counter(loop.body), _TENSOR),
+            "async_copies": _total(Counter(loop.body), _ASYNC),
+            "full_tile_instructions": len(loop.shortest_turn),
+            "full_tile": _mix(loop.shortest_turn),
+        },
+    }
+
+
+def _nvidia(build: Build, chip: Chip) -> tuple[dict[str, Any], list[Instruction]]:
+    metadata = build.compiled.metadata
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(build.compiled.asm["cubin"])
+        file.flush()
+        usage = resusage.parse(_tool("cuobjdump", "-res-usage", file.name))[metadata.name]
+        code = _sass(_tool("nvdisasm", "-c", file.name))
+    log = ptxasv.parse(build.ptxas_log)[metadata.name]
+    occupancy = cuxray.occupancy.compute(
+        cuxray.archspec.lookup(chip.capability), usage.reg, metadata.num_warps * 32, smem_dynamic=metadata.shared
+    )
+    blocks, limits = occupancy.blocks_per_sm, occupancy.limiter
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    if columns and TENSOR_MEMORY_COLUMNS // columns < blocks:
+        blocks, limits = TENSOR_MEMORY_COLUMNS // columns, "tensor memory"
+    warps = blocks * metadata.num_warps
+    return {
+        "registers": usage.reg,
+        "stack_bytes": usage.stack,
+        "spill_bytes": log.spill_stores,
+        "spill_load_bytes": log.spill_loads,
+        "ptxas_warnings": _WARNING.findall(build.ptxas_log),
+        "tensor_memory_columns": columns,
+        "blocks_per_multiprocessor": blocks,
+        "warps_per_multiprocessor": warps,
+        "occupancy_percent": round(100 * warps / occupancy.max_warps, 1),
+        "occupancy_limited_by": limits.replace("_", " ").replace("+", ", "),
+    }, code
+
+
+def _amd(build: Build, chip: Chip) -> tuple[dict[str, Any], list[Instruction]]:
+    text = build.compiled.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, text)
+        assert found, pattern
+        return int(found[1])
+
+    return {
+        "registers": number(r"\.vgpr_count:\s*(\d+)"),
+        "scalar_registers": number(r"\.sgpr_count:\s*(\d+)"),
+        "stack_bytes": number(r"\.private_segment_fixed_size:\s*(\d+)"),
+        # LLVM counts spilled 32-bit registers
+        "spill_bytes": 4 * number(r"\.vgpr_spill_count:\s*(\d+)"),
+        "spilled_scalar_registers": number(r"\.sgpr_spill_count:\s*(\d+)"),
+        "waves_per_simd": number(r"; Occupancy:\s*(\d+)"),
+    }, _amdgcn(text)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _sass(text: str) -> list[Instruction]:
+    code, labels = [], []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels.append(label[1])
+        elif found := _SASS.match(line):
+            predicate, opcode, operands = found[1], found[2], found[3]
+            jump = _SASS_TARGET.match(operands) if opcode in ("BRA", "CALL") else None
+            # the target of a call of a function is no label of this one, so control comes back
+            called = jump is not None and jump[2].startswith("$")
+            # an operand before the target is a condition: BRA.U UP0, `(.L_x_3)
+            conditional = bool(predicate) or called or (jump is not None and bool(jump[1].strip()))
+            leaves = opcode in ("BRA", "CALL", "EXIT", "RET")
+            target = jump[2] if jump and not called else None
+            code.append(Instruction(opcode, tuple(labels), target, conditional or not leaves))
+            labels = []
+    return code
+
+
+def _amdgcn(text: str) -> list[Instruction]:
+    code, labels = [], []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels.append(label[1])
+        elif found := _AMD.match(line):
+            opcode, operands = found[1], found[2].strip()
+            jumps = opcode.startswith(("s_branch", "s_cbranch"))
+            leaves = opcode in ("s_branch", "s_endpgm", "s_setpc_b64")
+            code.append(Instruction(opcode, tuple(labels), operands if jumps else None, not leaves))
+            labels = []
+    return code
+
+
+def _total(opcodes: Counter[str], pattern: re.Pattern[str]) -> int:
+    return sum(n for op, n in opcodes.items() if pattern.fullmatch(op))
+
+
+def _mix(opcodes: tuple[str, ...]) -> dict[str, int]:
+    """How many instructions of each class; unknown opcodes are listed by name, so that none hides."""
+    mix: Counter[str] = Counter()
+    for opcode in opcodes:
+        name = next((name for name, pattern in _CLASS_PATTERNS.items() if pattern.fullmatch(opcode)), opcode)
+        mix[name] += 1
+    order = [*CLASSES, *sorted(set(mix) - set(CLASSES))]
+    return {name: mix[name] for name in order if mix[name]}
