@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from gistkern.kernels.configs import pick
-from gistkern.kernels.device import facts_of, guard
+from gistkern.kernels.device import facts_of, guard, wide_samples
 from gistkern.kernels.primitives import (
     count_at_most,
     load_rows,
@@ -36,7 +36,7 @@ def gist_attn_bwd_dkv_kernel(
     k_ptr,
     v_ptr,
     grad_out_ptr,
-    lse_ptr,
+    backward_lse_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -70,12 +70,14 @@ def gist_attn_bwd_dkv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     GIST: tl.constexpr,
 ):
     """dk, dv ``[n_chunks, B, HEADS / GROUP, n_columns, D]`` (contiguous), one column tile and chunk a program.
 
     With GIST the columns are the compact rows and begin, end are gist_begin and gist_end; without, they are
     the local rows, begin is local_begin (int32 ``[B, N]``), row i ends at itself, and end is not read.
+    WIDE: offsets within one sample of q do not fit int32.
     n_heads = B * HEADS / GROUP; the query heads of a group are summed here.
     """
     i_unit, i_bh = scheduled(tl.program_id(0), n_tiles * n_chunks, n_heads, section, LAST_FIRST=False)
@@ -85,6 +87,10 @@ def gist_attn_bwd_dkv_kernel(
     i_kv = i_bh % (HEADS // GROUP)
     begin_ptr += i_b * n_rows
     end_ptr += i_b * n_rows
+    q_ptr += i_b * stride_qb
+    grad_out_ptr += i_b * stride_dob
+    backward_lse_ptr += i_b * HEADS * n_rows
+    delta_ptr += i_b * HEADS * n_rows
 
     # rows [row_begin, row_end) see some column of the tile, rows [full_begin, full_end) see all of them
     first = i_tile * BN
@@ -115,12 +121,13 @@ def gist_attn_bwd_dkv_kernel(
         i_row = row_begin + (i_step // PACKS) * per_step
         i_h = i_kv * PACKS + i_step % PACKS
         o_row, o_head, m_row = query_rows(i_row, row_end, i_h, PACK, BM)
-        o_row64 = o_row.to(tl.int64)
-        o_head = o_head.to(tl.int64)
-        p_stat = (i_b * HEADS + o_head) * n_rows + o_row64
-        b_q = load_rows(q_ptr + i_b * stride_qb + o_head * stride_qh + o_row64 * stride_qn, m_row, D, BD)
-        b_do = load_rows(grad_out_ptr + i_b * stride_dob + o_head * stride_doh + o_row64 * stride_don, m_row, D, BD)
-        b_lse = tl.load(lse_ptr + p_stat, mask=m_row, other=float("-inf"))
+        if WIDE:
+            o_row = o_row.to(tl.int64)
+            o_head = o_head.to(tl.int64)
+        p_stat = o_head * n_rows + o_row
+        b_q = load_rows(q_ptr + o_head * stride_qh + o_row * stride_qn, m_row, D, BD)
+        b_do = load_rows(grad_out_ptr + o_head * stride_doh + o_row * stride_don, m_row, D, BD)
+        b_lse = tl.load(backward_lse_ptr + p_stat, mask=m_row, other=float("inf"))
         b_delta = tl.load(delta_ptr + p_stat, mask=m_row, other=0.0)
         b_st = matmul(b_k, tl.trans(b_q), PRECISION)  # [BN, BM]
         b_pt = probabilities(b_st, b_lse[None, :], scale, q_ptr.dtype.element_ty == tl.float32)
@@ -218,6 +225,7 @@ def launch_gist_attn_bwd_dkv(
             BM=config.block_rows,
             BN=config.block_cols,
             PRECISION=precision,
+            WIDE=wide_samples(q, grad_out),
             GIST=end is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -7,13 +7,15 @@ import triton
 import triton.language as tl
 
 from gistkern.kernels.configs import pick
-from gistkern.kernels.device import facts_of, guard
+from gistkern.kernels.device import facts_of, guard, wide_rows
 from gistkern.kernels.primitives import (
-    column_pointers,
+    backward_lse,
+    load_columns,
     load_rows,
     matmul,
     probabilities,
     query_rows,
+    row_bounds,
     scheduled,
     seen_columns,
     store_rows,
@@ -34,6 +36,7 @@ def gist_attn_bwd_dq_kernel(
     out_ptr,
     grad_out_ptr,
     lse_ptr,
+    backward_lse_ptr,
     delta_ptr,
     dq_ptr,
     gist_begin_ptr,
@@ -71,10 +74,13 @@ def gist_attn_bwd_dq_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLEND: tl.constexpr,
 ):
-    """dq ``[B, HEADS, N, D]`` and delta = rowsum(grad_out * out), fp32 ``[B, HEADS, N]``; one tile of rows a program.
+    """dq ``[B, HEADS, N, D]``, one tile of rows a program, and what dk and dv need of each row.
 
-    Shapes as `gist_attn_fwd_kernel`; out, lse, delta and dq contiguous, grad_out by strides.
+    That is delta = rowsum(grad_out * out) and the LSE as `backward_lse` makes it, fp32 ``[B, HEADS, N]``. Shapes as
+    `gist_attn_fwd_kernel`; out, lse and all results contiguous, grad_out by strides.
     """
     i_tile, i_bh = scheduled(tl.program_id(0), n_tiles, n_heads, section, LAST_FIRST=True)
     i_b = (i_bh // (HEADS // PACK)).to(tl.int64)
@@ -99,28 +105,29 @@ def gist_attn_bwd_dq_kernel(
     b_out = load_rows(out_ptr + p_stat * D, m_row, D, BD)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     tl.store(delta_ptr + p_stat, b_delta, mask=m_row)
-    b_lse = tl.load(lse_ptr + p_stat, mask=m_row, other=float("-inf"))
+    FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    b_lse = backward_lse(tl.load(lse_ptr + p_stat, mask=m_row, other=float("-inf")), FP32)
+    tl.store(backward_lse_ptr + p_stat, b_lse, mask=m_row)
 
-    p_k = k_ptr + i_b * stride_kb + i_kv * stride_kh
-    p_v = v_ptr + i_b * stride_vb + i_kv * stride_vh
-    p_gk = gk_ptr + i_b * stride_gkb + i_kv * stride_gkh
-    p_gv = gv_ptr + i_b * stride_gvb + i_kv * stride_gvh
+    b_gist, b_gist_end, b_local, b_local_last = row_bounds(
+        b_gist_begin, b_gist_end, b_local_begin, b_local_row, gist_lo, n_gist, local_lo
+    )
+    gist_lo = gist_lo.to(tl.int64)
+    local_lo = (local_lo - n_gist).to(tl.int64)
+    p_k = k_ptr + i_b * stride_kb + i_kv * stride_kh + local_lo * stride_kn
+    p_v = v_ptr + i_b * stride_vb + i_kv * stride_vh + local_lo * stride_vn
+    p_gk = gk_ptr + i_b * stride_gkb + i_kv * stride_gkh + gist_lo * stride_gkn
+    p_gv = gv_ptr + i_b * stride_gvb + i_kv * stride_gvh + gist_lo * stride_gvn
     b_dq = tl.zeros([BM, BD], tl.float32)
     for i_col in tl.range(0, n_cols, BN):
         o_col = i_col + tl.arange(0, BN)
-        m_col = o_col < n_cols
-        p_krow = column_pointers(p_gk, stride_gkn, p_k, stride_kn, o_col, gist_lo, n_gist, local_lo)
-        p_vrow = column_pointers(p_gv, stride_gvn, p_v, stride_vn, o_col, gist_lo, n_gist, local_lo)
-        b_k = load_rows(p_krow, m_col, D, BD)  # [BN, BD]
-        b_v = load_rows(p_vrow, m_col, D, BD)  # [BN, BD]
+        b_k = load_columns(p_gk, stride_gkn, p_k, stride_kn, o_col, n_gist, n_cols, D, BD, WIDE, BLEND)
+        b_v = load_columns(p_gv, stride_gvn, p_v, stride_vn, o_col, n_gist, n_cols, D, BD, WIDE, BLEND)
         b_s = matmul(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
-        b_p = probabilities(b_s, b_lse[:, None], scale, q_ptr.dtype.element_ty == tl.float32)
+        b_p = probabilities(b_s, b_lse[:, None], scale, FP32)
         if i_col + BN > n_full:
             # after exp2: a masked probability is 0 whatever its score was
-            m_seen = seen_columns(
-                o_col, n_cols, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_end, b_local_begin, b_local_row
-            )
-            b_p = tl.where(m_seen, b_p, 0.0)
+            b_p = tl.where(seen_columns(o_col, b_gist, b_gist_end, b_local, b_local_last), b_p, 0.0)
         b_dp = matmul(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq += matmul(b_ds.to(b_k.dtype), b_k, PRECISION)
@@ -141,8 +148,8 @@ def launch_gist_attn_bwd_dq(
     local_begin: torch.Tensor,
     scale: float,
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate dq and delta and fill them; arguments as `gistkern.ops`, with D contiguous in the tensors."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Allocate dq, the backward's LSE and delta and fill them; arguments as `gistkern.ops`, with D contiguous."""
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
     facts, width = facts_of(q.device), padded(dim)
@@ -151,7 +158,7 @@ def launch_gist_attn_bwd_dq(
     tiles, packs = triton.cdiv(rows, config.block_rows // pack), batch * heads // pack
     head_bytes = 2 * (local_rows + gist_k.shape[2]) * dim * q.element_size()
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    rows_lse, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     with guard(q.device):
         gist_attn_bwd_dq_kernel[(tiles * packs,)](
             q,
@@ -162,6 +169,7 @@ def launch_gist_attn_bwd_dq(
             out,
             grad_out,
             lse,
+            rows_lse,
             delta,
             dq,
             gist_begin,
@@ -187,7 +195,9 @@ def launch_gist_attn_bwd_dq(
             BM=config.block_rows,
             BN=config.block_cols,
             PRECISION=precision,
+            WIDE=wide_rows(k, v, gist_k, gist_v),
+            BLEND=facts.amd,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return dq, delta
+    return dq, rows_lse, delta

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from gistkern.kernels.configs import pick
-from gistkern.kernels.device import facts_of, guard
+from gistkern.kernels.device import facts_of, guard, wide_rows
 from gistkern.kernels.primitives import (
-    column_pointers,
+    load_columns,
     load_rows,
     matmul,
     normalised,
     query_rows,
+    row_bounds,
     scheduled,
     seen_columns,
     softmax_step,
@@ -23,6 +24,56 @@ from gistkern.kernels.primitives import (
 from gistkern.kernels.schedule import pack_heads, padded, section_heads
 
 __all__ = ["attend", "gist_attn_fwd_kernel", "launch_gist_attn_fwd"]
+
+
+@triton.jit
+def attend_range(
+    b_q,
+    b_acc,
+    b_m,
+    b_l,
+    p_k,
+    p_v,
+    p_gk,
+    p_gv,
+    stride_kn,
+    stride_vn,
+    stride_gkn,
+    stride_gvn,
+    b_gist,
+    b_gist_end,
+    b_local,
+    b_local_last,
+    n_gist,
+    n_full,
+    col_begin,
+    col_end,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLEND: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """The online softmax over the visited columns ``[col_begin, col_end)``; accumulators in, accumulators out.
+
+    MASK: ``"none"``, ``"all"``, or ``"boundary"`` for the tiles that reach beyond the first `n_full` columns.
+    """
+    for i_col in tl.range(col_begin, col_end, BN):
+        o_col = i_col + tl.arange(0, BN)
+        b_k = load_columns(p_gk, stride_gkn, p_k, stride_kn, o_col, n_gist, col_end, D, BD, WIDE, BLEND)
+        b_s = matmul(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
+        if MASK == "all":
+            b_s = tl.where(seen_columns(o_col, b_gist, b_gist_end, b_local, b_local_last), b_s, float("-inf"))
+        if MASK == "boundary":  # noqa: SIM102 - decided by the compiler, the next by the program
+            if i_col + BN > n_full:
+                b_s = tl.where(seen_columns(o_col, b_gist, b_gist_end, b_local, b_local_last), b_s, float("-inf"))
+        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l, scale, b_q.dtype == tl.float32)
+        b_v = load_columns(p_gv, stride_gvn, p_v, stride_vn, o_col, n_gist, col_end, D, BD, WIDE, BLEND)
+        b_acc = b_acc * b_alpha[:, None] + matmul(b_p.to(b_v.dtype), b_v, PRECISION)
+    return b_acc, b_m, b_l
 
 
 @triton.jit
@@ -52,6 +103,9 @@ def attend(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLEND: tl.constexpr,
+    TWO_LOOPS: tl.constexpr,
 ):
     """Attention of a tile of rows ``b_q`` ``[BM, BD]`` over its visited columns ``[col_begin, col_end)``.
 
@@ -61,22 +115,76 @@ def attend(
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    for i_col in tl.range(col_begin, col_end, BN):
-        o_col = i_col + tl.arange(0, BN)
-        m_col = o_col < col_end
-        p_krow = column_pointers(p_gk, stride_gkn, p_k, stride_kn, o_col, gist_lo, n_gist, local_lo)
-        p_vrow = column_pointers(p_gv, stride_gvn, p_v, stride_vn, o_col, gist_lo, n_gist, local_lo)
-        b_k = load_rows(p_krow, m_col, D, BD)  # [BN, BD]
-        b_s = matmul(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
-        if i_col + BN > n_full:
-            m_seen = seen_columns(
-                o_col, col_end, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_end, b_local_begin, b_local_row
-            )
-            b_s = tl.where(m_seen, b_s, float("-inf"))
-        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l, scale, b_q.dtype == tl.float32)
-        b_v = load_rows(p_vrow, m_col, D, BD)  # [BN, BD]
-        b_acc = b_acc * b_alpha[:, None] + matmul(b_p.to(b_v.dtype), b_v, PRECISION)
-    return b_acc, b_m, b_l
+    b_gist, b_gist_end, b_local, b_local_last = row_bounds(
+        b_gist_begin, b_gist_end, b_local_begin, b_local_row, gist_lo, n_gist, local_lo
+    )
+    p_gk += gist_lo.to(tl.int64) * stride_gkn
+    p_gv += gist_lo.to(tl.int64) * stride_gvn
+    p_k += (local_lo - n_gist).to(tl.int64) * stride_kn
+    p_v += (local_lo - n_gist).to(tl.int64) * stride_vn
+    full_end = col_begin
+    if TWO_LOOPS:
+        full_end = tl.minimum(tl.maximum(n_full // BN * BN, col_begin), col_end)
+        b_acc, b_m, b_l = attend_range(
+            b_q,
+            b_acc,
+            b_m,
+            b_l,
+            p_k,
+            p_v,
+            p_gk,
+            p_gv,
+            stride_kn,
+            stride_vn,
+            stride_gkn,
+            stride_gvn,
+            b_gist,
+            b_gist_end,
+            b_local,
+            b_local_last,
+            n_gist,
+            n_full,
+            col_begin,
+            full_end,
+            scale,
+            D,
+            BD,
+            BN,
+            PRECISION,
+            WIDE,
+            BLEND,
+            "none",
+        )
+    return attend_range(
+        b_q,
+        b_acc,
+        b_m,
+        b_l,
+        p_k,
+        p_v,
+        p_gk,
+        p_gv,
+        stride_kn,
+        stride_vn,
+        stride_gkn,
+        stride_gvn,
+        b_gist,
+        b_gist_end,
+        b_local,
+        b_local_last,
+        n_gist,
+        n_full,
+        full_end,
+        col_end,
+        scale,
+        D,
+        BD,
+        BN,
+        PRECISION,
+        WIDE,
+        BLEND,
+        "all" if TWO_LOOPS else "boundary",
+    )
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_local_rows", "n_heads", "n_tiles", "section"])
@@ -120,6 +228,9 @@ def gist_attn_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLEND: tl.constexpr,
+    TWO_LOOPS: tl.constexpr,
 ):
     """out ``[B, HEADS, N, D]`` and natural-log LSE ``[B, HEADS, N]`` (both contiguous), one tile of rows a program.
 
@@ -167,6 +278,9 @@ def gist_attn_fwd_kernel(
         BM,
         BN,
         PRECISION,
+        WIDE,
+        BLEND,
+        TWO_LOOPS,
     )
     m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
     b_out, b_lse = normalised(b_acc, b_m, b_l, scale, m_empty)
@@ -228,6 +342,9 @@ def launch_gist_attn_fwd(
             BM=config.block_rows,
             BN=config.block_cols,
             PRECISION=precision,
+            WIDE=wide_rows(k, v, gist_k, gist_v),
+            BLEND=facts.amd,
+            TWO_LOOPS=config.two_loops,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -57,20 +57,18 @@ def gist_compact_kernel(
     p_gather = gather_ptr + i_b * (n_compact - n_past) + (o_compact - n_past)
     o_local = tl.load(p_gather, mask=m_compact & ~is_past, other=-1)
     o_past = o_compact.to(tl.int64)
-    m_row = m_compact & (is_past | (o_local >= 0))
-    p_k = tl.where(
-        is_past,
-        past_k_ptr + i_b * stride_pkb + i_kv * stride_pkh + o_past * stride_pkn,
-        k_ptr + i_b * stride_kb + i_kv * stride_kh + o_local * stride_kn,
-    )
-    p_v = tl.where(
-        is_past,
-        past_v_ptr + i_b * stride_pvb + i_kv * stride_pvh + o_past * stride_pvn,
-        v_ptr + i_b * stride_vb + i_kv * stride_vh + o_local * stride_vn,
-    )
+    m_past = m_compact & is_past
+    m_local = m_compact & (o_local >= 0)
+    p_pk = past_k_ptr + i_b * stride_pkb + i_kv * stride_pkh + o_past * stride_pkn
+    p_pv = past_v_ptr + i_b * stride_pvb + i_kv * stride_pvh + o_past * stride_pvn
+    p_k = k_ptr + i_b * stride_kb + i_kv * stride_kh + o_local * stride_kn
+    p_v = v_ptr + i_b * stride_vb + i_kv * stride_vh + o_local * stride_vn
+    # two loads of which one is masked off: a lane that is masked costs no traffic
+    b_k = tl.where(is_past[:, None], load_rows(p_pk, m_past, D, BD), load_rows(p_k, m_local, D, BD))
+    b_v = tl.where(is_past[:, None], load_rows(p_pv, m_past, D, BD), load_rows(p_v, m_local, D, BD))
     p_out = (i_bh.to(tl.int64) * n_compact + o_compact) * D
-    store_rows(out_k_ptr + p_out, load_rows(p_k, m_row, D, BD), m_compact, D, BD)
-    store_rows(out_v_ptr + p_out, load_rows(p_v, m_row, D, BD), m_compact, D, BD)
+    store_rows(out_k_ptr + p_out, b_k, m_compact, D, BD)
+    store_rows(out_v_ptr + p_out, b_v, m_compact, D, BD)
 
 
 @triton.jit(do_not_specialize=["n_gathered", "n_local_rows"])

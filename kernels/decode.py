@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gistkern.kernels.attn_fwd import attend
 from gistkern.kernels.configs import pick
-from gistkern.kernels.device import facts_of, guard
+from gistkern.kernels.device import facts_of, guard, wide_rows
 from gistkern.kernels.primitives import (
     load_rows,
     normalised,
@@ -68,6 +68,9 @@ def gist_decode_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLEND: tl.constexpr,
+    TWO_LOOPS: tl.constexpr,
 ):
     """One split of all rows of one pack of heads; shapes as `gist_attn_fwd_kernel` with all N rows in one tile.
 
@@ -120,6 +123,9 @@ def gist_decode_kernel(
         BM,
         BN,
         PRECISION,
+        WIDE,
+        BLEND,
+        TWO_LOOPS,
     )
     m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
     b_out, b_lse = normalised(b_acc, b_m, b_l, scale, m_empty)
@@ -214,6 +220,9 @@ def launch_gist_decode(
             BM=decode_block_rows(rows, pack),
             BN=config.block_cols,
             PRECISION=precision,
+            WIDE=wide_rows(k, v, gist_k, gist_v),
+            BLEND=facts.amd,
+            TWO_LOOPS=config.two_loops,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -9,12 +9,12 @@ from functools import cache
 
 import torch
 
-from gistkern.kernels.chips import Chip, chip_for
+from gistkern.kernels.chips import CHIPS
 
-__all__ = ["DeviceFacts", "emulated", "facts_of", "guard"]
+__all__ = ["DeviceFacts", "emulated", "facts_of", "guard", "wide_rows", "wide_samples"]
 
 # launches run on CPU tensors under an emulator (Triton's interpreter, ttsem): they then take this chip's choices
-EMULATED_CAPABILITY = (9, 0)
+EMULATED_ARCH = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class DeviceFacts:
     l2_bytes: int
     name: str
 
+    @property
+    def amd(self) -> bool:
+        """Whether it is a ROCm device."""
+        return self.arch.startswith("gfx")
+
 
 def emulated() -> bool:
     """Whether an emulator executes kernel launches, so that they take CPU tensors (``GISTKERN_EMULATED=1``)."""
@@ -35,14 +40,13 @@ def emulated() -> bool:
 def facts_of(device: torch.device) -> DeviceFacts:
     """The facts of a CUDA or ROCm device; under an emulator, those of the chip it stands for."""
     if emulated():
-        return _of_chip(EMULATED_CAPABILITY)
+        return _of_chip(EMULATED_ARCH)
     return _of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _of_chip(capability: tuple[int, int]) -> DeviceFacts:
-    chip: Chip | None = chip_for(capability)
-    assert chip is not None
+def _of_chip(arch: str) -> DeviceFacts:
+    chip = next(chip for chip in CHIPS if chip.arch == arch)
     return DeviceFacts(chip.arch, chip.multiprocessors, chip.l2_bytes, chip.example)
 
 
@@ -53,6 +57,24 @@ def _of_index(index: int) -> DeviceFacts:
     if torch.version.hip is not None:
         arch = found.gcnArchName.split(":")[0]
     return DeviceFacts(arch, found.multi_processor_count, found.L2_cache_size, found.name)
+
+
+def wide_rows(k: torch.Tensor, v: torch.Tensor, gist_k: torch.Tensor, gist_v: torch.Tensor) -> bool:
+    """Whether a row offset within one head of k, v, gist_k, gist_v (``[B, H, R, D]``) can pass int32.
+
+    The kernels number local and gist rows in one sequence, so the rows of both count.
+    """
+    rows = k.shape[2] + gist_k.shape[2]
+    return rows * max(abs(buffer.stride(2)) for buffer in (k, v, gist_k, gist_v)) >= 2**31
+
+
+def wide_samples(*tensors: torch.Tensor) -> bool:
+    """Whether an offset within one sample of these ``[B, H, N, D]`` tensors can pass int32."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31
+        or t.shape[1] * t.shape[2] >= 2**31
+        for t in tensors
+    )
 
 
 def guard(device: torch.device) -> AbstractContextManager:

@@ -12,13 +12,15 @@ __all__ = [
     "FAR",
     "LN2",
     "LOG2E",
-    "column_pointers",
+    "backward_lse",
     "count_at_most",
+    "load_columns",
     "load_rows",
     "matmul",
     "normalised",
     "probabilities",
     "query_rows",
+    "row_bounds",
     "scheduled",
     "seen_columns",
     "softmax_step",
@@ -118,25 +120,56 @@ def visible_columns(b_gist_begin, b_gist_end, b_local_begin, b_local_row, m_row)
 
 
 @triton.jit
-def column_pointers(p_gist, gist_stride, p_local, local_stride, o_col, gist_lo, n_gist, local_lo):
-    """Row pointers ``[BN]`` of visited columns: the gist buffer's rows, then the local buffer's.
+def load_columns(
+    p_gist,
+    gist_stride,
+    p_local,
+    local_stride,
+    o_col,
+    n_gist,
+    n_cols,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLEND: tl.constexpr,
+):
+    """Tile ``[BN, BD]`` of visited columns: the gist buffer's rows, then the local buffer's; 0 beyond `n_cols`.
 
-    One tile may hold both, so a row tile pays for one partly filled tile, not two.
+    The pointers are shifted so that column c is row c of either buffer. One tile may hold both, so a row tile
+    pays for one partly filled tile, not two. WIDE: row offsets do not fit int32. BLEND: two masked loads, for
+    AMD, where Triton 3.7 cannot compile a select between pointers.
     """
-    p_g = p_gist + (gist_lo + o_col).to(tl.int64) * gist_stride
-    p_l = p_local + (local_lo + o_col - n_gist).to(tl.int64) * local_stride
-    return tl.where(o_col < n_gist, p_g, p_l)
+    o_row = o_col
+    if WIDE:
+        o_row = o_row.to(tl.int64)
+    p_g = p_gist + o_row * gist_stride
+    p_l = p_local + o_row * local_stride
+    is_gist = o_col < n_gist
+    m_col = o_col < n_cols
+    if BLEND:
+        b_gist = load_rows(p_g, m_col & is_gist, D, BD)
+        b_local = load_rows(p_l, m_col & ~is_gist, D, BD)
+        return tl.where(is_gist[:, None], b_gist, b_local)
+    return load_rows(tl.where(is_gist, p_g, p_l), m_col, D, BD)
 
 
 @triton.jit
-def seen_columns(o_col, n_cols, gist_lo, n_gist, local_lo, b_gist_begin, b_gist_end, b_local_begin, b_local_row):
-    """bool ``[BM, BN]``: the mask rule (gistkern/layout.py), row by row, on the columns of one tile."""
-    o_gist = (gist_lo + o_col)[None, :]
-    o_local = (local_lo + o_col - n_gist)[None, :]
-    m_gist = (o_gist >= b_gist_begin[:, None]) & (o_gist < b_gist_end[:, None])
-    m_local = (o_local >= b_local_begin[:, None]) & (o_local <= b_local_row[:, None])
-    is_gist = (o_col < n_gist)[None, :]
-    return ((is_gist & m_gist) | (~is_gist & m_local)) & (o_col < n_cols)[None, :]
+def row_bounds(b_gist_begin, b_gist_end, b_local_begin, b_local_row, gist_lo, n_gist, local_lo):
+    """The two intervals of each row in visited columns: ``[gist, gist_end)`` and ``[local, local_last]``."""
+    shift = n_gist - local_lo
+    return b_gist_begin - gist_lo, b_gist_end - gist_lo, b_local_begin + shift, b_local_row + shift
+
+
+@triton.jit
+def seen_columns(o_col, b_gist, b_gist_end, b_local, b_local_last):
+    """bool ``[BM, BN]``: the mask rule (gistkern/layout.py), row by row, on the columns of one tile.
+
+    Bounds from `row_bounds`. Columns beyond the last are in no row's interval.
+    """
+    o_col = o_col[None, :]
+    m_gist = (o_col >= b_gist[:, None]) & (o_col < b_gist_end[:, None])
+    m_local = (o_col >= b_local[:, None]) & (o_col <= b_local_last[:, None])
+    return m_gist | m_local
 
 
 @triton.jit
@@ -173,16 +206,24 @@ def normalised(b_acc, b_m, b_l, scale, m_empty):
 
 
 @triton.jit
-def probabilities(b_s, b_lse, scale, FP32: tl.constexpr):
-    """exp(scale * scores - LSE), for the backward: b_s raw scores, b_lse natural-log LSE of a broadcastable shape.
-
-    A row that sees nothing, or that does not exist, has LSE -inf and gets exactly 0 everywhere.
-    """
+def backward_lse(b_lse, FP32: tl.constexpr):
+    """The LSE as `probabilities` wants it: +inf where there is none, in units of log2 unless FP32."""
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    if FP32:
+        return b_lse
+    return b_lse * LOG2E
+
+
+@triton.jit
+def probabilities(b_s, b_lse, scale, FP32: tl.constexpr):
+    """exp(scale * scores - LSE), for the backward: b_s raw scores, b_lse from `backward_lse`, broadcastable.
+
+    A row that sees nothing, or that does not exist, has LSE +inf and gets exactly 0 everywhere.
+    """
     if FP32:
         # the difference first: rounding LSE * log2(e) by itself would cost fp32 a few units in the last place
         return tl.exp2((b_s * scale - b_lse) * LOG2E)
-    return tl.exp2(b_s * (scale * LOG2E) - b_lse * LOG2E)
+    return tl.exp2(b_s * (scale * LOG2E) - b_lse)
 
 
 @triton.jit

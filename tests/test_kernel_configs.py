@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gistkern import backends
-from gistkern.kernels import autotune, configs, schedule, tuned
+from gistkern.kernels import autotune, configs, device, schedule, tuned
 from gistkern.kernels.chips import CHIPS
 
 ARCHES = [chip.arch for chip in CHIPS]
@@ -74,6 +74,17 @@ def test_splits_begin_above_512_columns():
     assert schedule.split_count(8, 513, 132) == 3
     assert schedule.split_count(8, 100_000, 132) == 33
     assert schedule.split_count(1000, 100_000, 132) == 1
+
+
+def test_offsets_are_wide_only_where_int32_is_too_short():
+    narrow = torch.empty(1, 1, 2**10, 16, device="meta")
+    far = torch.empty_strided((1, 1, 2**10, 16), (0, 0, 2**21, 1), device="meta")
+    heads = torch.empty_strided((1, 9, 4, 16), (0, 2**28, 16, 1), device="meta")
+    assert not device.wide_rows(narrow, narrow, narrow, narrow)
+    assert device.wide_rows(far, narrow, narrow, narrow)
+    assert device.wide_rows(narrow, narrow, narrow, far), "local and gist rows are numbered in one sequence"
+    assert not device.wide_samples(narrow, narrow)
+    assert device.wide_samples(narrow, heads)
 
 
 def rows():

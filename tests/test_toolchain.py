@@ -19,15 +19,15 @@ CHUNKS = "test_kernel_contracts.py::test_gist_gradients_in_row_chunks[torch.floa
 PLANTED = {
     "dropped-mask": (
         "attn_fwd.py",
-        'b_s = tl.where(m_seen, b_s, float("-inf"))',
-        "b_s = tl.where(m_seen, b_s, b_s)",
+        "if i_col + BN > n_full:",
+        "if i_col + BN > n_full + BN:",
         ATTENTION,
         "exceeds the budget",
     ),
     "interval-one-too-long": (
         "primitives.py",
-        "m_local = (o_local >= b_local_begin[:, None]) & (o_local <= b_local_row[:, None])",
-        "m_local = (o_local >= b_local_begin[:, None]) & (o_local <= b_local_row[:, None] + 1)",
+        "m_local = (o_col >= b_local[:, None]) & (o_col <= b_local_last[:, None])",
+        "m_local = (o_col >= b_local[:, None]) & (o_col <= b_local_last[:, None] + 1)",
         ATTENTION,
         "exceeds the budget",
     ),

@@ -52,8 +52,7 @@ def backward(
     precision = _precision()
     saved = out.contiguous(), lse.contiguous()
     vectors = gist_begin, gist_end, local_begin
-    dq, delta = launch_gist_attn_bwd_dq(grad_out, q, k, v, gist_k, gist_v, *saved, *vectors, scale, precision)
-    rows = saved[1], delta
+    dq, *rows = launch_gist_attn_bwd_dq(grad_out, q, k, v, gist_k, gist_v, *saved, *vectors, scale, precision)
     dgist = launch_gist_attn_bwd_dkv(grad_out, q, gist_k, gist_v, *rows, gist_begin, gist_end, scale, precision)
     dlocal = launch_gist_attn_bwd_dkv(grad_out, q, k, v, *rows, local_begin, None, scale, precision)
     return dq, *dlocal, *dgist

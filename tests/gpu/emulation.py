@@ -9,6 +9,6 @@ EMULATED = os.environ.get("GISTKERN_EMULATED") == "1"
 SANITIZED = EMULATED and not INTERPRETED
 
 
-def tiles(block_rows, block_cols):
-    one = configs.Config(block_rows, block_cols, num_warps=4, num_stages=2, why="test")
+def tiles(block_rows, block_cols, two_loops=False):
+    one = configs.Config(block_rows, block_cols, num_warps=4, num_stages=2, why="test", two_loops=two_loops)
     return dict.fromkeys(configs.KERNELS, one)

@@ -9,6 +9,7 @@ from strategies import layouts
 
 from gistkern import GistLayout, gist_attention
 from gistkern.kernels import configs
+from gistkern.kernels import device as device_facts
 from gistkern.testing import compare, make_inputs
 
 # emulation is slow, the sanitizer most of all
@@ -59,17 +60,25 @@ def test_head_groups(heads, device, small_tiles):
 
 
 @pytest.mark.parametrize("blocks", [(16, 32), (32, 16), (64, 16), (16, 64)], ids=str)
-def test_tile_shapes(blocks, device):
+@pytest.mark.parametrize("two_loops", [False, True], ids=["one-loop", "two-loops"])
+def test_tile_shapes(blocks, two_loops, device):
     layout = GistLayout.from_segments([40, 25, 31], 5, tail=7).to(device)
-    with configs.overridden(**tiles(*blocks)):
+    with configs.overridden(**tiles(*blocks, two_loops)):
         compare(make_inputs(layout, heads=4, kv_heads=2), layout, "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shipped_configs(dtype, device):
-    """What a user's call runs: several tiles of the real sizes."""
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"] if EMULATED else ["this device"])
+def test_shipped_configs(arch, device, monkeypatch):
+    """What a user's call runs: several tiles of the real sizes, and the loads that AMD needs."""
+    if EMULATED:
+        monkeypatch.setattr(device_facts, "EMULATED_ARCH", arch)
     layout = GistLayout.from_segments([70, 90], 6, tail=40).to(device)
-    compare(make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=dtype), layout, "triton")
+    compare(make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=torch.bfloat16), layout, "triton")
+
+
+def test_shipped_configs_of_fp32(device):
+    layout = GistLayout.from_segments([50, 40], 6, tail=10).to(device)
+    compare(make_inputs(layout, heads=2, kv_heads=1), layout, "triton")
 
 
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -55,6 +55,15 @@ def test_long_caches_are_split_and_merged(past, device, launches):
     assert launches == {"decode": 1, "merge": past > schedule.UNSPLIT_COLUMNS}
 
 
+@pytest.mark.parametrize("two_loops", [False, True], ids=["one-loop", "two-loops"])
+def test_splits_of_several_tiles(two_loops, device, launches):
+    """A split ends within the columns that need no mask, and the last one at the last column."""
+    layout = GistLayout.decode(torch.tensor([700, 690]), 9, rows=2).to(device)
+    with configs.overridden(**tiles(16, 16, two_loops)):
+        compare(make_inputs(layout, heads=2, kv_heads=1, head_dim=16), layout, "triton")
+    assert launches == {"decode": 1, "merge": 1}
+
+
 def test_a_sequence_that_sees_nothing(device):
     """Padding rows beside decoding ones: 0 and -inf, through both paths."""
     ids = torch.tensor([[1, 2, 3], [0, 0, 0]])
