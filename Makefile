@@ -40,7 +40,8 @@ emulate: setup ## the GPU tests in Triton's interpreter, in a process of its own
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 $(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
 
 sanitize: setup ## the GPU tests on compiled Triton IR: out-of-bounds accesses, races, undefined values
-	OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 $(BIN)/python -m ttsem.sanitize pytest tests/gpu -p no:xdist $(ARGS)
+	printf '%s\n' tests/gpu/test_*.py | OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 xargs -P 2 -I FILE \
+		$(BIN)/python -m ttsem.sanitize pytest FILE -p no:xdist -p no:cacheprovider $(ARGS)
 
 aot: setup ## compile every kernel for every listed chip and write docs/evidence/kernels.*
 	$(BIN)/python bench/aot.py $(ARGS)

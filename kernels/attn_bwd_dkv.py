@@ -186,7 +186,7 @@ def launch_gist_attn_bwd_dkv(
     if columns == 0:
         return dk, dv
     facts, width = facts_of(q.device), padded(dim)
-    config = pick("bwd_dkv", facts.arch, width, q.element_size())
+    config = pick("bwd_dkv", facts.arch, width, q.element_size(), dim)
     tiles, kv_total = triton.cdiv(columns, config.block_cols), batch * kv_heads
     chunks = 1 if end is None else chunk_count(tiles * kv_total, rows, facts.multiprocessors)
     part_k, part_v = dk, dv

@@ -305,7 +305,7 @@ def launch_gist_attn_fwd(
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
     facts, width = facts_of(q.device), padded(dim)
-    config = pick("fwd", facts.arch, width, q.element_size())
+    config = pick("fwd", facts.arch, width, q.element_size(), dim)
     pack = pack_heads(heads // kv_heads, config.block_rows)
     tiles, packs = triton.cdiv(rows, config.block_rows // pack), batch * heads // pack
     head_bytes = 2 * (local_rows + gist_k.shape[2]) * dim * q.element_size()

@@ -138,7 +138,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
     },
     ("decode", 2, 128): {
         "sm_80": (64, 64, 4, 3, _MEMORY_BOUND),
-        "small": (64, 64, 4, 2, _MEMORY_BOUND),
+        "small": (64, 32, 4, 3, _SPILLS),
         "sm_90": (64, 64, 4, 3, _MEMORY_BOUND),
         "sm_100": (64, 64, 4, 3, _MEMORY_BOUND),
         "gfx942": (64, 64, 4, 1, _LDS),
@@ -199,6 +199,12 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
     },
 }
 
+# head dimensions that are no power of two pay registers for the mask of their padding: where that spills
+_PADDING = "the mask of the padding makes the larger tile spill"
+_PADDED: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = {
+    ("fwd", 2, 128): {"sm_80": (64, 32, 4, 3, _PADDING), "small": (64, 32, 4, 3, _PADDING)},
+}
+
 _override: dict[str, Config] = {}
 
 
@@ -216,8 +222,10 @@ def width_class(width: int) -> int:
     return max(64, width)
 
 
-def pick(kernel: str, arch: str, width: int, itemsize: int) -> Config:
+def pick(kernel: str, arch: str, width: int, itemsize: int, head_dim: int | None = None) -> Config:
     """The config of a kernel of `KERNELS` for tiles of `width` columns (padded head dimension) of `itemsize` bytes.
+
+    `head_dim` is the dimension before padding, `width` itself if not given.
 
     Raises
     ------
@@ -231,7 +239,11 @@ def pick(kernel: str, arch: str, width: int, itemsize: int) -> Config:
     if measured := lookup(kernel, arch, width, itemsize):
         sizes = {field: measured[field] for field in FIELDS}
         return Config(**sizes, why=f"measured, {ENVIRONMENT}", two_loops=two_loops)
-    rows, cols, warps, stages, why = _TABLE[kernel, itemsize, width_class(width)][family]
+    key = kernel, itemsize, width_class(width)
+    choice = _TABLE[key][family]
+    if head_dim is not None and head_dim != width:
+        choice = _PADDED.get(key, {}).get(family, choice)
+    rows, cols, warps, stages, why = choice
     return Config(rows, cols, warps, stages, why, two_loops)
 
 

@@ -181,7 +181,7 @@ def launch_gist_decode(
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
     facts, width = facts_of(q.device), padded(dim)
-    config = pick("decode", facts.arch, width, q.element_size())
+    config = pick("decode", facts.arch, width, q.element_size(), dim)
     pack = pack_heads(heads // kv_heads, config.block_rows // rows)
     packs = batch * heads // pack
     splits = split_count(packs, local_rows + gist_k.shape[2], facts.multiprocessors)

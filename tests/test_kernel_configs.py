@@ -30,6 +30,11 @@ def test_an_unlisted_chip_gets_tiles_that_fit_everywhere():
     assert configs.pick("fwd", "sm_121", 128, 2) == smallest
 
 
+def test_padded_head_dimensions_have_tiles_of_their_own_where_needed():
+    assert configs.pick("fwd", "sm_80", 128, 2, 96) != configs.pick("fwd", "sm_80", 128, 2, 128)
+    assert configs.pick("fwd", "sm_90", 128, 2, 96) == configs.pick("fwd", "sm_90", 128, 2)
+
+
 def test_overrides_end_with_their_block():
     mine = configs.Config(16, 16, 4, 1, "test")
     before = configs.pick("fwd", "sm_80", 64, 2)

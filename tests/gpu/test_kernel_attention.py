@@ -13,7 +13,7 @@ from gistkern.kernels import device as device_facts
 from gistkern.testing import compare, make_inputs
 
 # emulation is slow, the sanitizer most of all
-EXAMPLES = 15 if INTERPRETED else 4 if EMULATED else 100
+EXAMPLES = 10 if INTERPRETED else 4 if EMULATED else 100
 
 # the interpreter multiplies bfloat16 wrongly (kernels/primitives.py, matmul), ttsem does not
 DTYPES = [torch.float32, torch.bfloat16] if SANITIZED else [torch.float32, torch.float16, torch.bfloat16]
