@@ -202,7 +202,9 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
 # head dimensions that are no power of two pay registers for the mask of their padding: where that spills
 _PADDING = "the mask of the padding makes the larger tile spill"
 _PADDED: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = {
-    ("fwd", 2, 128): {"sm_80": (64, 32, 4, 3, _PADDING), "small": (64, 32, 4, 3, _PADDING)},
+    ("fwd", 2, 128): {"sm_80": (128, 32, 8, 2, _PADDING), "small": (128, 32, 8, 2, _PADDING)},
+    ("fwd", 2, 256): {"sm_80": (32, 32, 4, 2, _PADDING), "small": (32, 32, 4, 2, _PADDING)},
+    ("bwd_dkv", 2, 256): {"sm_80": (32, 32, 8, 2, _PADDING), "sm_100": (32, 32, 8, 2, _PADDING)},
 }
 
 _override: dict[str, Config] = {}
