@@ -53,10 +53,10 @@ _TWO_LOOPS = ("sm_80", "small", "sm_100")
 _RATIO = "128 rows halve the K/V traffic of 64; more columns only add rounding to the gist interval"
 _SPILLS = "larger tiles spill registers"
 _WGMMA = "one wgmma tile of 64 rows per warpgroup; more columns spill"
-_SERIAL = "64 x 64 makes ptxas serialise wgmma, and this has the same products per step"
+_SERIAL = "64 rows make ptxas serialise wgmma; two blocks of 4 warps share a multiprocessor"
 _TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what shared memory does"
 _SHARED = "shared memory decides: operands are staged for every product of the step"
-_KEYS = "the key tile stays, query tiles stream past it: wide in keys, narrow in rows"
+_NARROW = "64 columns: 128 would take a quarter more FLOPs at the segments' diagonals (docs/evidence/work.md)"
 _FMA = "IEEE fp32 (the default) multiplies without tensor cores, operands in registers: small tiles"
 _FMA_SPILLS = "IEEE fp32 holds two whole rows of operands in registers and spills at any tile size; tf32 does not"
 _WIDE = "a row of 256 leaves registers for few rows"
@@ -109,17 +109,17 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
         "gfx942": (32, 32, 4, 1, _LDS),
     },
     ("bwd_dkv", 2, 64): {
-        "sm_80": (32, 128, 8, 2, _KEYS),
-        "small": (32, 128, 8, 2, _KEYS),
-        "sm_90": (64, 128, 8, 2, _WGMMA),
-        "sm_100": (64, 128, 8, 2, _TENSOR_MEMORY),
+        "sm_80": (32, 64, 4, 3, _NARROW),
+        "small": (32, 64, 4, 3, _NARROW),
+        "sm_90": (32, 64, 4, 3, _SERIAL),
+        "sm_100": (64, 64, 8, 3, _NARROW),
         "gfx942": (32, 64, 4, 1, _LDS),
     },
     ("bwd_dkv", 2, 128): {
         "sm_80": (64, 64, 8, 3, _SPILLS),
         "small": (64, 64, 8, 2, _SPILLS),
-        "sm_90": (32, 128, 8, 2, _SERIAL),
-        "sm_100": (64, 128, 8, 2, _TENSOR_MEMORY),
+        "sm_90": (32, 64, 4, 2, _SERIAL),
+        "sm_100": (64, 64, 8, 2, _NARROW),
         "gfx942": (32, 64, 4, 1, _LDS),
     },
     ("bwd_dkv", 2, 256): {
