@@ -102,6 +102,8 @@ def _check_tensors(
     kv_heads = k.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query heads ({heads}) must be a multiple of key/value heads ({kv_heads})")
+    if batch == 0 or rows == 0:
+        raise ValueError(f"q has {batch} samples of {rows} rows: there is nothing to attend")
     if (batch, rows) != (layout.batch_size, layout.num_rows):
         raise ValueError(f"q has {batch} samples of {rows} rows, the layout {layout.batch_size} of {layout.num_rows}")
     expected = (batch, kv_heads, layout.num_local, dim)

@@ -84,6 +84,16 @@ def _differentiate(ctx, grad_out, grad_lse):
 torch.library.register_autograd("gistkern::attention", _differentiate, setup_context=_setup_context, lib=_library)
 
 
+def _refuse_second_derivative(ctx, *gradients):
+    raise RuntimeError(
+        "gist_attention is not twice differentiable: its backward has no derivative. For second derivatives use "
+        "gistkern.reference.forward, which plain autograd differentiates"
+    )
+
+
+torch.library.register_autograd("gistkern::attention_backward", _refuse_second_derivative, lib=_library)
+
+
 @torch.library.impl(_library, "compact", "CompositeExplicitAutograd")
 def _compact(k, v, past_k, past_v, gather, backend):
     return backends.get(backend).load().compact(k, v, past_k, past_v, gather)
@@ -126,6 +136,25 @@ def _differentiate_compact(ctx, grad_gist_k, grad_gist_v):
 
 torch.library.register_autograd(
     "gistkern::compact", _differentiate_compact, setup_context=_setup_compact_context, lib=_library
+)
+
+
+def _setup_compact_backward_context(ctx, inputs, output):
+    _, _, gather, _, backend = inputs
+    ctx.save_for_backward(gather)
+    ctx.backend = backend
+
+
+def _differentiate_compact_backward(ctx, grad_k, grad_v):
+    (gather,) = ctx.saved_tensors  # linear, so its derivative is the gather itself
+    return (*compact(grad_k, grad_v, None, None, gather, ctx.backend), None, None, None)
+
+
+torch.library.register_autograd(
+    "gistkern::compact_backward",
+    _differentiate_compact_backward,
+    setup_context=_setup_compact_backward_context,
+    lib=_library,
 )
 
 attention = torch.ops.gistkern.attention.default

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def tune(
     Parameters
     ----------
     measure : callable
-        ``measure(kernel, width, dtype)``: milliseconds of one call under the configs in force. It raises
-        `triton.runtime.errors.OutOfResources` where a candidate does not fit the device.
+        ``measure(kernel, width, dtype)``: milliseconds of one call under the configs in force. A candidate that
+        does not fit the device or does not compile (OutOfResources, PTXASError, RuntimeError) is skipped.
     arch : str
         As in `facts_of`.
     widths, dtypes
         Head dimensions and precisions to measure.
     """
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     rows = []
     for dtype in dtypes:
@@ -71,7 +72,8 @@ def tune(
                     with overridden(**{kernel: config}):
                         try:
                             spent = measure(kernel, width, dtype)
-                        except OutOfResources:
+                        except (OutOfResources, PTXASError, RuntimeError) as error:
+                            print(f"skipped {kernel} {config}: {str(error).splitlines()[0]}")
                             continue
                     if best is None or spent < best[0]:
                         best = spent, config
@@ -84,29 +86,38 @@ def tune(
     return rows
 
 
+@lru_cache(maxsize=1)
+def _inputs(decoding: bool, width: int, dtype: torch.dtype):
+    """Layout and inputs of what is timed; drawn once for all candidates of a kernel."""
+    from gistkern import GistLayout
+    from gistkern.testing import make_inputs
+
+    layout = GistLayout.from_segments([SEGMENT] * (ROWS // (SEGMENT + GISTS)), GISTS, device="cuda")
+    if decoding:
+        layout = GistLayout.decode(DECODE_PAST, 64, batch_size=16, device="cuda")
+    return layout, make_inputs(layout, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, dtype=dtype)
+
+
 def _measure(kernel: str, width: int, dtype: torch.dtype) -> float:
     """Median milliseconds of the call that `kernel` dominates, on the current CUDA device."""
     from triton.testing import do_bench
 
-    from gistkern import GistLayout, gist_attention, ops
-    from gistkern.testing import make_inputs
+    from gistkern import gist_attention, ops
 
-    if kernel == "decode":
-        layout = GistLayout.decode(DECODE_PAST, 64, batch_size=16, device="cuda")
-    else:
-        count = ROWS // (SEGMENT + GISTS)
-        layout = GistLayout.from_segments([SEGMENT] * count, GISTS, device="cuda")
-    inputs = make_inputs(layout, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, dtype=dtype)
+    layout, inputs = _inputs(kernel == "decode", width, dtype)
     leaves = tuple(inputs.leaves().values())
     if kernel == "compact":
-        return do_bench(
-            lambda: ops.compact(inputs.k, inputs.v, None, None, layout.gather, "triton"), return_mode="median"
-        )
+
+        def both_ways():
+            rows = ops.compact(inputs.k, inputs.v, None, None, layout.gather, "triton")
+            torch.autograd.grad(rows, (inputs.k, inputs.v), rows)
+
+        return do_bench(both_ways, return_mode="median")
     past = {"past_key": inputs.past_key, "past_value": inputs.past_value}
     if not kernel.startswith("bwd"):
         with torch.no_grad():
             return do_bench(
-                lambda: gist_attention(inputs.q, inputs.k, inputs.v, layout, **past, backend="triton"),  # type: ignore
+                lambda: gist_attention(inputs.q, inputs.k, inputs.v, layout, **past, backend="triton"),
                 return_mode="median",
             )
     out = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend="triton")

@@ -48,10 +48,11 @@ def gist_compact_kernel(
     int64 ``[B, n_compact - n_past]``, local rows, -1 for a filler (zeros). Copies bits: whatever was applied to
     the keys before, rotation included, stays.
     """
-    i_bh = tl.program_id(1)
+    n_tiles = tl.cdiv(n_compact, BG)
+    i_bh = tl.program_id(0) // n_tiles
     i_b = (i_bh // KV_HEADS).to(tl.int64)
     i_kv = (i_bh % KV_HEADS).to(tl.int64)
-    o_compact = tl.program_id(0) * BG + tl.arange(0, BG)
+    o_compact = tl.program_id(0) % n_tiles * BG + tl.arange(0, BG)
     m_compact = o_compact < n_compact
     is_past = o_compact < n_past
     p_gather = gather_ptr + i_b * (n_compact - n_past) + (o_compact - n_past)
@@ -65,9 +66,9 @@ def gist_compact_kernel(
     p_v = v_ptr + i_b * stride_vb + i_kv * stride_vh + o_local * stride_vn
     # two loads of which one is masked off: a lane that is masked costs no traffic
     b_k = tl.where(is_past[:, None], load_rows(p_pk, m_past, D, BD), load_rows(p_k, m_local, D, BD))
-    b_v = tl.where(is_past[:, None], load_rows(p_pv, m_past, D, BD), load_rows(p_v, m_local, D, BD))
     p_out = (i_bh.to(tl.int64) * n_compact + o_compact) * D
     store_rows(out_k_ptr + p_out, b_k, m_compact, D, BD)
+    b_v = tl.where(is_past[:, None], load_rows(p_pv, m_past, D, BD), load_rows(p_v, m_local, D, BD))
     store_rows(out_v_ptr + p_out, b_v, m_compact, D, BD)
 
 
@@ -94,34 +95,37 @@ def gist_compact_bwd_kernel(
     """dk, dv ``[B, KV_HEADS, M, D]`` (contiguous, zeroed by the caller): the gathered rows' gradients, put back.
 
     grad_gist_k, grad_gist_v point at the first gathered row. A token listed several times is written by the
-    program of its first entry only, which adds up all its entries in order.
+    program of its first entry only, which adds the later entries to it in order.
     """
-    i_bh = tl.program_id(1)
+    n_tiles = tl.cdiv(n_gathered, BG)
+    i_bh = tl.program_id(0) // n_tiles
     i_b = (i_bh // KV_HEADS).to(tl.int64)
     i_kv = (i_bh % KV_HEADS).to(tl.int64)
     gather_ptr += i_b * n_gathered
     p_gk = grad_gist_k_ptr + i_b * stride_gkb + i_kv * stride_gkh
     p_gv = grad_gist_v_ptr + i_b * stride_gvb + i_kv * stride_gvh
-    o_mine = tl.program_id(0) * BG + tl.arange(0, BG)
+    o_mine = tl.program_id(0) % n_tiles * BG + tl.arange(0, BG)
     o_local = tl.load(gather_ptr + o_mine, mask=o_mine < n_gathered, other=-1)
+    m_mine = o_local >= 0
     n_earlier = tl.zeros([BG], tl.int32)
-    b_dk = tl.zeros([BG, BD], tl.float32)
-    b_dv = tl.zeros([BG, BD], tl.float32)
+    b_dk = load_rows(p_gk + o_mine.to(tl.int64) * stride_gkn, m_mine, D, BD).to(tl.float32)
+    b_dv = load_rows(p_gv + o_mine.to(tl.int64) * stride_gvn, m_mine, D, BD).to(tl.float32)
     for i_entry in range(0, n_gathered, BG):
         o_entry = i_entry + tl.arange(0, BG)
         m_entry = o_entry < n_gathered
         o_other = tl.load(gather_ptr + o_entry, mask=m_entry, other=-2)
-        m_same = o_local[:, None] == o_other[None, :]  # [BG, BG]
-        n_same = tl.sum(m_same.to(tl.int32), 1)
+        m_same = (o_local[:, None] == o_other[None, :]) & m_mine[:, None]  # [BG, BG]
+        m_same = m_same & (o_entry[None, :] != o_mine[:, None])
         n_earlier += tl.sum((m_same & (o_entry[None, :] < o_mine[:, None])).to(tl.int32), 1)
-        if tl.max(n_same, 0) > 0:
+        # repeats are rare (attention sinks); a product with 0 and 1 would spread an infinity to the whole tile
+        if tl.max(tl.sum(m_same.to(tl.int32), 1), 0) > 0:
             o_entry64 = o_entry.to(tl.int64)
             b_gk = load_rows(p_gk + o_entry64 * stride_gkn, m_entry, D, BD)
             b_gv = load_rows(p_gv + o_entry64 * stride_gvn, m_entry, D, BD)
             b_same = m_same.to(tl.float32).to(b_gk.dtype)
             b_dk += matmul(b_same, b_gk, "ieee")
             b_dv += matmul(b_same, b_gv, "ieee")
-    m_write = (o_local >= 0) & (n_earlier == 0)
+    m_write = m_mine & (n_earlier == 0)
     p_out = (i_bh.to(tl.int64) * n_local_rows + o_local) * D
     store_rows(dk_ptr + p_out, b_dk.to(dk_ptr.dtype.element_ty), m_write, D, BD)
     store_rows(dv_ptr + p_out, b_dv.to(dv_ptr.dtype.element_ty), m_write, D, BD)
@@ -145,7 +149,7 @@ def launch_gist_compact(
     config = pick("compact", facts_of(k.device).arch, width, k.element_size())
     past_k, past_v = k if past_k is None else past_k, v if past_v is None else past_v
     with guard(k.device):
-        gist_compact_kernel[(triton.cdiv(compact, config.block_rows), batch * heads)](
+        gist_compact_kernel[(triton.cdiv(compact, config.block_rows) * batch * heads,)](
             k,
             v,
             past_k,
@@ -181,7 +185,7 @@ def launch_gist_compact_bwd(
     width = padded(dim)
     config = pick("compact", facts_of(dk.device).arch, width, dk.element_size())
     with guard(dk.device):
-        gist_compact_bwd_kernel[(triton.cdiv(gathered, config.block_rows), batch * heads)](
+        gist_compact_bwd_kernel[(triton.cdiv(gathered, config.block_rows) * batch * heads,)](
             grad_gist_k,
             grad_gist_v,
             gather,

@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline stages of every kernel, per architecture, head dimension and precision.
 
-Chosen by compiling (docs/evidence/kernels.md): of the tiles that neither spill registers nor exceed the chip's
-shared memory, those that move the fewest bytes per product. Nobody has timed them on a GPU yet.
+Chosen by compiling (docs/evidence/kernels.md): for 16-bit inputs, of the tiles that neither spill registers nor
+exceed the chip's shared memory, those that move the fewest bytes per product. fp32 fits in shared memory too, but
+in IEEE precision it spills from head dimension 64 on some chips. Nobody has timed any of them on a GPU yet.
 `autotune.py` measures a device and writes a JSON file; the environment variable GISTKERN_CONFIGS names the file
 to use.
 """
@@ -58,7 +59,7 @@ _TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what sh
 _SHARED = "shared memory decides: operands are staged for every product of the step"
 _NARROW = "64 columns: 128 would take a quarter more FLOPs at the segments' diagonals (docs/evidence/work.md)"
 _FMA = "IEEE fp32 (the default) multiplies without tensor cores, operands in registers: small tiles"
-_FMA_SPILLS = "IEEE fp32 holds two whole rows of operands in registers and spills at any tile size; tf32 does not"
+_FMA_SPILLS = "IEEE fp32 holds two whole rows of operands in registers and spills at any tile size"
 _WIDE = "a row of 256 leaves registers for few rows"
 _LDS = "64 KiB of LDS"
 _MEMORY_BOUND = "streams K and V once: columns for bytes in flight, rows are only the packed heads"
@@ -195,7 +196,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
     **{
         ("compact", itemsize, width): dict.fromkeys(_FAMILIES.values(), (rows, rows, 4, 1, _COPY))
         for itemsize in (2, 4)
-        for width, rows in ((64, 32), (128, 32), (256, 16))
+        for width, rows in ((64, 32), (128, 16), (256, 16))
     },
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,15 @@ FIELDS = ("block_rows", "block_cols", "num_warps", "num_stages")
 _FORMAT = 1
 
 
+def _triton_version() -> str:
+    import triton  # here: reading the name of the variable needs no Triton
+
+    return triton.__version__
+
+
 def write(path: Path, device: str, arch: str, rows: list[dict[str, Any]]) -> None:
     """Write measured rows (`FIELDS` and kernel, width, itemsize, milliseconds) of one device, whole or not at all."""
-    content = {"format": _FORMAT, "device": device, "arch": arch, "triton": version("triton"), "rows": rows}
+    content = {"format": _FORMAT, "device": device, "arch": arch, "triton": _triton_version(), "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
@@ -43,7 +48,7 @@ def read(path: Path, arch: str) -> dict[tuple[str, int, int], dict[str, Any]]:
         raise ValueError(f"{path} is no file of tuned configs ({error!r}): {again}") from error
     if not complete:
         raise ValueError(f"{path} has rows without whole numbers for {', '.join(FIELDS)}: {again}")
-    expected = _FORMAT, arch, version("triton")
+    expected = _FORMAT, arch, _triton_version()
     if found != expected:
         raise ValueError(f"{path} holds (format, arch, triton) {found}, expected {expected}: {again}")
     return rows

@@ -176,6 +176,25 @@ def test_scale_and_lse_follow_the_definition():
     assert not lse.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_second_derivative_is_an_error(backend):
+    """It would otherwise be zero, silently: a gradient penalty would train on nothing."""
+    layout = GistLayout.from_segments([9], 2, tail=3)
+    inputs = make_inputs(layout, head_dim=16)
+    out = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend=backend)
+    (gradient,) = torch.autograd.grad(out.square().sum(), inputs.q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not twice differentiable"):
+        torch.autograd.grad(gradient.square().sum(), inputs.q)
+
+
+def test_compaction_is_twice_differentiable():
+    layout = GistLayout.from_segments([4, 3], 2, tail=3, sink_tokens=2)
+    k, v = (torch.randn(1, 2, layout.num_local, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    call = lambda k, v: ops.compact(k, v, None, None, layout.gather, "cpu")  # noqa: E731
+    assert torch.autograd.gradcheck(call, (k, v))
+    assert torch.autograd.gradgradcheck(call, (k, v))
+
+
 def good_call():
     layout = GistLayout.from_segments([5], 2, tail=2)
     inputs = make_inputs(layout, head_dim=16)
@@ -186,6 +205,7 @@ def good_call():
     ("change", "error", "message"),
     [
         (lambda c: {"q": c["q"][0]}, ValueError, r"q must be \[batch, heads, rows, head_dim\]"),
+        (lambda c: {"q": c["q"][:0]}, ValueError, "q has 0 samples of 9 rows"),
         (lambda c: {"q": c["q"][:, :3]}, ValueError, "multiple of key/value heads"),
         (lambda c: {"q": c["q"][:, :, 1:]}, ValueError, "q has 1 samples of 8 rows, the layout 1 of 9"),
         (lambda c: {"k": c["k"][:, :, 1:]}, ValueError, "k must be"),

@@ -9,6 +9,7 @@ from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
 from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
 from gistkern.kernels.decode import launch_gist_decode
+from gistkern.kernels.device import facts_of
 from gistkern.kernels.schedule import DECODE_ROWS
 
 __all__ = ["backward", "compact", "compact_backward", "forward"]
@@ -29,7 +30,7 @@ def forward(
     launch = launch_gist_decode if q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
     tensors = [_dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
     vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
-    return launch(*tensors, *vectors, scale, _precision())
+    return launch(*tensors, *vectors, scale, _precision(q.device))
 
 
 def backward(
@@ -49,7 +50,7 @@ def backward(
     """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
     grad_out, q, k, v, gist_k, gist_v = (_dense_rows(t) for t in (grad_out, q, k, v, gist_k, gist_v))
     gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
-    precision = _precision()
+    precision = _precision(q.device)
     saved = out.contiguous(), lse.contiguous()
     vectors = gist_begin, gist_end, local_begin
     dq, *rows = launch_gist_attn_bwd_dq(grad_out, q, k, v, gist_k, gist_v, *saved, *vectors, scale, precision)
@@ -83,6 +84,11 @@ def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _precision() -> str:
-    """How fp32 products are computed: as the user set torch (`torch.backends.cuda.matmul.fp32_precision`)."""
+def _precision(device: torch.device) -> str:
+    """How fp32 products are computed: as the user set torch (`torch.backends.cuda.matmul.fp32_precision`) by now.
+
+    A call's backward follows the setting at its own time. Of AMD's chips only gfx942 has tf32.
+    """
+    if torch.version.hip is not None and facts_of(device).arch != "gfx942":
+        return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -18,8 +18,12 @@ def rows(*shape, dtype, device):
 @pytest.mark.parametrize("head_dim", [16, 24, 128])
 def test_rows_are_copied_bit_for_bit(dtype, past, head_dim, device, small_tiles):
     gather = torch.tensor([[3, 3, -1, 0, 39, 7, *range(20)], [-1] * 20 + [5] * 6], device=device)
-    k, v = (rows(2, 40, 3, head_dim, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
-    past_k, past_v = (rows(2, 3, past, head_dim, dtype=dtype, device=device) for _ in range(2)) if past else (None,) * 2
+    k = rows(2, 40, 3, head_dim, dtype=dtype, device=device).transpose(1, 2)
+    v = rows(3, 2, 40, head_dim, dtype=dtype, device=device).transpose(0, 1)
+    past_k = past_v = None
+    if past:
+        past_k = rows(2, 3, past, head_dim, dtype=dtype, device=device)
+        past_v = rows(past, 2, 3, head_dim, dtype=dtype, device=device).permute(1, 2, 0, 3)
     ours = backend.compact(k, v, past_k, past_v, gather)
     filler = torch.cat([torch.zeros(2, past, dtype=torch.bool), (gather < 0).cpu()], 1)[:, None, :, None].to(device)
     for mine, plain in zip(ours, compaction.compact(k, v, past_k, past_v, gather), strict=True):
@@ -38,6 +42,7 @@ def test_gradient_adds_repeated_tokens(dtype, device, small_tiles):
     """Repeats within a tile, across tiles, and many of one token."""
     entries = torch.tensor([[5, 9, 5, -1, *range(10, 40), 5, 12, 39, *[0] * 5, 5]], device=device)
     grads = [rows(1, 2, entries.shape[1], 24, dtype=dtype, device=device) for _ in range(2)]
+    grads[1] = grads[1].transpose(1, 2).contiguous().transpose(1, 2)
     for grad in grads:  # nobody sees a filler, so its gradient is zero
         grad[:, :, 3] = 0
     ours = backend.compact_backward(*grads, entries, 41)
@@ -52,6 +57,14 @@ def test_gradient_adds_repeated_tokens(dtype, device, small_tiles):
         untouched = torch.ones(41, dtype=torch.bool, device=device)
         untouched[entries.clamp(min=0)] = False
         assert (mine[:, :, untouched] == 0).all()
+
+
+def test_an_overflowed_gradient_stays_in_its_row(device, small_tiles):
+    entries = torch.arange(20, device=device)[None]
+    grad = torch.ones(1, 1, 20, 16, device=device)
+    grad[0, 0, 3, 0] = torch.inf
+    ours, _ = backend.compact_backward(grad, grad, entries, 20)
+    assert torch.equal(ours, grad)
 
 
 def test_opcheck(device, small_tiles):

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gistkern import GistLayout, gist_attention, ops
 from gistkern.compaction import gather_rows
-from gistkern.kernels import attn_bwd_dkv, schedule
+from gistkern.kernels import attn_bwd_dkv, attn_bwd_dq, attn_fwd, decode, schedule
 from gistkern.testing import Inputs, compare, make_inputs
 
 
@@ -56,28 +56,39 @@ def test_addresses_beyond_two_to_the_31(rows, device, small_tiles):
 
 
 def test_fp32_products_follow_torch_precision(device, small_tiles, monkeypatch):
-    """With torch set to TF32 the kernel says so to Triton; by default it multiplies in full fp32."""
-    from gistkern.kernels import attn_fwd
-
+    """With torch set to TF32 every kernel says so to Triton; by default they multiply in full fp32."""
     seen = []
-    kernel = attn_fwd.gist_attn_fwd_kernel
 
     class Recorded:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: (seen.append(kwargs["PRECISION"]), kernel[grid](*args, **kwargs))
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-    monkeypatch.setattr(attn_fwd, "gist_attn_fwd_kernel", Recorded())
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (seen.append(kwargs["PRECISION"]), self.kernel[grid](*args, **kwargs))
+
+    for module, name in (
+        (attn_fwd, "gist_attn_fwd_kernel"),
+        (attn_bwd_dq, "gist_attn_bwd_dq_kernel"),
+        (attn_bwd_dkv, "gist_attn_bwd_dkv_kernel"),
+        (decode, "gist_decode_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
     layout = GistLayout.from_segments([12], 2, tail=4).to(device)
     inputs = make_inputs(layout)
+    one = GistLayout.decode(0, 3, device=device)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
         for precision in ("ieee", "tf32"):
             matmul.fp32_precision = precision
-            gist_attention(inputs.q, inputs.k, inputs.v, layout, backend="triton")
+            out = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend="triton")
+            torch.autograd.grad(out, inputs.q, inputs.grad_out)
+            step = make_inputs(one)
+            gist_attention(step.q, step.k, step.v, one, backend="triton")
     finally:
         matmul.fp32_precision = before
-    assert seen == ["ieee", "tf32"]
+    # forward, dq, dk/dv of gists, dk/dv of local rows, decode
+    assert seen == ["ieee"] * 5 + ["tf32"] * 5
 
 
 # it takes CPU tensors for CUDA ones; dynamo and the dispatcher ask what they really are
