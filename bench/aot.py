@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, chip_of, launch_of
+from aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
 from aot_page import page
 from machine_code import CLASSES, describe
 from tqdm import tqdm
 
 from gistkern.kernels import tuned
+from gistkern.kernels.chips import chip_named
 
 __all__ = ["CLASSES", "REASONS", "build", "check", "config_of", "main", "problems", "row_of"]
 
@@ -89,7 +90,7 @@ def row_of(kernel: str, arch: str, dim: int, launch: Launch | None = None) -> di
     }
     with _captured_stderr() as noise:
         try:
-            return row | describe(build(launch, arch), chip_of(arch))
+            return row | describe(build(launch, arch), chip_named(arch))
         except Exception as error:  # the compiler's own failures are of many types, and each is a row's result
             return row | {"error": _first_cause(noise(), error)}
 

@@ -28,7 +28,7 @@ from gistkern.kernels import device
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
-from gistkern.kernels.chips import CHIPS, Chip
+from gistkern.kernels.chips import CHIPS, Chip, chip_named
 from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
 from gistkern.kernels.decode import launch_gist_decode
 
@@ -41,7 +41,6 @@ __all__ = [
     "CompilerInput",
     "Launch",
     "build",
-    "chip_of",
     "compiler_input",
     "launch_of",
     "target_of",
@@ -138,15 +137,10 @@ PLAIN = {
 }
 
 
-def chip_of(arch: str) -> Chip:
-    """The chip of an architecture name of `ARCHS`."""
-    return next(chip for chip in CHIPS if chip.arch == arch)
-
-
 def launch_of(kernel: str, arch: str, dim: int) -> Launch:
     """The launch that a call on a chip of `arch` with head dimension `dim` makes of a kernel of `KERNELS`."""
     call, index = KERNELS[kernel]
-    with _recorded_launches(chip_of(arch)) as launches:
+    with _recorded_launches(chip_named(arch)) as launches:
         _attention(dim)[call]()
     return launches[index]
 

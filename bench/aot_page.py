@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from aot_kernels import ARCHS, PLAIN, chip_of
+from aot_kernels import ARCHS, PLAIN
+
+from gistkern.kernels.chips import chip_named
 
 __all__ = ["page"]
 
@@ -87,7 +89,7 @@ def _exceptions(bad: list[dict[str, Any]], total: int) -> str:
 def _chip(arch: str, rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    chip = chip_of(arch)
+    chip = chip_named(arch)
     amd = chip.capability is None
     title = f"### {arch} ({chip.example})\n\n" + (f"{_COLUMNS_AMD}\n\n" if amd else "")
     head = ["kernel", "D", "tile", "warps", "stages", "registers", "spills", "stack", "shared KiB"]

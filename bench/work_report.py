@@ -13,7 +13,7 @@ from typing import Any
 from work import PRODUCTS, Shape, Work, backward_work, balance, forward_work, uncompacted_tiles, visible_pairs
 
 from gistkern import GistLayout
-from gistkern.kernels.chips import CHIPS
+from gistkern.kernels.chips import chip_named
 from gistkern.kernels.configs import pick
 from gistkern.kernels.schedule import pack_heads, padded
 
@@ -50,7 +50,7 @@ def layout_of(name: str, rows: int) -> GistLayout:
 
 def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:
     """One row of the report."""
-    chip = next(chip for chip in CHIPS if chip.arch == arch)
+    chip = chip_named(arch)
     layout = layout_of(name, rows)
     pairs = visible_pairs(layout)
     per_product = 2 * pairs * shape.heads * shape.head_dim

@@ -1,4 +1,4 @@
-"""Forward of gist-masked attention: one merged loop over the gist columns, then the local columns."""
+"""Forward of gist-masked attention: one walk over the gist columns, then the local columns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from gistkern.kernels.primitives import (
     load_rows,
     matmul,
     normalised,
+    pack_of,
     query_rows,
     row_bounds,
+    row_intervals,
     scheduled,
     seen_columns,
     softmax_step,
@@ -238,14 +240,11 @@ def gist_attn_fwd_kernel(
     contiguous; gist_begin, gist_end, local_begin int32 ``[B, N]``. n_heads = B * HEADS / PACK.
     """
     i_tile, i_bh = scheduled(tl.program_id(0), n_tiles, n_heads, section, LAST_FIRST=True)
-    i_b = (i_bh // (HEADS // PACK)).to(tl.int64)
-    i_h = i_bh % (HEADS // PACK)
-    i_kv = (i_h * PACK // GROUP).to(tl.int64)
+    i_b, i_h, i_kv = pack_of(i_bh, HEADS, GROUP, PACK)
     o_row, o_head, m_row = query_rows(i_tile * (BM // PACK), n_rows, i_h, PACK, BM)
-    o_rows = i_b * n_rows + o_row
-    b_gist_begin = tl.load(gist_begin_ptr + o_rows, mask=m_row, other=0)
-    b_gist_end = tl.load(gist_end_ptr + o_rows, mask=m_row, other=0)
-    b_local_begin = tl.load(local_begin_ptr + o_rows, mask=m_row, other=0)
+    b_gist_begin, b_gist_end, b_local_begin = row_intervals(
+        gist_begin_ptr, gist_end_ptr, local_begin_ptr, i_b * n_rows + o_row, m_row
+    )
     b_local_row = o_row + (n_local_rows - n_rows)
     gist_lo, n_gist, local_lo, n_local, n_full = visible_columns(
         b_gist_begin, b_gist_end, b_local_begin, b_local_row, m_row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHIPS", "Chip", "chip_for"]
+__all__ = ["CHIPS", "Chip", "chip_for", "chip_named"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ CHIPS = (
     Chip("sm_120", (12, 0), 99 * _KB, 100 * _KB, 188, 128 * _MB, "RTX PRO 6000 Blackwell, RTX 5090"),
     Chip("gfx942", None, 64 * _KB, 64 * _KB, 304, 4 * _MB, "MI300X"),
 )
+
+
+def chip_named(arch: str) -> Chip:
+    """The listed chip called `arch` (``sm_90``, ``gfx942``)."""
+    return next(chip for chip in CHIPS if chip.arch == arch)
 
 
 def chip_for(capability: tuple[int, int]) -> Chip | None:

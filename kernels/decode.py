@@ -15,7 +15,9 @@ from gistkern.kernels.device import facts_of, guard, wide_rows
 from gistkern.kernels.primitives import (
     load_rows,
     normalised,
+    pack_of,
     query_rows,
+    row_intervals,
     softmax_step,
     store_rows,
     visible_columns,
@@ -80,14 +82,11 @@ def gist_decode_kernel(
     """
     i_split = tl.program_id(0) // n_heads
     i_bh = tl.program_id(0) % n_heads
-    i_b = (i_bh // (HEADS // PACK)).to(tl.int64)
-    i_h = i_bh % (HEADS // PACK)
-    i_kv = (i_h * PACK // GROUP).to(tl.int64)
+    i_b, i_h, i_kv = pack_of(i_bh, HEADS, GROUP, PACK)
     o_row, o_head, m_row = query_rows(0, n_rows, i_h, PACK, BM)
-    o_rows = i_b * n_rows + o_row
-    b_gist_begin = tl.load(gist_begin_ptr + o_rows, mask=m_row, other=0)
-    b_gist_end = tl.load(gist_end_ptr + o_rows, mask=m_row, other=0)
-    b_local_begin = tl.load(local_begin_ptr + o_rows, mask=m_row, other=0)
+    b_gist_begin, b_gist_end, b_local_begin = row_intervals(
+        gist_begin_ptr, gist_end_ptr, local_begin_ptr, i_b * n_rows + o_row, m_row
+    )
     b_local_row = o_row + (n_local_rows - n_rows)
     gist_lo, n_gist, local_lo, n_local, n_full = visible_columns(
         b_gist_begin, b_gist_end, b_local_begin, b_local_row, m_row

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from gistkern.kernels.chips import CHIPS
+from gistkern.kernels.chips import chip_named
 
 __all__ = ["DeviceFacts", "emulated", "facts_of", "guard", "wide_rows", "wide_samples"]
 
@@ -46,7 +46,7 @@ def facts_of(device: torch.device) -> DeviceFacts:
 
 @cache
 def _of_chip(arch: str) -> DeviceFacts:
-    chip = next(chip for chip in CHIPS if chip.arch == arch)
+    chip = chip_named(arch)
     return DeviceFacts(chip.arch, chip.multiprocessors, chip.l2_bytes, chip.example)
 
 

@@ -18,9 +18,11 @@ __all__ = [
     "load_rows",
     "matmul",
     "normalised",
+    "pack_of",
     "probabilities",
     "query_rows",
     "row_bounds",
+    "row_intervals",
     "scheduled",
     "seen_columns",
     "softmax_step",
@@ -92,6 +94,23 @@ def query_rows(row_begin, row_end, i_head, PACK: tl.constexpr, BM: tl.constexpr)
     o_row = row_begin + o_m // PACK
     o_head = i_head * PACK + o_m % PACK
     return o_row, o_head, (o_m < (BM // PACK) * PACK) & (o_row < row_end)
+
+
+@triton.jit
+def pack_of(i_bh, HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr):
+    """(sample, pack within it, K/V head) of a program that owns the pack `i_bh` of all samples."""
+    i_b = (i_bh // (HEADS // PACK)).to(tl.int64)
+    i_h = i_bh % (HEADS // PACK)
+    return i_b, i_h, (i_h * PACK // GROUP).to(tl.int64)
+
+
+@triton.jit
+def row_intervals(gist_begin_ptr, gist_end_ptr, local_begin_ptr, o_rows, m_row):
+    """The three vectors of the mask rule, ``[BM]`` each, at rows `o_rows` of the flat ``[B, N]``."""
+    b_gist_begin = tl.load(gist_begin_ptr + o_rows, mask=m_row, other=0)
+    b_gist_end = tl.load(gist_end_ptr + o_rows, mask=m_row, other=0)
+    b_local_begin = tl.load(local_begin_ptr + o_rows, mask=m_row, other=0)
+    return b_gist_begin, b_gist_end, b_local_begin
 
 
 @triton.jit

@@ -1,18 +1,20 @@
 """The backend table: each row says what serves a call, and why it cannot where it cannot.
 
-Adding a backend is one row here and one module with `forward` and `backward`.
+Adding a backend is one row here and one module with `forward`, `backward`, `compact` and `compact_backward`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
+
+from gistkern.kernels.device import emulated
 
 __all__ = ["BACKENDS", "Backend", "choose", "get"]
 
@@ -27,6 +29,7 @@ def _needs_cpu(q: torch.Tensor) -> str | None:
     return None if q.device.type == "cpu" else f"serves CPU tensors, got {q.device}"
 
 
+@cache  # asked at every call, and a search of the path where Triton has not been imported
 def _needs_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install 'gistkern[triton]'"
@@ -35,7 +38,7 @@ def _needs_triton() -> str | None:
 
 def _needs_cuda(q: torch.Tensor) -> str | None:
     # under an emulator (docs/evidence.md) kernel launches take CPU tensors
-    if q.device.type != "cuda" and os.environ.get("GISTKERN_EMULATED") != "1":
+    if q.device.type != "cuda" and not emulated():
         return f"serves CUDA and ROCm tensors, got {q.device}"
     if q.dtype == torch.float64:
         return "computes float16, bfloat16 and float32: pass one of them, or backend='reference' for float64"
