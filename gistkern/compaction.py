@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["compact", "compact_backward", "gather_rows"]
+__all__ = ["compact", "compact_backward", "dense_rows", "gather_rows"]
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last dimension contiguous: kernels read whole rows of D, every other stride is free."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

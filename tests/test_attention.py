@@ -30,7 +30,7 @@ def test_fp64_agrees_to_fp64(layout, seed):
     past = {"past_key": inputs.past_key, "past_value": inputs.past_value} if layout.past else {}
     results = [
         gist_attention(inputs.q, inputs.k, inputs.v, layout, backend=backend, return_lse=True, **past)
-        for backend in ("cpu", "reference")
+        for backend in ("sdpa", "reference")
     ]
     leaves = list(inputs.leaves().values())
     gradients = [torch.autograd.grad(out, leaves, inputs.grad_out) for out, _ in results]
@@ -113,7 +113,7 @@ def test_two_runs_are_bit_identical(name, threads, request):
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
 def test_opcheck(backend):
     layout = GistLayout.from_segments([9, 7], 2, tail=3)
     inputs = make_inputs(layout, head_dim=16)
@@ -176,7 +176,7 @@ def test_scale_and_lse_follow_the_definition():
     assert not lse.requires_grad
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
 def test_a_second_derivative_is_an_error(backend):
     """It would otherwise be zero, silently: a gradient penalty would train on nothing."""
     layout = GistLayout.from_segments([9], 2, tail=3)
@@ -218,7 +218,7 @@ def good_call():
         (
             lambda c: {"backend": "fast"},
             ValueError,
-            "unknown backend 'fast': expected 'auto' or one of triton, cpu, reference",
+            "unknown backend 'fast': expected 'auto' or one of cuda, triton, cpu, sdpa, reference",
         ),
         (lambda c: {"layout": c["layout"].to("meta")}, ValueError, "the layout is on meta"),
         (

@@ -79,7 +79,7 @@ def test_layers(path):
     if path.name not in {"testing.py"}:
         assert not [name for name in imported if name.startswith("gistkern.reference")]
     if path.parent.name == "backends":
-        others = {f"gistkern.backends.{p.stem}" for p in path.parent.glob("*.py")} - {"gistkern.backends.cpu_plan"}
+        others = {f"gistkern.backends.{p.stem}" for p in path.parent.glob("*.py")} - {"gistkern.backends.sdpa_plan"}
         assert not imported & others, "backends never import one another"
 
 

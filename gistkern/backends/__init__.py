@@ -14,7 +14,9 @@ from types import ModuleType
 
 import torch
 
+from gistkern import native
 from gistkern.kernels.device import emulated
+from gistkern.kernels.schedule import DECODE_ROWS
 
 __all__ = ["BACKENDS", "Backend", "choose", "get"]
 
@@ -45,6 +47,30 @@ def _needs_cuda(q: torch.Tensor) -> str | None:
     if q.dim() == 4 and q.shape[-1] > 256:
         return f"has kernels for head dimensions up to 256, got {q.shape[-1]}"
     if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, {q.device} has {torch.cuda.get_device_capability(q.device)}"
+    return None
+
+
+def _needs_half_or_single(q: torch.Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"serves CPU tensors, got {q.device}"
+    if q.dtype == torch.float64:
+        return "computes float16, bfloat16 and float32: pass one of them, or backend='sdpa' for float64"
+    return None
+
+
+def _needs_decoding(q: torch.Tensor) -> str | None:
+    if q.device.type != "cuda" and not emulated():
+        return f"serves CUDA tensors, got {q.device}"
+    if q.dtype == torch.float64:
+        return "computes float16, bfloat16 and float32, not float64"
+    if q.dim() == 4 and q.shape[2] > DECODE_ROWS:
+        return f"decodes: up to {DECODE_ROWS} query rows a sequence, got {q.shape[2]}; backend='triton' takes any number"
+    if q.dim() == 4 and q.shape[-1] > 256:
+        return f"has kernels for head dimensions up to 256, got {q.shape[-1]}"
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "has no backward: call it under torch.no_grad(), or use backend='triton'"
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"needs compute capability 8.0 or newer, {q.device} has {torch.cuda.get_device_capability(q.device)}"
     return None
 
@@ -93,6 +119,14 @@ class Backend:
 
 BACKENDS = (
     Backend(
+        name="cuda",
+        module="gistkern.backends.cuda",
+        automatic=True,
+        what="the extension's CUDA kernels: decoding (shared, paged and quantised rows too) and compaction",
+        missing=native.missing_cuda,
+        refuses=_needs_decoding,
+    ),
+    Backend(
         name="triton",
         module="gistkern.backends.triton",
         automatic=True,
@@ -104,7 +138,15 @@ BACKENDS = (
         name="cpu",
         module="gistkern.backends.cpu",
         automatic=True,
-        what="flash-style blocks through torch's CPU flash kernel; no dense mask",
+        what="the extension's CPU kernels: forward, backward and decoding in fp32, AVX-512 or AVX2",
+        missing=native.missing,
+        refuses=_needs_half_or_single,
+    ),
+    Backend(
+        name="sdpa",
+        module="gistkern.backends.sdpa",
+        automatic=True,
+        what="flash-style blocks through torch's CPU flash kernel; serves where the extension is missing, and float64",
         missing=_always,
         refuses=_needs_cpu,
     ),

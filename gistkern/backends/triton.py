@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gistkern.compaction import dense_rows
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
@@ -28,7 +29,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
     launch = launch_gist_decode if q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
-    tensors = [_dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
+    tensors = [dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
     vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
     return launch(*tensors, *vectors, scale, _precision(q.device))
 
@@ -48,7 +49,7 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
-    grad_out, q, k, v, gist_k, gist_v = (_dense_rows(t) for t in (grad_out, q, k, v, gist_k, gist_v))
+    grad_out, q, k, v, gist_k, gist_v = (dense_rows(t) for t in (grad_out, q, k, v, gist_k, gist_v))
     gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
     precision = _precision(q.device)
     saved = out.contiguous(), lse.contiguous()
@@ -67,21 +68,17 @@ def compact(
     gather: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact rows of keys and values in one launch; arguments as `gistkern.compaction`."""
-    past = [None if t is None else _dense_rows(t) for t in (past_k, past_v)]
-    return launch_gist_compact(_dense_rows(k), _dense_rows(v), *past, gather.contiguous())
+    past = [None if t is None else dense_rows(t) for t in (past_k, past_v)]
+    return launch_gist_compact(dense_rows(k), dense_rows(v), *past, gather.contiguous())
 
 
 def compact_backward(
     grad_gist_k: torch.Tensor, grad_gist_v: torch.Tensor, gather: torch.Tensor, num_local: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of k and v, repeated tokens added up in a fixed order; arguments as `gistkern.compaction`."""
-    grads = _dense_rows(grad_gist_k), _dense_rows(grad_gist_v)
+    grads = dense_rows(grad_gist_k), dense_rows(grad_gist_v)
     return launch_gist_compact_bwd(*grads, gather.contiguous(), num_local)
 
-
-def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    # the kernels read whole rows of D; every other stride is free
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _precision(device: torch.device) -> str:

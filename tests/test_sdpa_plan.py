@@ -6,7 +6,7 @@ from hypothesis import given
 from strategies import layouts
 
 from gistkern import GistLayout
-from gistkern.backends.cpu_plan import TILE_ROWS, plan
+from gistkern.backends.sdpa_plan import TILE_ROWS, plan
 
 
 def blocks_of(layout):

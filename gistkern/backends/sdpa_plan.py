@@ -1,4 +1,4 @@
-"""How the CPU backend cuts a layout into dense blocks: which rows go through one flash call together.
+"""How the SDPA backend cuts a layout into dense blocks: which rows go through one flash call together.
 
 Three kinds of block, chosen from the row vectors alone:
 

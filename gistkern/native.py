@@ -1,0 +1,93 @@
+"""The compiled extension (csrc/): whether it is there, and its operators. It is optional everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+__all__ = ["LIBRARY", "cuda_archs", "decode_rows", "instruction_set", "library_path", "missing", "missing_cuda", "operators"]
+
+# a library to load instead of the installed one: tests build some of their own (csrc/build.py)
+LIBRARY = "GISTKERN_LIBRARY"
+_TORCH = (2, 13)
+
+
+def library_path() -> Path:
+    """Where the library is, or would be."""
+    return Path(os.environ.get(LIBRARY) or Path(__file__).with_name("_C.so"))
+
+
+def _load() -> str | None:
+    path = library_path()
+    if not path.is_file():
+        return (
+            "needs the compiled extension, which is not built: install with a C++ compiler and "
+            "`pip install --no-build-isolation`, see docs/extension.md"
+        )
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _TORCH:
+        return f"needs torch >= {_TORCH[0]}.{_TORCH[1]} (libtorch's stable ABI), this is {torch.__version__}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"needs the compiled extension, which does not load: {error}"
+    try:
+        torch.ops.gistkern_native.instruction_set()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+# once, at import: what is asked at every call must not touch files, which torch.compile could not trace
+_MISSING = _load()
+_CUDA_ARCHS = "" if _MISSING else torch.ops.gistkern_native.cuda_archs()
+
+
+def missing() -> str | None:
+    """Why there is no extension here, or None."""
+    return _MISSING
+
+
+def missing_cuda() -> str | None:
+    """Why the extension has no CUDA kernels, or None."""
+    if _MISSING or _CUDA_ARCHS:
+        return _MISSING
+    return "needs the extension's CUDA kernels: rebuild it where nvcc is, see docs/extension.md"
+
+
+def operators():
+    """The extension's operators (csrc/bindings.cpp). RuntimeError where there is no extension."""
+    if reason := missing():
+        raise RuntimeError(f"gistkern {reason}")
+    return torch.ops.gistkern_native
+
+
+def instruction_set() -> str:
+    """Which compiled CPU kernels run here: avx512, avx2 or baseline (``GISTKERN_CPU_ISA`` chooses)."""
+    return operators().instruction_set()
+
+
+def cuda_archs() -> str:
+    """Chips that the CUDA kernels were compiled for (``80;90a``); empty in a build without nvcc."""
+    return _CUDA_ARCHS
+
+
+def decode_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    local_begin: torch.Tensor,
+    scale: float,
+    multiprocessors: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decode kernel on the arguments of `gistkern.ops.attention`, with at most 8 query rows."""
+    none = (None, None)
+    return operators().decode(
+        *(q, gist_k, gist_v, *none, gist_begin, gist_end, k, v, *none, None, local_begin, None),
+        *(gist_k.shape[2], k.shape[2], scale, 0, multiprocessors),
+    )
