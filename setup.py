@@ -1,11 +1,31 @@
-"""Build hook: the top-level `kernels/` folder becomes `gistkern/kernels/` in wheels (see that package)."""
+"""Build hooks: the compiled extension where it can be built, and `kernels/` as `gistkern/kernels/` in wheels."""
 
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-KERNELS = Path(__file__).parent / "kernels"
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import build as extension  # noqa: E402  (csrc/build.py)
+
+
+class BuildExtension(build_ext):
+    """`gistkern._C` by csrc/build.py: one shared library for every Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the interpreter's tag: the library holds no Python."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link; with CUDA kernels where nvcc is."""
+        cuda = "nvcc" if extension.nvcc() else "none"
+        if cuda == "none":
+            print("gistkern: no nvcc (CUDA_HOME, the path, or nvidia-cuda-nvcc): the extension gets CPU kernels only")
+        extension.build(Path(self.get_ext_fullpath(ext.name)), cuda)
 
 
 class BuildWithKernels(build_py):
@@ -16,9 +36,23 @@ class BuildWithKernels(build_py):
         super().run()
         if self.editable_mode:  # the shim reads the checkout's folder
             return
-        for source in sorted(KERNELS.glob("*.py")):
+        for source in sorted((ROOT / "kernels").glob("*.py")):
             target = Path(self.build_lib) / "gistkern" / "kernels" / source.name
             self.copy_file(str(source), str(target))
 
 
-setup(cmdclass={"build_py": BuildWithKernels})
+class AnyPython(bdist_wheel):
+    """A wheel with the extension is tied to the platform, not to one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """``py3-none-<platform>``, or ``py3-none-any`` without the extension."""
+        return "py3", "none", super().get_tag()[2]
+
+
+reason = extension.missing()
+if reason:
+    print(f"gistkern: building without the compiled extension: {reason}", file=sys.stderr)
+setup(
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildWithKernels, "bdist_wheel": AnyPython},
+    ext_modules=[] if reason else [Extension("gistkern._C", ["csrc/bindings.cpp"])],
+)

@@ -145,11 +145,12 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor q, Tensor k, Tensor v, Tensor gi
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
-    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gist_k, Tensor gist_v, Tensor out, Tensor lse,
-    Tensor gist_begin, Tensor gist_end, Tensor local_begin, double scale) {
-  auto arguments =
-      attention_arguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, out, lse);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
+                                                                          Tensor gist_k, Tensor gist_v, Tensor out,
+                                                                          Tensor lse, Tensor gist_begin,
+                                                                          Tensor gist_end, Tensor local_begin,
+                                                                          double scale) {
+  auto arguments = attention_arguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, out, lse);
   Tensor gradients[5];
   const Tensor* like[] = {&q, &k, &v, &gist_k, &gist_v};
   for (int i = 0; i < 5; ++i) gradients[i] = torch::stable::new_empty(*like[i], like[i]->sizes());
@@ -169,8 +170,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
                                   MaybeTensor gist_v_scale, Tensor gist_begin, Tensor gist_end, Tensor tail_k,
                                   Tensor tail_v, MaybeTensor tail_k_scale, MaybeTensor tail_v_scale,
                                   MaybeTensor tail_length, MaybeTensor local_begin, MaybeTensor page_table,
-                                  int64_t gist_capacity, int64_t tail_capacity, double scale, [[maybe_unused]] int64_t variant,
-                                  int64_t multiprocessors) {
+                                  int64_t gist_capacity, int64_t tail_capacity, double scale,
+                                  [[maybe_unused]] int64_t variant, int64_t multiprocessors) {
   const Axes gist_axes = gist_k.dim() == 3 ? kPool : kSampleHeadRow;
   const Axes tail_axes = page_table ? kSampleRowHead : kSampleHeadRow;
   Tensor out = torch::stable::new_empty(q, q.sizes());

@@ -24,7 +24,7 @@ struct AttentionArguments {
   float scale = 1.0f;
 
   // backward only
-  Rows grad_out;                                                   // like query
+  Rows grad_out;                                                           // like query
   void *grad_query = nullptr, *grad_key = nullptr, *grad_value = nullptr;  // like query, key, value, contiguous
   void *grad_gist_key = nullptr, *grad_gist_value = nullptr;               // like gist_key and gist_value, contiguous
 

@@ -15,8 +15,8 @@ constexpr int64_t kGradientKeys = 2 * kBlockRows;
 inline int64_t gradient_width(int64_t dim) { return round_up(dim, kStrip); }
 
 struct BackwardScratch {
-  float *rows;                       // [kStrip][width], to transpose
-  float *query, *grad_out;           // [kTileRows][width], row by row
+  float* rows;                                     // [kStrip][width], to transpose
+  float *query, *grad_out;                         // [kTileRows][width], row by row
   float *query_strips, *grad_strips, *grad_query;  // [kTileStrips][width][kStrip]
   float *probabilities, *grad_scores;              // [kBackwardKeys][kTileRows]
   float lse[kTileRows], delta[kTileRows];
@@ -157,9 +157,8 @@ inline void backward_tile(const AttentionArguments& x, const BackwardChunk& chun
                         scratch.query_strips + s * width * kStrip, scratch.grad_strips + s * width * kStrip,
                         scratch.lse + s * kStrip, scratch.delta + s * kStrip, dim, x.scale,
                         probabilities + from[s] * kTileRows, grad_scores + from[s] * kTileRows);
-        gemm<Layout::kColumns, Update::kAdd>(dim, key.data, key.stride, grad_scores + from[s] * kTileRows,
-                                             kTileRows, to[s] - from[s], scratch.grad_query + s * width * kStrip,
-                                             kStrip);
+        gemm<Layout::kColumns, Update::kAdd>(dim, key.data, key.stride, grad_scores + from[s] * kTileRows, kTileRows,
+                                             to[s] - from[s], scratch.grad_query + s * width * kStrip, kStrip);
       }
       float* grad_key = (local ? gradients.local_key : gradients.gist_key) + (begin - origin) * width;
       float* grad_value = (local ? gradients.local_value : gradients.gist_value) + (begin - origin) * width;

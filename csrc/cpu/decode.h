@@ -59,7 +59,8 @@ inline void dot_products(const float* query, Block key, int64_t count, int64_t d
       }
     } else {
       for (int64_t i = 0; i < keys; ++i) {
-        for (int64_t d = 0; d < whole; d += kLanes) sums[i] += load(query + d) * load(key.data + (first + i) * key.stride + d);
+        for (int64_t d = 0; d < whole; d += kLanes)
+          sums[i] += load(query + d) * load(key.data + (first + i) * key.stride + d);
       }
     }
     transpose_stage<1>(sums);
@@ -174,7 +175,8 @@ inline void decode_item(const DecodeArguments& x, int64_t sequence, int64_t kv_h
       sample = x.page_table[sequence * x.pages_per_sequence + first / x.page_size];
       row_of_buffer = first % x.page_size;
     }
-    const Block key = read_block(local ? x.tail_key : x.gist_key, sample, kv_head, row_of_buffer, count, dim, key_scratch);
+    const Block key =
+        read_block(local ? x.tail_key : x.gist_key, sample, kv_head, row_of_buffer, count, dim, key_scratch);
     const Block value =
         read_block(local ? x.tail_value : x.gist_value, sample, kv_head, row_of_buffer, count, dim, value_scratch);
     for (int64_t row = 0; row < rows; ++row) {

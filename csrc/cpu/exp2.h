@@ -8,8 +8,8 @@ GISTKERN_NAMESPACE_BEGIN
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 
-// Exactly 0 below 2^-126, -inf included; NaN stays NaN. The polynomial is the minimax fit of 2^f on |f| <= 0.5, found by
-// Remez's exchange: relative error 2.6e-9, so that fp32 rounding is what remains.
+// Exactly 0 below 2^-126, -inf included; NaN stays NaN. The polynomial is the minimax fit of 2^f on |f| <= 0.5, found
+// by Remez's exchange: relative error 2.6e-9, so that fp32 rounding is what remains.
 GISTKERN_INLINE Floats exp2(Floats x) {
   // adding 1.5 * 2^23 rounds to an integer in the low bits; 127 more makes those bits the exponent's
   const float shifter = 12582912.0f + 127.0f;

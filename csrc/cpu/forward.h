@@ -173,8 +173,7 @@ inline void forward_item(const AttentionArguments& x, int64_t item, float* memor
   }
   for (int64_t g = 0; g < pack; ++g) {
     for (int64_t s = 0; s < strips; ++s) {
-      write_strip(x, strip[s], running[g * kTileStrips + s], sample, first_head + g, first + s * kStrip,
-                  scratch.rows);
+      write_strip(x, strip[s], running[g * kTileStrips + s], sample, first_head + g, first + s * kStrip, scratch.rows);
     }
   }
 }

@@ -1,6 +1,6 @@
 // Keys and values as the kernels read them: fp32, the rows of a head side by side. Rows of another type are converted
-// once per call; so are rows that lie far apart (a head of [batch, rows, heads, head_dim]), which would share few sets of
-// the caches every time they are read.
+// once per call; so are rows that lie far apart (a head of [batch, rows, heads, head_dim]), which would share few sets
+// of the caches every time they are read.
 #pragma once
 
 #include "instruction_set.h"

@@ -16,9 +16,7 @@ GISTKERN_INLINE float widen_half(uint16_t bits) {
   return static_cast<float>(value);
 }
 
-GISTKERN_INLINE float widen_bfloat(uint16_t bits) {
-  return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
+GISTKERN_INLINE float widen_bfloat(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 // e4m3 (FN): sign, 4 exponent bits with bias 7, 3 mantissa bits; S.1111.111 is NaN, there are no infinities.
 GISTKERN_INLINE float widen_e4m3(uint8_t bits) {
@@ -35,7 +33,8 @@ GISTKERN_INLINE uint8_t narrow_e4m3(float value) {
   if (value != value) return static_cast<uint8_t>(sign | 0x7f);
   const float magnitude = __builtin_fabsf(value);
   if (magnitude >= 448.0f) return static_cast<uint8_t>(sign | 0x7e);
-  if (magnitude < 0x1p-6f) return static_cast<uint8_t>(sign | static_cast<uint32_t>(__builtin_rintf(magnitude * 512.0f)));
+  if (magnitude < 0x1p-6f)
+    return static_cast<uint8_t>(sign | static_cast<uint32_t>(__builtin_rintf(magnitude * 512.0f)));
   const uint32_t rounded = bit_cast<uint32_t>(magnitude) + 0x7ffff + (bits >> 20 & 1);
   return static_cast<uint8_t>(sign | ((rounded - (120u << 23)) >> 20));
 }

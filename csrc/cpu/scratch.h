@@ -11,8 +11,8 @@
 
 namespace gistkern::cpu {
 
-// Asks for huge pages where fresh memory is large: touching it 4 KiB at a time takes as long as a fifth of the attention
-// that fills it. Only advice, so a refusal does not matter.
+// Asks for huge pages where fresh memory is large: touching it 4 KiB at a time takes as long as a fifth of the
+// attention that fills it. Only advice, so a refusal does not matter.
 inline void advise_huge_pages(void* memory, int64_t bytes) {
   constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
@@ -47,17 +47,18 @@ bool for_items(const Pool& pool, int64_t items, int64_t scratch_floats, Item ite
     Item& item;
   } work{{}, {}, items, scratch_floats, item};
   if (items == 0) return true;
-  pool.run(pool.threads < items ? pool.threads : items,
-           [](void* context) {
-             Work& shared = *static_cast<Work*>(context);
-             const Scratch scratch(shared.scratch_floats);
-             if (!scratch.data()) {
-               shared.failed = true;
-               return;
-             }
-             for (int64_t i = shared.next++; i < shared.items; i = shared.next++) shared.item(i, scratch.data());
-           },
-           &work);
+  pool.run(
+      pool.threads < items ? pool.threads : items,
+      [](void* context) {
+        Work& shared = *static_cast<Work*>(context);
+        const Scratch scratch(shared.scratch_floats);
+        if (!scratch.data()) {
+          shared.failed = true;
+          return;
+        }
+        for (int64_t i = shared.next++; i < shared.items; i = shared.next++) shared.item(i, scratch.data());
+      },
+      &work);
   return !work.failed;
 }
 

@@ -16,7 +16,7 @@ struct DecodeArguments {
   int64_t query_stride[3] = {0, 0, 0};
   void* out = nullptr;   // like query, contiguous
   float* lse = nullptr;  // [batch, query_heads, query_rows], contiguous, natural log, -inf on rows that see nothing
-  float* workspace = nullptr;  // decode_workspace_floats() floats, may be null where that is 0
+  float* workspace = nullptr;                 // decode_workspace_floats() floats, may be null where that is 0
   ElementType type = ElementType::kBFloat16;  // of query and out: kFloat32, kFloat16 or kBFloat16
 
   Rows gist_key, gist_value, tail_key, tail_value;  // each of the query's type, or quantised with scales
