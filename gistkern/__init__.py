@@ -15,9 +15,23 @@ _EXPORTS = {
     "GistHandle": "gistkern.hf.patch",
     "compress": "gistkern.compressing",
     "GistCache": "gistkern.cache",
+    "KeyValueRows": "gistkern.pool",
+    "gist_compact": "gistkern.pool",
+    "gist_decode": "gistkern.pool",
 }
 
-__all__ = ["GistCache", "GistHandle", "GistLayout", "__version__", "compress", "gist_attention", "patch_llama"]
+__all__ = [
+    "GistCache",
+    "GistHandle",
+    "GistLayout",
+    "KeyValueRows",
+    "__version__",
+    "compress",
+    "gist_attention",
+    "gist_compact",
+    "gist_decode",
+    "patch_llama",
+]
 
 if TYPE_CHECKING:
     from gistkern.attention import gist_attention
@@ -25,6 +39,7 @@ if TYPE_CHECKING:
     from gistkern.compressing import compress
     from gistkern.hf.patch import GistHandle, patch_llama
     from gistkern.layout import GistLayout
+    from gistkern.pool import KeyValueRows, gist_compact, gist_decode
 
 
 def __getattr__(name: str) -> object:

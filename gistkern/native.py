@@ -7,8 +7,23 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["LIBRARY", "cuda_archs", "decode_rows", "instruction_set", "library_path", "missing", "missing_cuda", "operators"]
+from gistkern.compaction import dense_rows
 
+__all__ = [
+    "LIBRARY",
+    "cuda_archs",
+    "decode_rows",
+    "instruction_set",
+    "library_path",
+    "missing",
+    "missing_cuda",
+    "operators",
+    "pool_compact",
+    "pool_decode",
+]
+
+# kernels of gistkern/decode.h; "automatic" chooses by shape
+VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
 # a library to load instead of the installed one: tests build some of their own (csrc/build.py)
 LIBRARY = "GISTKERN_LIBRARY"
 _TORCH = (2, 13)
@@ -69,7 +84,10 @@ def instruction_set() -> str:
 
 
 def cuda_archs() -> str:
-    """Chips that the CUDA kernels were compiled for (``80;90a``); empty in a build without nvcc."""
+    """Chips that the CUDA kernels were compiled for (``80;90a``); empty in a build without nvcc.
+
+    ``emulated`` in a test build, whose CUDA kernels run on CPU tensors (docs/evidence.md).
+    """
     return _CUDA_ARCHS
 
 
@@ -84,10 +102,60 @@ def decode_rows(
     local_begin: torch.Tensor,
     scale: float,
     multiprocessors: int = 1,
+    variant: str = "automatic",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The decode kernel on the arguments of `gistkern.ops.attention`, with at most 8 query rows."""
-    none = (None, None)
+    no_scales = (None, None)
     return operators().decode(
-        *(q, gist_k, gist_v, *none, gist_begin, gist_end, k, v, *none, None, local_begin, None),
-        *(gist_k.shape[2], k.shape[2], scale, 0, multiprocessors),
+        *(q, gist_k, gist_v, *no_scales, gist_begin, gist_end, k, v, *no_scales, None, local_begin, None),
+        *(gist_k.shape[2], k.shape[2], scale, VARIANTS[variant], multiprocessors),
+    )
+
+
+def pool_decode(
+    q: torch.Tensor,
+    gist_k: torch.Tensor,
+    gist_v: torch.Tensor,
+    gist_k_scale: torch.Tensor | None,
+    gist_v_scale: torch.Tensor | None,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    tail_k: torch.Tensor,
+    tail_v: torch.Tensor,
+    tail_k_scale: torch.Tensor | None,
+    tail_v_scale: torch.Tensor | None,
+    tail_length: torch.Tensor | None,
+    local_begin: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    gist_capacity: int,
+    scale: float,
+    multiprocessors: int = 1,
+    variant: str = "automatic",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decode kernel on the arguments of `gistkern.pool_ops.decode`."""
+    tail_capacity = tail_k.shape[2] if page_table is None else page_table.shape[1] * tail_k.shape[1]
+    rows = [dense_rows(t) for t in (q, gist_k, gist_v, tail_k, tail_v)]
+    vectors = [t if t is None else t.contiguous() for t in (gist_begin, gist_end, local_begin)]
+    return operators().decode(
+        *(*rows[:3], gist_k_scale, gist_v_scale, *vectors[:2]),
+        *(*rows[3:], tail_k_scale, tail_v_scale, tail_length, vectors[2]),
+        *(None if page_table is None else page_table.contiguous(), gist_capacity, tail_capacity),
+        *(scale, VARIANTS[variant], multiprocessors),
+    )
+
+
+def pool_compact(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gather: torch.Tensor,
+    slot: torch.Tensor,
+    pool_k: torch.Tensor,
+    pool_v: torch.Tensor,
+    pool_k_scale: torch.Tensor | None,
+    pool_v_scale: torch.Tensor | None,
+) -> None:
+    """The compaction kernel on the arguments of `gistkern.pool_ops.compact`."""
+    operators().compact(
+        *(dense_rows(k), dense_rows(v), None, None, gather, slot.contiguous()),
+        *(pool_k, pool_v, pool_k_scale, pool_v_scale),
     )

@@ -60,12 +60,14 @@ def _needs_half_or_single(q: torch.Tensor) -> str | None:
 
 
 def _needs_decoding(q: torch.Tensor) -> str | None:
-    if q.device.type != "cuda" and not emulated():
+    if q.device.type != "cuda" and not (emulated() and native.cuda_archs() == "emulated"):
         return f"serves CUDA tensors, got {q.device}"
     if q.dtype == torch.float64:
         return "computes float16, bfloat16 and float32, not float64"
     if q.dim() == 4 and q.shape[2] > DECODE_ROWS:
-        return f"decodes: up to {DECODE_ROWS} query rows a sequence, got {q.shape[2]}; backend='triton' takes any number"
+        return (
+            f"decodes: up to {DECODE_ROWS} query rows a sequence, got {q.shape[2]}; backend='triton' takes any number"
+        )
     if q.dim() == 4 and q.shape[-1] > 256:
         return f"has kernels for head dimensions up to 256, got {q.shape[-1]}"
     if torch.is_grad_enabled() and q.requires_grad:

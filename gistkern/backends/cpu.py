@@ -6,8 +6,9 @@ import torch
 
 from gistkern import native
 from gistkern.compaction import compact, compact_backward, dense_rows
+from gistkern.native import pool_compact, pool_decode
 
-__all__ = ["backward", "compact", "compact_backward", "forward"]
+__all__ = ["backward", "compact", "compact_backward", "forward", "pool_compact", "pool_decode"]
 
 # rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over rows:
 # with fewer rows than lanes most lanes would idle
@@ -26,11 +27,10 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
-    tensors = [dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
-    vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
-    if _decodes(q, k):
-        return native.decode_rows(*tensors, *vectors, scale)
-    return native.operators().cpu_attention(*tensors, *vectors, scale)
+    q, k, v, gist_k, gist_v = (dense_rows(t) for t in (q, k, v, gist_k, gist_v))
+    gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
+    compute = native.decode_rows if _decodes(q, k) else native.operators().cpu_attention
+    return compute(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
 
 
 def backward(

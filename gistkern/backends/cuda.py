@@ -1,14 +1,18 @@
-"""CUDA backend: the extension's decode and compaction kernels (csrc/), for up to 8 query rows a sequence, no gradients."""
+"""CUDA backend: the extension's decode and compaction kernels (csrc/), up to 8 query rows a sequence, no gradients."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 
 from gistkern import native
 from gistkern.compaction import dense_rows
 from gistkern.kernels.device import facts_of
+from gistkern.native import pool_compact
 
-__all__ = ["compact", "forward"]
+__all__ = ["compact", "forward", "pool_compact", "pool_decode"]
 
 
 def forward(
@@ -23,9 +27,10 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
-    tensors = [dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
-    vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
-    return native.decode_rows(*tensors, *vectors, scale, facts_of(q.device).multiprocessors)
+    q, k, v, gist_k, gist_v = (dense_rows(t) for t in (q, k, v, gist_k, gist_v))
+    gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
+    processors = facts_of(q.device).multiprocessors
+    return native.decode_rows(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, processors)
 
 
 def compact(
@@ -42,3 +47,8 @@ def compact(
     rows = [None if t is None else dense_rows(t) for t in (k, v, past_k, past_v)]
     native.operators().compact(*rows, gather, None, *out, None, None)
     return out
+
+
+def pool_decode(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decoding over a pool and a paged tail; arguments as `gistkern.pool_ops`."""
+    return partial(native.pool_decode, multiprocessors=facts_of(q.device).multiprocessors)(q, *arguments)

@@ -80,7 +80,6 @@ def compact_backward(
     return launch_gist_compact_bwd(*grads, gather.contiguous(), num_local)
 
 
-
 def _precision(device: torch.device) -> str:
     """How fp32 products are computed: as the user set torch (`torch.backends.cuda.matmul.fp32_precision`) by now.
 

@@ -1,0 +1,227 @@
+"""Decoding over a pool of gist rows that sequences share, and a paged tail: what a serving loop calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from gistkern import backends
+from gistkern.quantise import LARGEST
+
+__all__ = ["KeyValueRows", "gist_compact", "gist_decode"]
+
+
+@dataclass(frozen=True)
+class KeyValueRows:
+    """Keys and values of one layer, quantised or not.
+
+    Parameters
+    ----------
+    key, value : Tensor
+        ``[..., D]``: a pool ``[R, Hkv, D]``, pages ``[P, page_size, Hkv, D]``, or tails ``[B, Hkv, M, D]``; float16,
+        bfloat16, float32, or quantised: int8 or float8_e4m3fn.
+    key_scale, value_scale : Tensor, optional
+        fp32, the shape of `key` without D: what a quantised row is multiplied by.
+
+    Raises
+    ------
+    ValueError
+        If the tensors do not fit each other, or scales are missing or superfluous.
+
+    Examples
+    --------
+    >>> pool = KeyValueRows.empty(100, kv_heads=2, head_dim=64, dtype=torch.int8)
+    >>> pool.key.shape, pool.key_scale.shape, pool.nbytes
+    (torch.Size([100, 2, 64]), torch.Size([100, 2]), 27200)
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.key.shape != self.value.shape or self.key.dtype != self.value.dtype:
+            raise ValueError(
+                f"key and value must be alike, got {tuple(self.key.shape)} {self.key.dtype} and "
+                f"{tuple(self.value.shape)} {self.value.dtype}"
+            )
+        for name in ("key_scale", "value_scale"):
+            scale = getattr(self, name)
+            if (scale is not None) != self.quantised:
+                wanted = "needs fp32 scales" if self.quantised else "takes no scales"
+                raise ValueError(f"{self.key.dtype} {wanted}, got {name}={'None' if scale is None else 'a tensor'}")
+            if scale is not None and (scale.shape != self.key.shape[:-1] or scale.dtype != torch.float32):
+                raise ValueError(
+                    f"{name} must be torch.float32 of shape {tuple(self.key.shape[:-1])}, "
+                    f"got {scale.dtype} of shape {tuple(scale.shape)}"
+                )
+        if len({t.device for t in self.tensors()}) > 1:
+            raise ValueError(
+                f"keys, values and scales are on {[str(t.device) for t in self.tensors()]}: use one device"
+            )
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> KeyValueRows:
+        """An unwritten pool ``[rows, kv_heads, head_dim]``; int8 and float8_e4m3fn come with scales."""
+        key, value = (torch.empty((rows, kv_heads, head_dim), dtype=dtype, device=device) for _ in range(2))
+        if dtype not in LARGEST:
+            return cls(key, value)
+        scales = (torch.empty((rows, kv_heads), dtype=torch.float32, device=device) for _ in range(2))
+        return cls(key, value, *scales)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the elements are int8 or float8_e4m3fn."""
+        return self.key.dtype in LARGEST
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of the four that exist."""
+        return [tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None]
+
+
+def gist_decode(
+    q: torch.Tensor,
+    gist: KeyValueRows,
+    tail: KeyValueRows,
+    *,
+    gist_begin: torch.Tensor,
+    gist_end: torch.Tensor,
+    tail_length: torch.Tensor | None = None,
+    local_begin: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    gist_capacity: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of up to 8 new rows per sequence over a range of a shared pool and over the sequence's own tail.
+
+    Query row i of sequence b sees pool rows ``[gist_begin, gist_end)`` and tail rows
+    ``[local_begin, tail_length - N + i]``. Sequences whose ranges coincide share a document's rows. No value is read
+    back from the device, so a CUDA graph can replay the call.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``[B, Hq, N, D]`` with N <= 8; float16, bfloat16 or float32.
+    gist : KeyValueRows
+        The pool, ``[R, Hkv, D]``.
+    tail : KeyValueRows
+        ``[B, Hkv, M, D]``, or with `page_table` pages ``[P, page_size, Hkv, D]``. The new rows stand in it already.
+    gist_begin, gist_end : Tensor
+        int32 ``[B]``, or ``[B, N]`` where query rows differ.
+    tail_length : Tensor, optional
+        int32 ``[B]``: tail rows of each sequence, its N new ones included; all M (or all pages) by default.
+    local_begin : Tensor, optional
+        int32 ``[B]`` or ``[B, N]``: first tail row that is seen; 0 by default.
+    page_table : Tensor, optional
+        int32 ``[B, pages]``: tail row r of sequence b is row ``r % page_size`` of page
+        ``page_table[b, r // page_size]``.
+    gist_capacity : int, optional
+        A bound on ``gist_end - gist_begin``; all R rows by default. It chooses the launch (and, where no kernel reads
+        the pool in place, sizes a gathered copy): a tight one is faster, one that is too small is an error of yours
+        that cannot be seen without waiting for the device.
+    scale : float, optional
+        Of the scores; ``D ** -0.5`` by default.
+    backend : str
+        ``"auto"`` or a name of `gistkern.backends.BACKENDS`.
+
+    Returns
+    -------
+    (Tensor, Tensor)
+        Output like `q` and the natural-log LSE ``[B, Hq, N]`` in fp32, so that partial results merge
+        (docs/numerics.md). Rows that see nothing are 0 with LSE -inf.
+
+    Raises
+    ------
+    ValueError
+        If the tensors do not fit each other.
+    RuntimeError
+        If the backend cannot serve them.
+
+    Examples
+    --------
+    >>> pool = KeyValueRows(*torch.randn(2, 30, 2, 16))
+    >>> tail = KeyValueRows(*torch.randn(2, 3, 2, 5, 16))
+    >>> begin, end = torch.tensor([[0, 0, 20], [20, 20, 30]], dtype=torch.int32)  # two sequences share a document
+    >>> out, lse = gist_decode(torch.randn(3, 4, 1, 16), pool, tail, gist_begin=begin, gist_end=end)
+    >>> out.shape, lse.shape
+    (torch.Size([3, 4, 1, 16]), torch.Size([3, 4, 1]))
+    """
+    from gistkern import pool_ops
+    from gistkern.pool_checks import check_decode, per_row
+
+    check_decode(q, gist, tail, gist_begin, gist_end, tail_length, local_begin, page_table)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    capacity = gist.key.shape[0] if gist_capacity is None else gist_capacity
+    if capacity < 0:
+        raise ValueError(f"gist_capacity must not be negative, got {capacity}")
+    rows = q.shape[2]
+    return pool_ops.decode(
+        *(q, gist.key, gist.value, gist.key_scale, gist.value_scale),
+        *(per_row(gist_begin, rows), per_row(gist_end, rows)),
+        *(tail.key, tail.value, tail.key_scale, tail.value_scale),
+        *(tail_length, None if local_begin is None else per_row(local_begin, rows), page_table),
+        *(min(capacity, gist.key.shape[0]), scale, backends.choose(backend, q)),
+    )
+
+
+def gist_compact(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gather: torch.Tensor,
+    slot: torch.Tensor,
+    pool: KeyValueRows,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Write gist rows of one layer into a pool, quantising them if the pool is quantised. In place, one launch.
+
+    Parameters
+    ----------
+    k, v : Tensor
+        ``[B, Hkv, M, D]``, the layer's keys and values, whatever was applied to them before included.
+    gather : Tensor
+        int64 ``[B, G]``: local rows to take (`GistLayout.gather`); -1 where there is none.
+    slot : Tensor
+        int64 ``[B, G]``: the pool row each goes to, all different; -1 to leave one out.
+    pool : KeyValueRows
+        ``[R, Hkv, D]``, of the type of `k`, int8 or float8_e4m3fn.
+
+    Raises
+    ------
+    ValueError
+        If the tensors do not fit each other.
+    RuntimeError
+        If the backend cannot serve them.
+
+    Examples
+    --------
+    >>> k, v = torch.randn(2, 1, 2, 9, 16)
+    >>> pool = KeyValueRows.empty(10, kv_heads=2, head_dim=16, dtype=torch.float32)
+    >>> gist_compact(k, v, torch.tensor([[7, 8]]), torch.tensor([[3, 4]]), pool)
+    >>> torch.equal(pool.key[3], k[0, :, 7])
+    True
+    """
+    from gistkern import pool_ops
+    from gistkern.pool_checks import check_compact
+
+    check_compact(k, v, gather, slot, pool)
+    name = backends.choose(backend, k[:, :, :1])  # a kernel for decoding serves: rows are copied, none attend
+    pool_ops.compact(k, v, gather, slot, pool.key, pool.value, pool.key_scale, pool.value_scale, name)
