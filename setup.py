@@ -10,11 +10,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc"))
-import build as extension  # noqa: E402  (csrc/build.py)
+import build_extension  # noqa: E402
 
 
 class BuildExtension(build_ext):
-    """`gistkern._C` by csrc/build.py: one shared library for every Python."""
+    """`gistkern._C` by csrc/build_extension.py: one shared library for every Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Without the interpreter's tag: the library holds no Python."""
@@ -22,10 +22,13 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; with CUDA kernels where nvcc is."""
-        cuda = "nvcc" if extension.nvcc() else "none"
+        cuda = "nvcc" if build_extension.nvcc() else "none"
         if cuda == "none":
-            print("gistkern: no nvcc (CUDA_HOME, the path, or nvidia-cuda-nvcc): the extension gets CPU kernels only")
-        extension.build(Path(self.get_ext_fullpath(ext.name)), cuda)
+            print(
+                "gistkern: no nvcc (CUDA_HOME, the path, or nvidia-cuda-nvcc): the extension gets CPU kernels only",
+                file=sys.stderr,
+            )
+        build_extension.build(Path(self.get_ext_fullpath(ext.name)), cuda)
 
 
 class BuildWithKernels(build_py):
@@ -49,7 +52,7 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-reason = extension.missing()
+reason = build_extension.missing()
 if reason:
     print(f"gistkern: building without the compiled extension: {reason}", file=sys.stderr)
 setup(

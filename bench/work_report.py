@@ -10,14 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shapes import layout_of
 from work import PRODUCTS, Shape, Work, backward_work, balance, forward_work, uncompacted_tiles, visible_pairs
 
-from gistkern import GistLayout
 from gistkern.kernels.chips import chip_named
 from gistkern.kernels.configs import pick
 from gistkern.kernels.schedule import pack_heads, padded
 
-SEGMENTS = {"64/4": (64, 4), "256/16": (256, 16), "256/64": (256, 64), "1024/128": (1024, 128), "one segment": None}
+COUNTED = ("64/4", "256/16", "256/64", "1024/128", "one segment")
 ROWS = (4096, 8192, 16384, 32768, 65536, 131072)
 ARCHES = ("sm_80", "sm_90", "sm_100")
 TARGET = 1.1
@@ -36,16 +36,6 @@ COLUMNS = (
     "dk/dv gist",
 )
 ROOT = Path(__file__).parents[1]
-
-
-def layout_of(name: str, rows: int) -> GistLayout:
-    """`rows` tokens in segments of raw tokens / gists, the rest as the open tail."""
-    sizes = SEGMENTS[name]
-    if sizes is None:
-        return GistLayout.from_segments([], 1, tail=rows)
-    raw, gists = sizes
-    count = rows // (raw + gists)
-    return GistLayout.from_segments([raw] * count, gists, tail=rows - count * (raw + gists))
 
 
 def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:
@@ -154,7 +144,7 @@ def draw(rows: list[dict[str, Any]], path: Path, arch: str = "sm_90") -> None:
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.6), layout="constrained")
     for axis, (title, value) in zip(axes, panels.items(), strict=True):
-        for name in SEGMENTS:
+        for name in COUNTED:
             mine = [row for row in rows if row["arch"] == arch and row["segments"] == name]
             axis.plot([row["rows"] for row in mine], [value(row) for row in mine], marker="o", markersize=3, label=name)
         axis.axhline(BALANCE_TARGET if "balance" in title else TARGET, color="grey", linestyle=":", linewidth=1)
@@ -173,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder with evidence/ and pictures/")
     out = parser.parse_args().out
     shape = Shape()
-    rows = [count(name, rows, arch, shape) for arch in ARCHES for name in SEGMENTS for rows in ROWS]
+    rows = [count(name, rows, arch, shape) for arch in ARCHES for name in COUNTED for rows in ROWS]
     (out / "evidence").mkdir(parents=True, exist_ok=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     (out / "evidence/work.json").write_text(json.dumps({"command": "make work", "rows": rows}, indent=1) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import gistkern
-from gistkern import backends
+from gistkern import backends, native
 from gistkern.kernels.chips import chip_for
 from gistkern.kernels.tuned import ENVIRONMENT
 
@@ -29,9 +29,18 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
+        "extension": _extension(),
         "tuned_configs": os.environ.get(ENVIRONMENT),
         "backends": [_backend(row, device) for device in _device_names() for row in backends.BACKENDS],
     }
+
+
+def _extension() -> dict[str, Any]:
+    reason = native.missing()
+    facts: dict[str, Any] = {"loaded": reason is None, "reason": reason, "file": native.library_path().name}
+    if reason is None:
+        facts |= {"instruction_set": native.instruction_set(), "cuda_archs": native.cuda_archs() or None}
+    return facts
 
 
 def _version(package: str) -> str | None:
@@ -83,6 +92,15 @@ def main(arguments: list[str] | None = None) -> None:
     print("devices")
     for device in facts["devices"]:
         print("  " + ", ".join(f"{key} {value}" for key, value in device.items()))
+    extension = facts["extension"]
+    if extension["loaded"]:
+        compiled = extension["cuda_archs"]
+        print(
+            f"extension {extension['file']}: CPU kernels for {extension['instruction_set']}, "
+            + (f"CUDA kernels for {compiled}" if compiled else "no CUDA kernels (built without nvcc)")
+        )
+    else:
+        print(f"extension not loaded: {extension['reason']}")
     print(f"tile configs {facts['tuned_configs'] or f'as shipped ({ENVIRONMENT} names no file)'}")
     print("backends (float32)")
     for row in facts["backends"]:

@@ -24,7 +24,7 @@ __all__ = [
 
 # kernels of gistkern/decode.h; "automatic" chooses by shape
 VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
-# a library to load instead of the installed one: tests build some of their own (csrc/build.py)
+# a library to load instead of the installed one: tests build some of their own (csrc/build_extension.py)
 LIBRARY = "GISTKERN_LIBRARY"
 _TORCH = (2, 13)
 

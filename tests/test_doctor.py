@@ -1,8 +1,9 @@
 import json
+import os
 import subprocess
 import sys
 
-from gistkern import backends, doctor
+from gistkern import backends, doctor, native
 
 
 def test_json_report_is_complete():
@@ -15,6 +16,11 @@ def test_json_report_is_complete():
     assert {row["name"] for row in facts["backends"]} == {row.name for row in backends.BACKENDS}
     assert all(row["usable"] != bool(row["reason"]) for row in facts["backends"])
     assert facts["devices"][0]["device"] == "cpu"
+    extension = facts["extension"]
+    assert extension["loaded"] == (native.missing() is None)
+    if extension["loaded"]:
+        assert extension["instruction_set"] in ("avx512", "avx2", "baseline")
+        assert next(row for row in facts["backends"] if row["name"] == "cpu")["usable"]
 
 
 def test_text_report_names_every_backend_and_reason(capsys, monkeypatch):
@@ -22,8 +28,28 @@ def test_text_report_names_every_backend_and_reason(capsys, monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, broken))
     doctor.main([])
     printed = capsys.readouterr().out
-    assert "cpu        on cpu   usable" in printed
+    assert "sdpa       on cpu   usable" in printed
     assert "broken     on cpu   not usable: needs a moon" in printed
     assert "flash-attn     not installed" in printed
     assert "triton     on cpu   not usable: serves CUDA and ROCm tensors, got cpu" in printed
     assert "tile configs as shipped (GISTKERN_CONFIGS names no file)" in printed
+
+
+def test_the_report_says_why_there_is_no_extension():
+    """A library that is not there, and one that is no library: both are told, and the Python backends serve."""
+    for library, message in (("/nowhere/_C.so", "which is not built"), (__file__, "which does not load")):
+        code = "import torch; from gistkern import doctor; doctor.main(['--json'])"
+        environment = os.environ | {native.LIBRARY: library}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        facts = json.loads(done.stdout)
+        assert message in facts["extension"]["reason"]
+        usable = {row["name"]: row for row in facts["backends"]}
+        assert message in usable["cpu"]["reason"]
+        assert usable["sdpa"]["usable"]
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error():
+    environment = os.environ | {"GISTKERN_CPU_ISA": "mmx"}
+    code = "from gistkern import native; print(native.missing())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert native.missing() or "GISTKERN_CPU_ISA must be avx512, avx2 or baseline" in done.stdout

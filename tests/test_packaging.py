@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "csrc"))
+import build_extension  # noqa: E402
+
 pytestmark = pytest.mark.xdist_group("packaging")
 
 
@@ -25,12 +28,14 @@ def run(code, cwd, *path):
     return done.stdout.strip()
 
 
-def build(kind, source, target):
+def build(kind, source, target, **environment):
+    """Without the extension unless the environment says otherwise: compiling takes a while."""
     command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(target), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"GISTKERN_NO_EXTENSION": "1"} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = target.glob("*.whl" if kind == "wheel" else "*.tar.gz")
-    return made
+    return made, done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +65,52 @@ def check_wheel(wheel, tmp_path):
 
 
 def test_wheel(source, tmp_path):
-    check_wheel(build("wheel", source, tmp_path / "dist"), tmp_path)
+    wheel, said = build("wheel", source, tmp_path / "dist")
+    check_wheel(wheel, tmp_path)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "without the compiled extension: GISTKERN_NO_EXTENSION=1" in said
+
+
+def test_a_machine_without_compilers_gets_a_pure_wheel(source, tmp_path):
+    """And is told why. The path holds nothing; `python -m build` needs none of it."""
+    wheel, said = build("wheel", source, tmp_path / "dist", GISTKERN_NO_EXTENSION="", PATH=str(tmp_path), CXX="")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "without the compiled extension: there is no C++ compiler" in said
+
+
+@pytest.mark.slow
+def test_a_wheel_with_the_extension_computes(source, tmp_path):
+    """CPU kernels only: one library for every Python, found beside the package and used by default."""
+    if reason := build_extension.missing():
+        pytest.skip(f"the extension cannot be built here: {reason}")
+    wheel, said = build("wheel", source, tmp_path / "dist", GISTKERN_NO_EXTENSION="", GISTKERN_CUDA_ARCHS="none")
+    assert "-py3-none-linux_" in wheel.name
+    assert "the extension gets CPU kernels only" in said
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = """
+import torch
+from gistkern import GistLayout, backends, gist_attention, native
+assert native.library_path().parent.parent.name == "site" and not native.cuda_archs()
+layout = GistLayout.from_segments([40], 2, tail=9)
+q = torch.randn(1, 2, 51, 16)
+assert backends.choose("auto", q) == "cpu"
+out = gist_attention(q, q, q, layout)
+torch.testing.assert_close(out, gist_attention(q, q, q, layout, backend="reference"))
+print("equal")
+"""
+    assert run(code, tmp_path, site) == "equal"
 
 
 def test_sdist_and_wheel_from_it(source, tmp_path):
     import tarfile
 
-    archive = build("sdist", source, tmp_path / "dist")
+    archive, _ = build("sdist", source, tmp_path / "dist")
     with tarfile.open(archive) as packed:
         packed.extractall(tmp_path, filter="data")
     (unpacked,) = (path for path in tmp_path.glob("gistkern-*") if path.is_dir())
-    check_wheel(build("wheel", unpacked, tmp_path / "wheel"), tmp_path)
+    assert (unpacked / "csrc" / "bindings.cpp").is_file()
+    check_wheel(build("wheel", unpacked, tmp_path / "wheel")[0], tmp_path)
 
 
 def test_editable_install_reads_the_checkout(tmp_path):

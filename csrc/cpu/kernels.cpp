@@ -1,4 +1,4 @@
-// Compiled once per instruction set, with GISTKERN_ISA and GISTKERN_LANES from build.py.
+// Compiled once per instruction set, with GISTKERN_ISA and GISTKERN_LANES from build_extension.py.
 #include "kernels.h"
 
 #include "backward.h"

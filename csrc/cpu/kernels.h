@@ -27,7 +27,7 @@ struct Kernels {
   void (*narrow)(const float* from, float factor, ElementType, int64_t count, void* to);
 };
 
-// One per translation unit of kernels.cpp (build.py lists them); avx2 and avx512 exist on x86-64 only.
+// One per translation unit of kernels.cpp (build_extension.py lists them); avx2 and avx512 exist on x86-64 only.
 namespace baseline {
 extern const Kernels kKernels;
 }

@@ -1,7 +1,7 @@
 """Compile the extension: which compilers there are, what is compiled how, one shared library.
 
-    python csrc/build.py --out gistkern/_C.so                    # what `pip install` does (setup.py)
-    python csrc/build.py --cuda emulated --out build/_C.so       # the CUDA kernels on the CPU, for tests
+    python csrc/build_extension.py --out gistkern/_C.so                    # what `pip install` does (setup.py)
+    python csrc/build_extension.py --cuda emulated --out build/_C.so       # the CUDA kernels on the CPU, for tests
 
 Standard library only: setup.py imports it before anything is installed. The library holds no Python and uses libtorch's
 stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.13 (docs/extension.md).
@@ -25,7 +25,7 @@ from pathlib import Path
 __all__ = ["ARCHS", "SANITIZERS", "build", "cuda_home", "cuda_include", "cxx", "missing", "nvcc"]
 
 SOURCE = Path(__file__).resolve().parent
-# every chip of gistkern/kernels/chips.py that NVIDIA makes; GISTKERN_CUDA_ARCHS replaces the list
+# every chip of kernels/chips.py that NVIDIA makes; GISTKERN_CUDA_ARCHS replaces the list
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 TORCH = (2, 13)
 SANITIZERS = ("address,undefined", "thread")
@@ -70,7 +70,9 @@ def _pypi_homes() -> list[Path]:
 
 
 def nvcc() -> Path | None:
-    """The CUDA compiler, or None."""
+    """The CUDA compiler; None where there is none, or ``GISTKERN_CUDA_ARCHS=none`` asks for CPU kernels only."""
+    if os.environ.get("GISTKERN_CUDA_ARCHS") == "none":
+        return None
     home = cuda_home()
     found = home / "bin" / "nvcc" if home else None
     return found if found and found.is_file() else None
@@ -122,8 +124,14 @@ def _host_flags(include: Path | None = None) -> tuple[str, ...]:
     )
 
 
-def _cpu_steps(compiler: str, narrow_avx512: bool) -> list[_Step]:
-    common = (compiler, "-std=c++17", *_host_flags())
+def _sanitizer_flags(sanitizer: str | None) -> tuple[str, ...]:
+    if sanitizer is None:
+        return ()
+    return (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+
+
+def _cpu_steps(compiler: str, narrow_avx512: bool, flags: tuple[str, ...]) -> list[_Step]:
+    common = (compiler, "-std=c++17", *_host_flags(), *flags)
     sets = {"baseline": ("4", ())}
     if platform.machine() in ("x86_64", "AMD64"):
         sets |= {"avx2": ("8", _AVX2), "avx512": ("16", _AVX2 if narrow_avx512 else _AVX512)}
@@ -131,13 +139,13 @@ def _cpu_steps(compiler: str, narrow_avx512: bool) -> list[_Step]:
         _Step(
             f"kernels_{name}",
             (
-                *(*common, "-O3", *flags, f"-DGISTKERN_ISA={name}", f"-DGISTKERN_LANES={lanes}"),
+                *(*common, "-O1" if flags else "-O3", *target, f"-DGISTKERN_ISA={name}", f"-DGISTKERN_LANES={lanes}"),
                 # GCC's own AVX-512 headers start from undefined registers
                 *(("-Wno-maybe-uninitialized",) if name == "avx512" else ()),
                 *("-c", str(SOURCE / "cpu" / "kernels.cpp")),
             ),
         )
-        for name, (lanes, flags) in sets.items()
+        for name, (lanes, target) in sets.items()
     ]
     defines = ("-DGISTKERN_NARROW_AVX512",) if narrow_avx512 else ()
     steps += [
@@ -180,7 +188,7 @@ def _binding_step(compiler: str, cuda: str) -> _Step:
     return _Step("bindings", (compiler, *flags, "-c", str(SOURCE / "bindings.cpp")))
 
 
-def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False) -> None:
+def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer: str | None = None) -> None:
     """Compile and link the library `out`.
 
     Parameters
@@ -191,6 +199,8 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False) -> None:
         ``"nvcc"``, ``"none"``, or ``"emulated"``: the CUDA kernels compiled for the CPU (tests).
     narrow_avx512 : bool
         Compile the 16-lane CPU kernels for AVX2, so that a processor without AVX-512 can test them.
+    sanitizer : str, optional
+        One of `SANITIZERS`, for the CPU kernels and the emulated ones.
 
     Raises
     ------
@@ -200,7 +210,8 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False) -> None:
     compiler, folder = cxx(), _torch_folder()
     assert compiler is not None, "missing() has been asked"
     assert folder is not None, "missing() has been asked"
-    steps = [_binding_step(compiler, cuda), *_cpu_steps(compiler, narrow_avx512)]
+    flags = _sanitizer_flags(sanitizer)
+    steps = [_binding_step(compiler, cuda), *_cpu_steps(compiler, narrow_avx512, flags)]
     libraries = ["-L", str(folder / "lib"), "-ltorch_cpu"]
     if cuda == "nvcc":
         home, found = cuda_home(), nvcc()
@@ -210,12 +221,12 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False) -> None:
         static = next(home.rglob("libcudart_static.a"))
         libraries += [str(static), "-ldl", "-lrt", "-lpthread"]
     elif cuda == "emulated":
-        steps += emulated_steps(compiler)
+        steps += emulated_steps(compiler, flags)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         objects = compile_all(steps, Path(temporary))
         library = Path(temporary) / "library.so"
-        subprocess.run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(library)], check=True)
+        subprocess.run([compiler, "-shared", *flags, *map(str, objects), *libraries, "-o", str(library)], check=True)
         partial = out.with_suffix(".partial")
         shutil.copy(library, partial)
         partial.replace(out)
@@ -239,11 +250,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cuda", choices=("auto", "nvcc", "none", "emulated"), default="auto")
     parser.add_argument("--narrow-avx512", action="store_true")
+    parser.add_argument("--sanitizer", choices=SANITIZERS)
     args = parser.parse_args(arguments)
     if reason := missing():
         sys.exit(f"the extension cannot be built: {reason}")
     cuda = ("nvcc" if nvcc() else "none") if args.cuda == "auto" else args.cuda
-    build(args.out, cuda, args.narrow_avx512)
+    build(args.out, cuda, args.narrow_avx512, args.sanitizer)
 
 
 if __name__ == "__main__":

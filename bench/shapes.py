@@ -1,0 +1,36 @@
+"""Layouts and heads that the benchmarks and the work counter use, in one place."""
+
+from __future__ import annotations
+
+from gistkern import GistLayout
+
+__all__ = ["HEADS", "SEGMENTS", "layout_of"]
+
+# raw tokens per segment, gist tokens per segment
+SEGMENTS = {
+    "64/4": (64, 4),
+    "256/16": (256, 16),
+    "256/64": (256, 64),
+    "512/8": (512, 8),
+    "1024/128": (1024, 128),
+    "one segment": None,
+}
+# query heads, key/value heads, head_dim
+HEADS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
+
+
+def layout_of(name: str, rows: int) -> GistLayout:
+    """`rows` tokens in segments of raw tokens / gists, the rest as the open tail."""
+    if name == "hierarchical":
+        count = (rows - 32) // (256 + 8)
+        return GistLayout.hierarchical([256] * count, 8, 10, tail=rows - count * (256 + 8) - 10)
+    if name == "sliding":
+        stride = 64
+        raw = rows * stride // (stride + 1)
+        return GistLayout.sliding(raw, 512, stride)
+    sizes = SEGMENTS[name]
+    if sizes is None:
+        return GistLayout.from_segments([], 1, tail=rows)
+    raw, gists = sizes
+    count = rows // (raw + gists)
+    return GistLayout.from_segments([raw] * count, gists, tail=rows - count * (raw + gists))

@@ -1,0 +1,124 @@
+"""The native CPU kernels for every instruction set, and under the address sanitizer.
+
+The suites themselves are tests/test_attention.py and tests/test_pool.py, here in a process per instruction set. A test build compiles the 16-lane source for AVX2, so that a processor without AVX-512 runs it too.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_build
+
+from gistkern import GistLayout, gist_attention, native
+from gistkern.testing import make_inputs
+
+ROOT = Path(__file__).parents[2]
+X86 = platform.machine() in ("x86_64", "AMD64")
+SETS = ("avx2", "avx512", "baseline") if X86 else ("baseline",)
+CORE = "any_layout or (long_layouts and float32) or what_no_row_sees or (every_case and float16) or fills_the_named"
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cpu_kernels")]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Function (sanitizer or None) -> a CPU-only library with the 16-lane source compiled for AVX2."""
+    tools, built = load_build(), {}
+    if reason := tools.missing():
+        pytest.skip(f"the extension cannot be built here: {reason}")
+
+    def get(sanitizer):
+        if sanitizer not in built:
+            path = tmp_path_factory.mktemp("library") / "_C.so"
+            tools.build(path, cuda="none", narrow_avx512=True, sanitizer=sanitizer)
+            built[sanitizer] = path
+        return built[sanitizer]
+
+    return get
+
+
+def run(arguments, library, **environment):
+    environment = os.environ | {native.LIBRARY: str(library)} | environment
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+# the other tests run the best that this processor has
+OTHERS = [name for name in SETS if native.missing() is not None or name != native.instruction_set()]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_instruction_sets_agree_with_the_oracle(name, library):
+    check = f"from gistkern import native; assert native.instruction_set() == {name!r}"
+    chosen = run(["-c", check], library(None), GISTKERN_CPU_ISA=name)
+    assert chosen.returncode == 0, chosen.stderr
+    suite = ["-m", "pytest", "tests/test_attention.py", "tests/test_pool.py", "-k", f"({CORE}) and not sdpa"]
+    done = run([*suite, "-p", "no:xdist", "-p", "no:cacheprovider"], library(None), GISTKERN_CPU_ISA=name)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def _preload():
+    names = [f"lib{name}.so" for name in ("asan", "ubsan")]
+    found = [subprocess.run(["gcc", f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
+    return {"LD_PRELOAD": " ".join(path.strip() for path in found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+# exact allocations of odd sizes; one row that is too long must be seen, or the sanitizer sees nothing
+SANITIZED = """
+import sys, torch
+sys.path.insert(0, "tests")
+from dataclasses import replace
+from gistkern import GistLayout, gist_attention
+from gistkern.testing import make_inputs
+from pool_cases import CASES, check, make_case
+if sys.argv[1] == "suite":
+    for layout in (GistLayout.from_segments([37, 5, 70], 3, tail=9), GistLayout.sliding(150, 40, 16, gists=2),
+                   GistLayout.decode(torch.tensor([10, 0, 37]), torch.tensor([5, 20, 0]), rows=9)):
+        for dim in (1, 7, 64, 72):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x = make_inputs(layout, heads=6, kv_heads=2, head_dim=dim, dtype=dtype)
+                out = gist_attention(x.q, x.k, x.v, layout, past_key=x.past_key, past_value=x.past_value, backend="cpu")
+                torch.autograd.grad(out, list(x.leaves().values()), x.grad_out, allow_unused=True)
+    for name, options in CASES.items():
+        check(make_case(**options), "cpu")
+else:
+    layout = GistLayout.from_segments([37], 3, tail=9)
+    x = make_inputs(layout, head_dim=64)
+    gist_attention(x.q, x.k, x.v, replace(layout, gist_end=layout.gist_end + 200), backend="cpu")
+print("finished")
+"""
+
+
+@pytest.mark.skipif(not X86, reason="the sanitizers' libraries are looked for as GCC on x86-64 names them")
+@pytest.mark.parametrize("name", SETS[:2])
+def test_no_kernel_leaves_its_buffers(name, library):
+    environment = {**_preload(), "GISTKERN_CPU_ISA": name}
+    done = run(["-c", SANITIZED, "suite"], library("address,undefined"), **environment)
+    assert "finished" in done.stdout, done.stderr[-3000:]
+    broken = run(["-c", SANITIZED, "broken"], library("address,undefined"), **environment)
+    assert "heap-buffer-overflow" in broken.stderr
+    assert "finished" not in broken.stdout
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the extension")
+def test_threads_change_no_bit(request):
+    """Chunks and splits depend on sizes alone."""
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    runs = []
+    training = GistLayout.from_segments([300] * 5, 8, tail=60)
+    decoding = GistLayout.decode(5000, 20, rows=2)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results = []
+        for layout in (training, decoding):
+            inputs = make_inputs(layout, heads=6, kv_heads=2)
+            past = {"past_key": inputs.past_key, "past_value": inputs.past_value}
+            out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, **past, backend="cpu", return_lse=True)
+            results += [out, lse, *torch.autograd.grad(out, list(inputs.leaves().values()), inputs.grad_out)]
+        runs.append(results)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
