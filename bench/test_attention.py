@@ -8,13 +8,12 @@ Compare the medians of one group with each other; absolute times mean nothing ac
 import pytest
 import torch
 import torch.nn.functional as F
+from shapes import HEADS, layout_of
 
-from gistkern import GistLayout, gist_attention
+from gistkern import gist_attention
 from gistkern.testing import make_inputs
 
-# Llama-3-8B heads; (raw tokens per segment, gists per segment, rows)
-SHAPES = {"512/8 N=4K": (512, 8, 4096), "256/16 N=4K": (256, 16, 4096)}
-HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+SHAPES = {"512/8 N=4K": ("512/8", 4096), "256/16 N=4K": ("256/16", 4096)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {"rtol": 2e-2, "atol": 2e-2} if DEVICE == "cuda" else {"rtol": 1e-4, "atol": 1e-5}
@@ -22,6 +21,11 @@ TOLERANCE = {"rtol": 2e-2, "atol": 2e-2} if DEVICE == "cuda" else {"rtol": 1e-4,
 
 def ours(q, k, v, layout):
     return gist_attention(q, k, v, layout)
+
+
+def sdpa_path(q, k, v, layout):
+    """What serves a CPU without the compiled extension."""
+    return gist_attention(q, k, v, layout, backend="sdpa")
 
 
 def dense_mask(q, k, v, layout):
@@ -39,14 +43,15 @@ def finished(implementation, *arguments):
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("implementation", [ours, dense_mask, plain_causal], ids=lambda f: f.__name__)
+IMPLEMENTATIONS = [ours, *([sdpa_path] if DEVICE == "cpu" else []), dense_mask, plain_causal]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(benchmark, shape, implementation):
-    raw, gists, rows = SHAPES[shape]
-    segments = rows // (raw + gists)
-    tail = rows - segments * (raw + gists)
-    layout = GistLayout.from_segments([raw] * segments, gists, tail=tail, device=DEVICE)
-    inputs = make_inputs(layout, **HEADS, dtype=DTYPE)
+    layout = layout_of(*SHAPES[shape]).to(DEVICE)
+    heads, kv_heads, head_dim = HEADS["Llama-3-8B"]
+    inputs = make_inputs(layout, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=DTYPE)
     q, k, v = (t.detach() for t in (inputs.q, inputs.k, inputs.v))
     if implementation is not plain_causal:  # the one that ignores the mask computes something else
         torch.testing.assert_close(implementation(q, k, v, layout), ours(q, k, v, layout), **TOLERANCE)

@@ -93,6 +93,8 @@ print("finished")
 """
 
 
+@pytest.mark.sanitize
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not X86, reason="the sanitizers' libraries are looked for as GCC on x86-64 names them")
 @pytest.mark.parametrize("name", SETS[:2])
 def test_no_kernel_leaves_its_buffers(name, library):
