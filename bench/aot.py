@@ -2,6 +2,7 @@
 
     make aot                                              # everything, to docs/evidence/kernels.{json,md}
     python bench/aot.py --arch sm_90 --kernel fwd         # some of it, gates only
+    python bench/aot.py --kernel cuda_decode_mma          # of the CUDA kernels, which need nvcc
     python bench/aot.py --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
 
 Compiled, not run: nothing here says how long a kernel takes.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from aot_cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
 from aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
 from aot_page import page
 from machine_code import CLASSES, describe
@@ -33,7 +35,7 @@ from tqdm import tqdm
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
 
-__all__ = ["CLASSES", "REASONS", "build", "check", "config_of", "main", "problems", "row_of"]
+__all__ = ["CLASSES", "REASONS", "build", "check", "config_of", "every_row", "main", "problems", "row_of"]
 
 EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 # constexprs that are choices of ours, for the config column
@@ -52,10 +54,14 @@ def problems(row: dict[str, Any]) -> list[str]:
     if row["spill_bytes"] or row["spill_instructions"]:
         found.append(f"spills {row['spill_bytes']} bytes per thread ({row['spill_instructions']} instructions)")
     loop = row["inner_loop"]
-    if (row["kernel"] in PLAIN or row["plain"]) and not (loop and loop["tensor_core_instructions"]):
+    cuda = CUDA_KERNELS.get(row["kernel"])
+    on_tensor_cores = "HMMA" in cuda.needs if cuda else row["kernel"] in PLAIN or row["plain"]
+    if on_tensor_cores and not (loop and loop["tensor_core_instructions"]):
         found.append("no tensor-core instruction in a loop")
     if row["shared_bytes"] > row["shared_limit"]:
         found.append(f"{row['shared_bytes']} bytes of shared memory, the chip has {row['shared_limit']}")
+    if cuda:
+        found += cuda_problems(row)
     return found + [f"ptxas: {warning}" for warning in row.get("ptxas_warnings", ())]
 
 
@@ -100,11 +106,22 @@ def config_of(launch: Launch) -> dict[str, int]:
     return {name: launch.kwargs[name] for name in (*_CHOSEN, "num_warps", "num_stages") if name in launch.kwargs}
 
 
+def every_row() -> list[tuple[str, str, int]]:
+    """(kernel, arch, head_dim) of every row of the evidence."""
+    kernels = (*KERNELS, *CUDA_KERNELS)
+    return [(kernel, arch, dim) for arch in ARCHS for kernel in kernels if _exists(kernel, arch) for dim in HEAD_DIMS]
+
+
+def _exists(kernel: str, arch: str) -> bool:
+    return kernel in KERNELS or chip_named(arch).capability is not None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*KERNELS, *CUDA_KERNELS]
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--kernel", nargs="+", choices=tuple(KERNELS), default=list(KERNELS))
+    parser.add_argument("--kernel", nargs="+", choices=names, default=names)
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--out", type=Path, help="where to write (default: docs/evidence if everything is compiled)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
@@ -112,10 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get(tuned.ENVIRONMENT):
         parser.error(f"unset {tuned.ENVIRONMENT}: this is about the configs that the package ships")
 
-    wanted = [(kernel, arch, dim) for arch in args.arch for kernel in args.kernel for dim in args.head_dim]
+    asked = {(kernel, arch, dim) for arch in args.arch for kernel in args.kernel for dim in args.head_dim}
+    wanted = [key for key in every_row() if key in asked]
+    if not wanted:
+        parser.error("CUDA kernels are for NVIDIA's chips")
+    if any(kernel in CUDA_KERNELS for kernel, _, _ in wanted) and (reason := missing()):
+        parser.error(f"{reason}; --kernel {' '.join(KERNELS)} does without")
     rows = _compile_all(wanted, args.jobs)
     failures = check(rows, REASONS)
-    everything = len(wanted) == len(ARCHS) * len(KERNELS) * len(HEAD_DIMS)
+    everything = len(wanted) == len(every_row())
     if out := args.out or (EVIDENCE if everything else None):
         out.mkdir(parents=True, exist_ok=True)
         report = _report(rows)
@@ -131,16 +153,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compile_all(wanted: list[tuple[str, str, int]], jobs: int) -> list[dict[str, Any]]:
     """Rows in the order of `wanted`."""
+    files = _cuda_files([key for key in wanted if key[0] in CUDA_KERNELS])
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context) as pool:
-        futures = {pool.submit(row_of, *key): key for key in wanted}
-        finished = tqdm(as_completed(futures), total=len(futures), desc="compile", unit="kernel", disable=None)
-        rows = {futures[future]: future.result() for future in finished}
+        # csrc/decode.cu takes longest
+        futures = [pool.submit(rows_of, name, arch, files[name, arch]) for name, arch in sorted(files, reverse=True)]
+        futures += [pool.submit(_triton_row, *key) for key in wanted if key[0] in KERNELS]
+        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="compile", unit="build", disable=None):
+            rows |= future.result()
     return [rows[key] for key in wanted]
+
+
+def _triton_row(kernel: str, arch: str, dim: int) -> dict[tuple[str, str, int], dict[str, Any]]:
+    return {(kernel, arch, dim): row_of(kernel, arch, dim)}
+
+
+def _cuda_files(wanted: list[tuple[str, str, int]]) -> dict[tuple[str, str], dict[tuple[str, int], CudaLaunch]]:
+    """What to compile, (source, arch), and the launches to describe of each."""
+    files: dict[tuple[str, str], dict[tuple[str, int], CudaLaunch]] = {}
+    if wanted:
+        with planner() as launch_of_cuda:
+            for kernel, arch, dim in wanted:
+                file = files.setdefault((CUDA_KERNELS[kernel].source, arch), {})
+                file[kernel, dim] = launch_of_cuda(kernel, arch, dim)
+    return files
 
 
 def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     tools = triton.knobs.nvidia
+    nvcc = build_tools().nvcc() if any(row["kernel"] in CUDA_KERNELS for row in rows) else None
     return {
         "grade": "compiled",
         "command": "make aot",
@@ -149,6 +191,7 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "python": platform.python_version(),
             "ptxas": _version(tools.ptxas.path),
             "ptxas, sm_100 and later": _version(tools.ptxas_blackwell.path),
+            **({"nvcc and its ptxas": _version(nvcc)} if nvcc else {}),
         },
         "shapes": f"{HEADS} query heads, {KV_HEADS} key/value heads, bfloat16; decoding with one query row",
         "rows": rows,

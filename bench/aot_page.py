@@ -1,10 +1,15 @@
-"""docs/evidence/kernels.md from the report of `make aot`: a table per chip, then our inner loops next to plain ones."""
+"""docs/evidence/kernels.md from the report of `make aot`.
+
+A table per chip, what the CUDA kernels' code is made of, then our Triton inner loops next to plain ones.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from aot_cuda import CUDA_KERNELS
 from aot_kernels import ARCHS, PLAIN
+from machine_code import FORMS
 
 from gistkern.kernels.chips import chip_named
 
@@ -12,8 +17,9 @@ __all__ = ["page"]
 
 _INTRO = """# Kernels, compiled
 
-Grade **compiled**: Triton's compiler accepted each kernel for each chip, with the configs that a user's call picks,
-and this page says what its machine code is like. Written by `{command}`; the numbers are in `kernels.json`.
+Grade **compiled**: the real compiler accepted each kernel for each chip, Triton's those of `kernels/` and nvcc those of
+`csrc/` (*cuda_...*), with the configs that a user's call picks, and this page says what their machine code is like.
+Written by `{command}`; the numbers are in `kernels.json`.
 
 **What this shows**: registers, spilled registers, stack, shared memory, how many blocks fit on a multiprocessor,
 whether the inner loop runs on the tensor cores and copies asynchronously, and what else it executes.
@@ -25,8 +31,19 @@ no claim about speed, because instructions differ in cost and most of a kernel's
 """
 
 _COLUMNS = """Tile: query rows x key rows (query heads packed into the rows), or rows alone; then warps and pipeline
-stages. Spills: bytes per thread that ptxas stores for want of registers. Loop: tensor-core instructions in the inner
-loop. Blocks: resident per multiprocessor, the share of its warps, and what limits it."""
+stages; in the CUDA kernels each warp has tiles of its own. Spills: bytes per thread that ptxas stores for want of
+registers. Loop: tensor-core instructions in the inner loop. Blocks: resident per multiprocessor, the share of its
+warps, and what limits it."""
+
+_CUDA = """The kernels of `csrc/`, for bf16. *mma*: on tensor cores, two packed rows and more; *simt*: without, one row
+or up to four (*rows*); *quantised*: int8 or e4m3 rows beside bf16 ones. The code of simt, merging and compaction is the
+same for every head dimension; only the launch differs.
+
+In the whole function: the instructions that the source asks for by name, 128-bit loads (LDG), 128-bit asynchronous
+copies to shared memory (LDGSTS), ldmatrix (LDSM) and mma (HMMA). Then one turn of the inner loop on a tile that needs
+no mask, in instructions per warp, and per column of keys and values: the shortest way around that passes as much
+arithmetic and as many wide loads or copies as any. Where simt adds up a row over its lanes, a loop of shuffles, this
+way goes past."""
 
 _COLUMNS_AMD = """Registers: vector registers per lane (512 at most). Waves: per SIMD, as LLVM computes it."""
 
@@ -62,6 +79,7 @@ def page(report: dict[str, Any]) -> str:
     parts.append(_exceptions([row for row in rows if row["problems"]], len(rows)))
     parts.append("## By chip\n\n" + _COLUMNS)
     parts += [_chip(arch, [row for row in rows if row["arch"] == arch and not row["plain"]]) for arch in ARCHS]
+    parts.append(_cuda([row for row in rows if row["kernel"] in CUDA_KERNELS and "error" not in row]))
     parts.append("## The inner loop next to plain flash attention\n\n" + _LOOPS)
     parts += [_comparison(kernel, rows) for kernel in PLAIN if PLAIN[kernel]]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -72,7 +90,10 @@ def _exceptions(bad: list[dict[str, Any]], total: int) -> str:
         "## Gates",
         "",
         "Every row must compile, spill nothing, stay within the chip's shared memory, draw no warning about\n"
-        "performance from ptxas and, in attention kernels, hold tensor-core instructions in the inner loop.\n"
+        "performance from ptxas and, in attention kernels (but *simt*), hold tensor-core instructions in the inner\n"
+        "loop. CUDA decoding on tensor cores must also copy asynchronously there, 128 bits at a time, and read its\n"
+        "tiles by ldmatrix, plain and transposed; the other CUDA kernels must load 128 bits at a time; and none of\n"
+        "the functions compiled beside theirs (fp16, fp32, head dimension 256) may spill.\n"
         f"{total - len(bad)} of {total} rows do; the others:",
         "",
     ]
@@ -113,7 +134,7 @@ def _cells(row: dict[str, Any]) -> list[Any]:
         row["stack_bytes"],
         f"{row['shared_bytes'] / 1024:.1f} of {row['shared_limit'] // 1024}",
         row["tensor_core"] or "",
-        loop["tensor_core_instructions"] if loop else "",
+        (loop and loop["tensor_core_instructions"]) or "",
         row["async_copies"] or "",
         fits,
     ]
@@ -126,6 +147,31 @@ def _tile(config: dict[str, Any]) -> str:
         return str(config.get("BG", config.get("BM")))
     packed = f" ({config['PACK']})" if "PACK" in config else ""
     return f"{config['BM']} x {config['BN']}{packed}"
+
+
+def _cuda(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    # kernel by kernel; one line for a function that serves several head dimensions
+    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for kernel in CUDA_KERNELS:
+        for row in rows:
+            if row["kernel"] == kernel:
+                lines.setdefault((kernel, row["arch"], row["function"]), []).append(row)
+    head = ["kernel", "arch", "D", *FORMS, "one turn", "per column", *_COMPARED]
+    cells = [_cuda_cells(same) for same in lines.values()]
+    return "## What the CUDA kernels' code is made of\n\n" + _CUDA + "\n\n" + _table(head, cells)
+
+
+def _cuda_cells(rows: list[dict[str, Any]]) -> list[Any]:
+    first, loop = rows[0], rows[0]["inner_loop"]
+    counts = [first["forms"][form] or "" for form in FORMS]
+    start = [first["kernel"].removeprefix("cuda_"), first["arch"], ", ".join(str(row["head_dim"]) for row in rows)]
+    if not loop:
+        return [*start, *counts, *[""] * (2 + len(_COMPARED))]
+    turn = loop["full_tile_instructions"]
+    per_column = [f"{turn / row['config']['BN']:.1f}" for row in rows if "BN" in row["config"]]
+    return [*start, *counts, turn, ", ".join(per_column), *[loop["full_tile"].get(name, 0) for name in _COMPARED]]
 
 
 def _comparison(kernel: str, rows: list[dict[str, Any]]) -> str:

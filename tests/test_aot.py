@@ -22,9 +22,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import aot  # noqa: E402
+import aot_cuda  # noqa: E402
 from aot_kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of  # noqa: E402
 from aot_page import page  # noqa: E402
 from control_flow import Instruction, working_loop  # noqa: E402
+from machine_code import FORMS, Cubin, describe_cubin  # noqa: E402
+
+from gistkern.kernels.chips import chip_named  # noqa: E402
 
 SUBSET = [(kernel, arch) for kernel in ("fwd", "bwd_dkv_gist", "decode") for arch in ("sm_80", "sm_90")]
 OURS = [kernel for kernel in KERNELS if not kernel.startswith("plain_")]
@@ -203,7 +207,11 @@ def committed():
 
 def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed):
     rows = {(row["kernel"], row["arch"], row["head_dim"]): row for row in committed["rows"]}
-    assert set(rows) == {(kernel, arch, dim) for kernel in KERNELS for arch in ARCHS for dim in HEAD_DIMS}
+    assert set(rows) == set(aot.every_row())
+    nvidia = [arch for arch in ARCHS if arch.startswith("sm_")]
+    assert set(rows) == {(kernel, arch, dim) for kernel in KERNELS for arch in ARCHS for dim in HEAD_DIMS} | {
+        (kernel, arch, dim) for kernel in aot_cuda.CUDA_KERNELS for arch in nvidia for dim in HEAD_DIMS
+    }
     assert len(rows) == len(committed["rows"])
     assert committed["grade"] == "compiled"
     for key, row in rows.items():
@@ -213,10 +221,148 @@ def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed
     assert str(ROOT) not in json.dumps(committed)
 
 
+@pytest.fixture(scope="module")
+def cuda_launch_of():
+    if reason := aot_cuda.missing():
+        pytest.skip(reason)
+    with aot_cuda.planner() as launch_of_cuda:
+        yield launch_of_cuda
+
+
+def test_the_committed_evidence_is_about_the_cuda_launches_of_today(committed, cuda_launch_of):
+    for row in committed["rows"]:
+        if row["kernel"] in aot_cuda.CUDA_KERNELS:
+            launch = cuda_launch_of(row["kernel"], row["arch"], row["head_dim"])
+            found = row["function"], row["config"], row["shared_bytes"]
+            assert found == (launch.function, launch.config, launch.shared_bytes), "run `make aot`"
+            assert row["forms"].keys() == FORMS.keys()
+            assert set(row["inner_loop"]["full_tile"]) <= set(aot.CLASSES)
+            assert row["functions_beside"] > 20 or row["kernel"] == "cuda_compact"
+
+
+def test_cuda_launches_are_those_of_the_host_code(cuda_launch_of):
+    mma = cuda_launch_of("cuda_decode_mma", "sm_90", 128)
+    assert mma.function == "gist_decode_mma_kernel<__nv_bfloat16, 128, false>"
+    # four warps, each with two stages of a key and a value tile of 16 rows of 128 two-byte elements
+    assert (mma.threads, mma.shared_bytes) == (128, 4 * 2 * 2 * 16 * 128 * 2)
+    assert mma.config == {"PACK": 4, "BM": 16, "BN": 16, "num_warps": 4, "num_stages": 2}
+    functions = {name: cuda_launch_of(name, "sm_80", 64).function for name in aot_cuda.CUDA_KERNELS}
+    assert functions == {
+        "cuda_decode_mma": "gist_decode_mma_kernel<__nv_bfloat16, 64, false>",
+        "cuda_decode_mma_quantised": "gist_decode_mma_kernel<__nv_bfloat16, 64, true>",
+        "cuda_decode_simt": "gist_decode_simt_kernel<__nv_bfloat16, 1, false>",
+        "cuda_decode_simt_rows": "gist_decode_simt_kernel<__nv_bfloat16, 4, false>",
+        "cuda_decode_simt_quantised": "gist_decode_simt_kernel<__nv_bfloat16, 1, true>",
+        "cuda_decode_simt_rows_quantised": "gist_decode_simt_kernel<__nv_bfloat16, 4, true>",
+        "cuda_merge_splits": "gist_decode_merge_kernel<__nv_bfloat16>",
+        "cuda_compact": "gist_compact_kernel",
+    }
+
+
+@pytest.fixture(scope="module")
+def compact_row(cuda_launch_of):
+    launch = cuda_launch_of("cuda_compact", "sm_80", 128)
+    return aot_cuda.rows_of("compact", "sm_80", {("cuda_compact", 128): launch})["cuda_compact", "sm_80", 128]
+
+
+def test_a_cuda_kernel_is_compiled_and_passes_the_gates(compact_row):
+    assert aot.problems(compact_row) == []
+    assert compact_row["function"] == "gist_compact_kernel"
+    assert compact_row["registers"] > 0
+    assert compact_row["blocks_per_multiprocessor"] >= 1
+    assert compact_row["forms"]["LDG 128"] > 0
+    assert compact_row["inner_loop"]["full_tile"]["global memory"] > 0
+    assert set(compact_row["inner_loop"]["full_tile"]) <= set(aot.CLASSES)
+
+
+def test_the_gates_fail_on_a_cuda_kernel_without_its_instructions(compact_row):
+    assert aot.problems(compact_row | {"forms": dict.fromkeys(FORMS, 0)}) == ["no LDG 128 instruction"]
+    # a copy taken for decoding on tensor cores
+    assert aot.problems(compact_row | {"kernel": "cuda_decode_mma"}) == [
+        "no tensor-core instruction in a loop",
+        *[f"no {form} instruction" for form in ("HMMA", "LDGSTS 128", "LDSM", "LDSM transposed")],
+        "no asynchronous copy in the inner loop",
+    ]
+    (beside,) = aot.problems(compact_row | {"spilling_beside": ["another_kernel"]})
+    assert beside == "another_kernel of the same file spills"
+    failures = aot.check([compact_row | {"shared_bytes": 200 * 1024}], {})
+    assert "bytes of shared memory" in failures[0]
+
+
+SPILLS = """
+__global__ void clean(float* a) { a[threadIdx.x] += 1; }
+__global__ void __launch_bounds__(1024, 2) crowded(float* a) {
+  __shared__ float last[50];
+  float x[64];
+  for (int i = 0; i < 64; ++i) x[i] = a[i * threadIdx.x];
+  for (int j = 0; j < 64; ++j) {
+    for (int i = 0; i < 64; ++i) x[i] = x[i] * x[(i + 7) % 64] + x[(i * 3 + 1) % 64];
+  }
+  for (int i = 0; i < 64; ++i) a[i * threadIdx.x] = x[i];
+  last[threadIdx.x % 50] = x[0];
+  __syncthreads();
+  a[threadIdx.x] = last[threadIdx.x / 32];
+}
+"""
+
+
+def test_spills_and_static_shared_memory_of_nvccs_code_are_seen(tmp_path, cuda_launch_of):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "spills.cu").write_text(SPILLS)
+    with mock.patch.object(aot_cuda, "CSRC", tmp_path):
+        code, log = aot_cuda.compile_source("spills", "sm_90")
+    chip, spilling = chip_named("sm_90"), "_Z7crowdedPf"
+    facts = describe_cubin(Cubin(code, spilling, log, 32, 1000), chip, "FFMA")
+    assert facts["registers"] <= 32
+    assert facts["spill_bytes"] > 0
+    assert facts["spill_instructions"] > 0
+    assert facts["shared_bytes"] == 1000 + 50 * 4
+    assert [warning.startswith("Registers are spilled to local memory") for warning in facts["ptxas_warnings"]] == [
+        True
+    ]
+    clean = describe_cubin(Cubin(code, "_Z5cleanPf", log, 32, 0), chip, "FFMA")
+    assert (clean["spill_bytes"], clean["spill_instructions"], clean["ptxas_warnings"]) == (0, 0, [])
+    launch = aot_cuda.CudaLaunch("_Z5cleanPf", "clean", 32, 0, {})
+    with mock.patch.object(aot_cuda, "compile_source", return_value=(code, log)):
+        rows = aot_cuda.rows_of("spills", "sm_90", {("cuda_compact", 64): launch})
+    assert rows["cuda_compact", "sm_90", 64]["spilling_beside"] == [spilling]
+
+
+def test_a_cuda_file_that_does_not_compile_is_a_row(tmp_path, cuda_launch_of):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "compact.cu").write_text("int x = y;")
+    launch = cuda_launch_of("cuda_compact", "sm_80", 64)
+    with mock.patch.object(aot_cuda, "CSRC", tmp_path):
+        rows = aot_cuda.rows_of("compact", "sm_80", {("cuda_compact", 64): launch})
+    (problem,) = aot.problems(rows["cuda_compact", "sm_80", 64])
+    assert problem.startswith("does not compile: nvcc: compact.cu(1): error")
+    assert str(tmp_path) not in problem
+
+
+def test_without_nvcc_the_tool_says_so_and_fails(capsys):
+    with mock.patch.dict(os.environ, GISTKERN_CUDA_ARCHS="none"):
+        for arguments in ([], ["--kernel", "cuda_compact", "--arch", "sm_80"]):
+            with pytest.raises(SystemExit) as stopped:
+                aot.main(arguments)
+            assert stopped.value.code == 2
+            assert "need nvcc" in capsys.readouterr().err
+        assert aot.main(["--kernel", "sum_chunks", "--arch", "sm_80", "--head-dim", "64", "--jobs", "1"]) == 0
+    with pytest.raises(SystemExit):
+        aot.main(["--kernel", "cuda_compact", "--arch", "gfx942"])
+    assert "NVIDIA" in capsys.readouterr().err
+
+
+def test_flags_are_those_of_the_extension():
+    tools = aot_cuda.build_tools()
+    for step in tools._nvcc_steps(Path("nvcc"), "g++"):
+        assert set(aot_cuda.FLAGS) <= set(step.command)
+    assert {f"sm_{arch}".rstrip("a") for arch in tools.ARCHS} == {arch for arch in ARCHS if arch.startswith("sm_")}
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_committed_evidence_is_about_the_configs_of_today(committed, arch):
     for row in committed["rows"]:
-        if row["arch"] == arch:
+        if row["arch"] == arch and row["kernel"] in KERNELS:
             launch = launch_of(row["kernel"], arch, row["head_dim"])
             assert aot.config_of(launch) == row["config"], f"{row['kernel']} D={row['head_dim']}: run `make aot`"
 

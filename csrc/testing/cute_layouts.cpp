@@ -1,11 +1,10 @@
 // What CuTe (NVIDIA CUTLASS) says about the fragments of mma.m16n8k16 and ldmatrix.x4, as JSON: for every layout a list
 // per lane of where its values come from. For tests/csrc/test_fragments.py; needs CUTLASS's headers, no GPU.
+#include <cstdio>
 #include <cute/layout.hpp>
 // the traits need the layouts first
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
-
-#include <cstdio>
 
 namespace {
 

@@ -1,28 +1,17 @@
 """Builds of CUDA sources for the CPU, under the emulator of csrc/testing."""
 
-import importlib.util
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from build_tools import CSRC, load_build
 
-CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = {
     "plain": ["-O2"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
-
-
-def load_build():
-    """The module csrc/build_extension.py, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("csrc_build", CSRC / "build_extension.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

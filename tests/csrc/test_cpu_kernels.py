@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_build
+from build_tools import load_build
 
 from gistkern import GistLayout, gist_attention, native
 from gistkern.testing import make_inputs
