@@ -4,12 +4,16 @@
 #include "exp2.h"
 #include "gistkern/decode.h"
 #include "rows.h"
+#include "shield.h"
 #include "transpose.h"
 
 GISTKERN_NAMESPACE_BEGIN
 
-constexpr int64_t kDecodeKeys = 64;
-constexpr int64_t kDecodeVectors = 8;  // of an output row that stay in registers while the values go by
+// keys and values of a block, at head_dim 128, fit in the first-level cache together
+constexpr int64_t kDecodeKeys = 32;
+// packed rows that share each load of a key or value, and vectors of output that stay in registers meanwhile
+constexpr int kDecodeRows = 2;
+constexpr int kDecodeSums = 8;
 constexpr int64_t kMaximumQueryRows = 8;
 
 // What each query row of one sequence sees, and the hull over its rows; column 0 is the hull's first gist row.
@@ -45,66 +49,98 @@ inline DecodeColumns decode_columns(const DecodeArguments& x, int64_t sequence) 
   return seen;
 }
 
-// scores[key] = query . key for up to kDecodeKeys keys; head_dim is padded with zeros to `width` in `query` only.
-inline void dot_products(const float* query, Block key, int64_t count, int64_t dim, float* scores) {
+// scores[row][key] = query[row] . key for up to kDecodeKeys keys. Rows of queries are `width` floats apart, rows of
+// scores kDecodeKeys.
+template <int kRows>
+inline void dot_products(const float* query, int64_t width, Block key, int64_t count, int64_t dim, float* scores) {
+  constexpr int kKeys = kLanes / kRows;  // a vector of sums for each row and key, then one transpose adds them up
   const int64_t whole = dim / kLanes * kLanes;
-  for (int64_t first = 0; first < count; first += kLanes) {
+  for (int64_t first = 0; first < count; first += kKeys) {
+    const int64_t keys = smaller(kKeys, count - first);
+    const float* rows[kKeys];  // beyond the last key: the last key again
+    for (int i = 0; i < kKeys; ++i) rows[i] = key.data + (first + smaller(i, keys - 1)) * key.stride;
     Floats sums[kLanes] = {};
-    const int64_t keys = smaller(kLanes, count - first);
-    if (keys == kLanes) {
-      for (int64_t d = 0; d < whole; d += kLanes) {
-        const Floats part = load(query + d);
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      Floats part[kRows];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) part[r] = load(query + r * width + d);
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) sums[i] += part * load(key.data + (first + i) * key.stride + d);
-      }
-    } else {
-      for (int64_t i = 0; i < keys; ++i) {
-        for (int64_t d = 0; d < whole; d += kLanes)
-          sums[i] += load(query + d) * load(key.data + (first + i) * key.stride + d);
+      for (int i = 0; i < kKeys; ++i) {
+        const Floats element = load(rows[i] + d);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) sums[r * kKeys + i] += part[r] * element;
       }
     }
     transpose_stage<1>(sums);
     Floats total = sums[0];
     for (int i = 1; i < kLanes; ++i) total += sums[i];
-    for (int64_t i = 0; i < keys; ++i) {
-      float rest = 0.0f;
-      for (int64_t d = whole; d < dim; ++d) rest += query[d] * key.data[(first + i) * key.stride + d];
-      scores[first + i] = total[i] + rest;
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t i = 0; i < keys; ++i) {
+        float rest = 0.0f;
+        for (int64_t d = whole; d < dim; ++d) rest += query[r * width + d] * rows[i][d];
+        scores[r * kDecodeKeys + first + i] = total[r * kKeys + i] + rest;
+      }
     }
   }
 }
 
-// out = out * rescale + sum_key probabilities[key] * value[key]; keys of probability 0 are skipped (their value may be
-// NaN where the row does not see them).
-inline void add_values(const float* probabilities, Block value, int64_t count, int64_t dim, float rescale, float* out) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim;) {
-    const int64_t vectors = smaller(kDecodeVectors, (dim - d) / kLanes);
-    Floats sums[kDecodeVectors];
-    for (int64_t v = 0; v < vectors; ++v) sums[v] = load(out + d + v * kLanes) * rescale;
-    if (vectors == kDecodeVectors) {
-      for (int64_t i = 0; i < count; ++i) {
-        if (probabilities[i] == 0.0f) continue;
-        const float* row = value.data + i * value.stride + d;
+// out[row] = out[row] * rescale[row] + sum_key probabilities[row][key] * value[key], `kVectors` vectors of each row.
+template <int kRows, int kVectors>
+GISTKERN_INLINE void add_value_vectors(const float* probabilities, const float* value, int64_t stride, int64_t count,
+                                       const float* rescale, float* out, int64_t dim) {
+  Floats sums[kRows][kVectors];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kDecodeVectors; ++v) sums[v] += probabilities[i] * load(row + v * kLanes);
-      }
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        if (probabilities[i] == 0.0f) continue;
-        const float* row = value.data + i * value.stride + d;
-        for (int64_t v = 0; v < vectors; ++v) sums[v] += probabilities[i] * load(row + v * kLanes);
-      }
-    }
-    for (int64_t v = 0; v < vectors; ++v) store(out + d + v * kLanes, sums[v]);
-    d += vectors * kLanes;
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(out + r * dim + v * kLanes) * rescale[r];
   }
-  for (; d < dim; ++d) {
-    float total = out[d] * rescale;
-    for (int64_t i = 0; i < count; ++i) {
-      if (probabilities[i] != 0.0f) total += probabilities[i] * value.data[i * value.stride + d];
+  for (int64_t i = 0; i < count; ++i) {
+    Floats elements[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) elements[v] = load(value + i * stride + v * kLanes);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += probabilities[r * kDecodeKeys + i] * elements[v];
     }
-    out[d] = total;
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(out + r * dim + v * kLanes, sums[r][v]);
+  }
+}
+
+// Whether some row of the block is not finite: its products with probabilities of 0 would be NaN.
+inline bool has_poison(Block value, int64_t count, int64_t dim) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!is_finite(value.data + i * value.stride, dim)) return true;
+  }
+  return false;
+}
+
+template <int kRows>
+inline void add_values(const float* probabilities, Block value, int64_t count, int64_t dim, const float* rescale,
+                       bool masked, float* out) {
+  constexpr int kVectors = kDecodeSums / kRows;
+  int64_t d = 0;
+  if (!masked || !has_poison(value, count, dim)) {
+    for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes) {
+      add_value_vectors<kRows, kVectors>(probabilities, value.data + d, value.stride, count, rescale, out + d, dim);
+    }
+    for (; d + kLanes <= dim; d += kLanes) {
+      add_value_vectors<kRows, 1>(probabilities, value.data + d, value.stride, count, rescale, out + d, dim);
+    }
+  }
+  for (; d < dim; ++d) {  // what is left of a row; all of it where a key that is not seen may be NaN
+    for (int r = 0; r < kRows; ++r) {
+      float total = out[r * dim + d] * rescale[r];
+      for (int64_t i = 0; i < count; ++i) {
+        const float probability = probabilities[r * kDecodeKeys + i];
+        if (probability != 0.0f) total += probability * value.data[i * value.stride + d];
+      }
+      out[r * dim + d] = total;
+    }
   }
 }
 
@@ -135,6 +171,38 @@ inline float softmax_step(float* scores, int64_t count, int64_t first, int64_t b
   return rescale;
 }
 
+// Asks for rows that are read soon. The processor's own prefetchers see only short streams: a few rows of one head at a
+// time, or a part of every row.
+inline void prefetch(Block rows, int64_t count, int64_t dim) {
+  constexpr int64_t kLineFloats = 16;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < dim; d += kLineFloats) __builtin_prefetch(rows.data + i * rows.stride + d, 0, 2);
+  }
+}
+
+// Keys and values [first, first + count) of one buffer, and what each query row sees of the buffer.
+struct DecodeBlock {
+  Block key, value;
+  int64_t count, first;
+  const int64_t *begin, *end;
+};
+
+// Adds a block to `kRows` packed rows, of which the first is packed row `row`.
+template <int kRows>
+inline void decode_rows(const DecodeArguments& x, const DecodeBlock& block, int64_t row, const float* query,
+                        float log2_scale, float* scores, DecodeRow* state, float* out) {
+  float rescale[kRows];
+  bool masked = false;
+  dot_products<kRows>(query, round_up(x.head_dim, kLanes), block.key, block.count, x.head_dim, scores);
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t i = (row + r) % x.query_rows;
+    masked |= block.begin[i] > block.first || block.end[i] < block.first + block.count;
+    rescale[r] = softmax_step(scores + r * kDecodeKeys, block.count, block.first, block.begin[i], block.end[i],
+                              log2_scale, state[r]);
+  }
+  add_values<kRows>(scores, block.value, block.count, x.head_dim, rescale, masked, out);
+}
+
 // Columns [first, first + count) of one buffer: where the tail is paged, at most up to the end of the page.
 inline int64_t within_page(const DecodeArguments& x, int64_t first, int64_t count) {
   return smaller(count, x.page_size - first % x.page_size);
@@ -142,7 +210,7 @@ inline int64_t within_page(const DecodeArguments& x, int64_t first, int64_t coun
 
 inline int64_t decode_scratch_floats(const DecodeArguments& x) {
   const int64_t rows = x.query_rows * (x.query_heads / x.kv_heads);
-  return 2 * rows * round_up(x.head_dim, kLanes) + 2 * kDecodeKeys * x.head_dim + kDecodeKeys + 2 * rows;
+  return rows * round_up(x.head_dim, kLanes) + 2 * kDecodeKeys * x.head_dim + kDecodeRows * kDecodeKeys + 2 * rows;
 }
 
 // One split of one sequence and key/value head: fp32 output [packed rows][head_dim] and natural-log LSE [packed rows],
@@ -155,7 +223,7 @@ inline void decode_item(const DecodeArguments& x, int64_t sequence, int64_t kv_h
   float* key_scratch = query + rows * width;
   float* value_scratch = key_scratch + kDecodeKeys * dim;
   float* scores = value_scratch + kDecodeKeys * dim;
-  DecodeRow* state = reinterpret_cast<DecodeRow*>(scores + kDecodeKeys);
+  DecodeRow* state = reinterpret_cast<DecodeRow*>(scores + kDecodeRows * kDecodeKeys);
   const Rows queries = {x.query, nullptr, {x.query_stride[0], x.query_stride[1], x.query_stride[2]}, {0, 0, 0}, x.type};
   for (int64_t row = 0; row < rows; ++row) {
     read_row(queries, sequence, kv_head * group + row / x.query_rows, row % x.query_rows, dim, query + row * width);
@@ -179,12 +247,14 @@ inline void decode_item(const DecodeArguments& x, int64_t sequence, int64_t kv_h
         read_block(local ? x.tail_key : x.gist_key, sample, kv_head, row_of_buffer, count, dim, key_scratch);
     const Block value =
         read_block(local ? x.tail_value : x.gist_value, sample, kv_head, row_of_buffer, count, dim, value_scratch);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t i = row % x.query_rows;
-      dot_products(query + row * width, key, count, dim, scores);
-      const float rescale = softmax_step(scores, count, first, local ? seen.local_begin[i] : seen.gist_begin[i],
-                                         local ? seen.local_end[i] : seen.gist_end[i], log2_scale, state[row]);
-      add_values(scores, value, count, dim, rescale, out + row * dim);
+    const DecodeBlock block = {
+        key, value, count, first, local ? seen.local_begin : seen.gist_begin, local ? seen.local_end : seen.gist_end};
+    int64_t row = 0;
+    for (; row + kDecodeRows <= rows; row += kDecodeRows) {
+      decode_rows<kDecodeRows>(x, block, row, query + row * width, log2_scale, scores, state + row, out + row * dim);
+    }
+    for (; row < rows; ++row) {
+      decode_rows<1>(x, block, row, query + row * width, log2_scale, scores, state + row, out + row * dim);
     }
     column += count;
   }
