@@ -261,6 +261,9 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
   check(gistkern::cpu::compact(arguments, torch_pool()));
 }
 
+// Counts changes of these operators; INTERFACE of gistkern/native.py must agree.
+int64_t interface() { return 1; }
+
 std::string instruction_set() {
   const char* error = nullptr;
   const char* name = gistkern::cpu::instruction_set(&error);
@@ -295,6 +298,7 @@ STABLE_TORCH_LIBRARY(gistkern_native, m) {
   m.def(
       "compact(Tensor k, Tensor v, Tensor? past_k, Tensor? past_v, Tensor gather, Tensor? slot, Tensor(a!) out_k, "
       "Tensor(b!) out_v, Tensor(c!)? out_k_scale, Tensor(d!)? out_v_scale) -> ()");
+  m.def("interface() -> int");
   m.def("instruction_set() -> str");
   m.def("cuda_archs() -> str");
 }
@@ -304,6 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(gistkern_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_attention_backward", TORCH_BOX(&cpu_attention_backward));
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("compact", TORCH_BOX(&compact));
+  m.impl("interface", TORCH_BOX(&interface));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }

@@ -45,7 +45,7 @@ class _Step:
 
 
 def cxx() -> str | None:
-    """The C++ compiler: ``CXX``, else the first of g++, clang++, c++ on the path."""
+    """The C++ compiler: ``CXX`` (a program, no flags), else the first of g++, clang++, c++ on the path."""
     wanted = os.environ.get("CXX")
     return wanted or next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
 
@@ -99,6 +99,8 @@ def missing() -> str | None:
         return f"it is built on Linux, this is {platform.system()}"
     if cxx() is None:
         return "there is no C++ compiler (g++, clang++ or c++ on the path, or CXX)"
+    if shutil.which(cxx() or "") is None:
+        return f"CXX names no program: {cxx()}"
     if _torch_folder() is None:
         return (
             "torch is not visible to the build (build isolation hides it): install torch, then gistkern with "

@@ -67,7 +67,9 @@ def gist_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a positive number, got {scale}")
-    name = backends.choose(backend, q)
+    given = (q, k, v, past_key, past_value)
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    name = backends.choose(backend, q, gradient)
     if layout.gather.shape[1] == 0 and past_key is not None and past_value is not None:
         gist_k, gist_v = past_key, past_value  # decoding: nothing new to gather, nothing to copy
     else:
@@ -100,8 +102,8 @@ def _check_tensors(
             raise ValueError(f"{name} must be [batch, heads, rows, head_dim], got {tuple(tensor.shape)}")
     batch, heads, rows, dim = q.shape
     kv_heads = k.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query heads ({heads}) must be a multiple of key/value heads ({kv_heads})")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads ({heads}) must be a positive multiple of key/value heads ({kv_heads})")
     if batch == 0 or rows == 0:
         raise ValueError(f"q has {batch} samples of {rows} rows: there is nothing to attend")
     if (batch, rows) != (layout.batch_size, layout.num_rows):

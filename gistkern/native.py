@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ import torch
 from gistkern.compaction import dense_rows
 
 __all__ = [
+    "INTERFACE",
     "LIBRARY",
+    "VARIANTS",
     "cuda_archs",
     "decode_rows",
     "instruction_set",
@@ -27,6 +30,8 @@ VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
 # a library to load instead of the installed one: tests build some of their own (csrc/build_extension.py)
 LIBRARY = "GISTKERN_LIBRARY"
 _TORCH = (2, 13)
+# of the operators in csrc/bindings.cpp that this file calls
+INTERFACE = 1
 
 
 def library_path() -> Path:
@@ -38,8 +43,12 @@ def _load() -> str | None:
     path = library_path()
     if not path.is_file():
         return (
-            "needs the compiled extension, which is not built: install with a C++ compiler and "
+            f"needs the compiled extension, which is not built (no {path}): install with a C++ compiler and "
             "`pip install --no-build-isolation`, see docs/extension.md"
+        )
+    if _is_torn(path):
+        return (
+            f"needs the compiled extension, but {path} is torn (shorter than it says, or no ELF file): build it again"
         )
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _TORCH:
         return f"needs torch >= {_TORCH[0]}.{_TORCH[1]} (libtorch's stable ABI), this is {torch.__version__}"
@@ -48,10 +57,24 @@ def _load() -> str | None:
     except OSError as error:
         return f"needs the compiled extension, which does not load: {error}"
     try:
+        found = torch.ops.gistkern_native.interface()
         torch.ops.gistkern_native.instruction_set()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
+    except (AttributeError, RuntimeError) as error:
+        return f"needs the compiled extension, which does not work here: {str(error).splitlines()[0]}"
+    if found != INTERFACE:
+        return f"needs interface {INTERFACE} of the compiled extension, {path} has {found}: build it again"
     return None
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether an ELF file ends before its section headers do: loading such a file kills the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return True
+    (table,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < table + size * count
 
 
 # once, at import: what is asked at every call must not touch files, which torch.compile could not trace
@@ -135,10 +158,10 @@ def pool_decode(
     """The decode kernel on the arguments of `gistkern.pool_ops.decode`."""
     tail_capacity = tail_k.shape[2] if page_table is None else page_table.shape[1] * tail_k.shape[1]
     rows = [dense_rows(t) for t in (q, gist_k, gist_v, tail_k, tail_v)]
-    vectors = [t if t is None else t.contiguous() for t in (gist_begin, gist_end, local_begin)]
+    vectors = [t if t is None else t.contiguous() for t in (gist_begin, gist_end, tail_length, local_begin)]
     return operators().decode(
         *(*rows[:3], gist_k_scale, gist_v_scale, *vectors[:2]),
-        *(*rows[3:], tail_k_scale, tail_v_scale, tail_length, vectors[2]),
+        *(*rows[3:], tail_k_scale, tail_v_scale, *vectors[2:]),
         *(None if page_table is None else page_table.contiguous(), gist_capacity, tail_capacity),
         *(scale, VARIANTS[variant], multiprocessors),
     )

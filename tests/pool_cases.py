@@ -57,6 +57,7 @@ def make_case(
     tail_dtype=None,
     page_size=None,
     per_row=False,
+    local_start=0,
     poison=True,
     capacity=None,
     seed=0,
@@ -106,6 +107,8 @@ def make_case(
         step = torch.arange(rows, dtype=torch.int32)
         begin, end = torch.minimum(begin[:, None] + step, end[:, None]), end[:, None].expand(-1, rows).contiguous()
         local_begin = torch.minimum(step[None].expand(batch, -1), int32(lengths)[:, None] - rows + step).contiguous()
+    if local_start:
+        local_begin = torch.full((batch,), local_start, dtype=torch.int32)
     q = draw(batch, heads, rows, head_dim).to(dtype)
     return PoolCase(q, gist, tail, begin, end, int32(lengths), local_begin, page_table, capacity)
 
@@ -191,6 +194,8 @@ CASES = {
     "tight-capacity": {"documents": (40, 5, 33), "sequences": ((0, 1), (2, 9)), "capacity": 40},
     "split": {"documents": (900, 3), "sequences": ((0, 5), (1, 0), (0, 700)), "kv_heads": 1, "heads": 2},
     "split-paged": {"documents": (600,), "sequences": ((0, 77), (0, 1)), "page_size": 16, "rows": 2},
+    "split-long": {"documents": (2600, 40), "sequences": ((0, 5), (1, 0), (0, 900)), "heads": 2, "kv_heads": 1},
+    "split-starts-late": {"documents": (1500,), "sequences": ((0, 800), (0, 3)), "local_start": 2, "page_size": 16},
     "many-sequences": {"documents": (12, 5), "sequences": tuple((i % 2, i % 4) for i in range(40)), "head_dim": 16},
     "int8": {"gist_dtype": INT8},
     "int8-tail": {"gist_dtype": INT8, "tail_dtype": INT8, "page_size": 8, "rows": 3},

@@ -1,5 +1,7 @@
 """The op against the dense fp64 oracle: values, gradients, and the contracts around them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import layouts
 from torch.utils.checkpoint import checkpoint
 
-from gistkern import GistLayout, gist_attention, ops
+from gistkern import GistLayout, backends, gist_attention, ops
 from gistkern.compaction import gather_rows
 from gistkern.testing import compare, make_inputs
 
@@ -38,6 +40,9 @@ def test_fp64_agrees_to_fp64(layout, seed):
         torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
 
 
+# backends that this installation has on the CPU
+ON_CPU = [name for name in ("cpu", "sdpa", "reference") if backends.get(name).missing() is None]
+
 LONG = {
     "T=1": GistLayout.from_segments([], 1, tail=1),
     "T=63": GistLayout.from_segments([60], 3),
@@ -52,6 +57,33 @@ LONG = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_layouts_agree_with_the_oracle(name, dtype):
     compare(make_inputs(LONG[name], head_dim=64, dtype=dtype), LONG[name])
+
+
+# heads, head_dim: groups that do not fit one work item, more query heads than lanes, odd and tiny rows
+SHAPES = [(6, 2, 64), (11, 1, 33), (24, 1, 16), (4, 4, 1), (4, 2, 7), (2, 1, 17)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_sequences_of_several_chunks_and_splits_agree_with_the_oracle(heads, kv_heads, head_dim):
+    """Rows enough that the backward is cut into chunks, cached rows enough that decoding is split."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    training = GistLayout.stack(
+        [GistLayout.from_segments([300] * 4, 8, tail=60), GistLayout.from_segments([500, 700], 3)], "right"
+    )
+    compare(make_inputs(training, **shape), training)
+    decoding = GistLayout.decode(torch.tensor([5000, 3, 2100]), torch.tensor([20, 0, 7]), rows=2)
+    compare(make_inputs(decoding, **shape), decoding)
+
+
+@pytest.mark.parametrize("size", [100.0, 1e3])
+def test_large_scores_keep_the_budget(size):
+    """Probabilities are exp(score - lse): both from one rounding of the score."""
+    layout = GistLayout.from_segments([40, 9], 3, tail=30)
+    inputs = make_inputs(layout, heads=4, kv_heads=2, head_dim=64)
+    scaled = replace(
+        inputs, q=(inputs.q * size).detach().requires_grad_(), k=(inputs.k * size).detach().requires_grad_()
+    )
+    compare(scaled, layout)
 
 
 def test_rows_that_see_nothing_are_zero_and_harmless():
@@ -92,7 +124,7 @@ def test_gradient_of_the_tail_stops_at_the_gist_rows():
     inputs = make_inputs(layout)
     compact = [gather_rows(t, layout.gather).detach() for t in (inputs.k, inputs.v)]
     vectors = (layout.gist_begin, layout.gist_end, layout.local_begin)
-    out, _ = ops.attention(inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.1, "cpu")
+    out, _ = ops.attention(inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.1, ON_CPU[0])
     for gradient in torch.autograd.grad(out[:, :, 33:].square().sum(), (inputs.k, inputs.v)):
         assert (gradient[:, :, :33] == 0).all()
         assert (gradient[:, :, 33:] != 0).any()
@@ -113,7 +145,7 @@ def test_two_runs_are_bit_identical(name, threads, request):
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_opcheck(backend):
     layout = GistLayout.from_segments([9, 7], 2, tail=3)
     inputs = make_inputs(layout, head_dim=16)
@@ -176,7 +208,7 @@ def test_scale_and_lse_follow_the_definition():
     assert not lse.requires_grad
 
 
-@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_a_second_derivative_is_an_error(backend):
     """It would otherwise be zero, silently: a gradient penalty would train on nothing."""
     layout = GistLayout.from_segments([9], 2, tail=3)
@@ -190,7 +222,7 @@ def test_a_second_derivative_is_an_error(backend):
 def test_compaction_is_twice_differentiable():
     layout = GistLayout.from_segments([4, 3], 2, tail=3, sink_tokens=2)
     k, v = (torch.randn(1, 2, layout.num_local, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    call = lambda k, v: ops.compact(k, v, None, None, layout.gather, "cpu")  # noqa: E731
+    call = lambda k, v: ops.compact(k, v, None, None, layout.gather, "sdpa")  # noqa: E731
     assert torch.autograd.gradcheck(call, (k, v))
     assert torch.autograd.gradgradcheck(call, (k, v))
 
@@ -206,7 +238,8 @@ def good_call():
     [
         (lambda c: {"q": c["q"][0]}, ValueError, r"q must be \[batch, heads, rows, head_dim\]"),
         (lambda c: {"q": c["q"][:0]}, ValueError, "q has 0 samples of 9 rows"),
-        (lambda c: {"q": c["q"][:, :3]}, ValueError, "multiple of key/value heads"),
+        (lambda c: {"q": c["q"][:, :3]}, ValueError, "positive multiple of key/value heads"),
+        (lambda c: {"q": c["q"][:, :0]}, ValueError, r"query heads \(0\) must be a positive multiple"),
         (lambda c: {"q": c["q"][:, :, 1:]}, ValueError, "q has 1 samples of 8 rows, the layout 1 of 9"),
         (lambda c: {"k": c["k"][:, :, 1:]}, ValueError, "k must be"),
         (lambda c: {"v": c["v"][..., 1:]}, ValueError, "v must be"),
@@ -239,5 +272,5 @@ def test_bad_calls_say_what_is_wrong(change, error, message):
 
 def test_a_device_that_no_backend_serves_is_an_error():
     call = {name: value.to("meta") for name, value in good_call().items()}
-    with pytest.raises(RuntimeError, match=r"no backend can serve .* cpu serves CPU tensors, got meta"):
+    with pytest.raises(RuntimeError, match=r"no backend can serve .* sdpa serves CPU tensors, got meta"):
         gist_attention(call["q"], call["k"], call["v"], call["layout"])

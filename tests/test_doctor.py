@@ -1,7 +1,9 @@
+import ctypes.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from gistkern import backends, doctor, native
 
@@ -35,9 +37,15 @@ def test_text_report_names_every_backend_and_reason(capsys, monkeypatch):
     assert "tile configs as shipped (GISTKERN_CONFIGS names no file)" in printed
 
 
-def test_the_report_says_why_there_is_no_extension():
-    """A library that is not there, and one that is no library: both are told, and the Python backends serve."""
-    for library, message in (("/nowhere/_C.so", "which is not built"), (__file__, "which does not load")):
+def test_the_report_says_why_there_is_no_extension(tmp_path):
+    """No library, no library at all, a torn one, another's: each is told, and the Python backends serve."""
+    torn = tmp_path / "torn.so"
+    torn.write_bytes(native.library_path().read_bytes()[:100_000] if native.missing() is None else b"torn")
+    foreign = ctypes.util.find_library("m") and next(Path("/lib").glob("*/libm.so.6"), None)
+    libraries = {"/nowhere/_C.so": "which is not built (no /nowhere/_C.so)", __file__: "is torn", str(torn): "is torn"}
+    if foreign:
+        libraries[str(foreign)] = "which does not work here"
+    for library, message in libraries.items():
         code = "import torch; from gistkern import doctor; doctor.main(['--json'])"
         environment = os.environ | {native.LIBRARY: library}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -32,6 +32,9 @@ struct AttentionArguments {
   int64_t tail() const { return local_rows - rows; }
 };
 
+// Chunks begin at multiples of this, the height of every instruction set's tiles.
+constexpr int64_t kChunkRows = 64;
+
 // A stretch of rows of one sample, with the local and gist keys that any of its rows sees. Which rows form a chunk
 // depends on sizes alone, so that sums have the same order on any number of threads.
 struct BackwardChunk {

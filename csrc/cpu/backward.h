@@ -51,9 +51,10 @@ inline void strip_gradients(const Intervals& intervals, int64_t begin, int64_t e
   for (int v = 0; v < kStripVectors; ++v) {
     const Floats row_lse = load(lse + v * kLanes), row_delta = load(delta + v * kLanes);
     for (int64_t i = 0; i < count; ++i) {
+      // the score rounded as it was for the LSE: where a row sees one key, p is exactly 1
       float* p = probabilities + i * kTileRows + v * kLanes;
       float* ds = grad_scores + i * kTileRows + v * kLanes;
-      const Floats probability = exp2((load(p) * scale - row_lse) * kLog2E);
+      const Floats probability = exp2((rounded(load(p) * scale) - row_lse) * kLog2E);
       store(p, probability);
       store(ds, probability * (load(ds) - row_delta));
     }

@@ -11,7 +11,8 @@ inline float quantise(const float* row, int64_t dim, ElementType type, void* to)
   float largest = 0.0f;
   for (int64_t d = 0; d < dim; ++d) {
     const float magnitude = __builtin_fabsf(row[d]);
-    if (!(magnitude <= largest)) largest = magnitude;  // a NaN stays: the row then shows it
+    if (magnitude > largest || magnitude != magnitude) largest = magnitude;
+    if (largest != largest) break;  // the scale is then NaN, and so is the row
   }
   const bool integer = type == ElementType::kInt8;
   const float scale = largest / (integer ? 127.0f : 448.0f);

@@ -49,8 +49,8 @@ inline DecodeColumns decode_columns(const DecodeArguments& x, int64_t sequence) 
   return seen;
 }
 
-// scores[row][key] = query[row] . key for up to kDecodeKeys keys. Rows of queries are `width` floats apart, rows of
-// scores kDecodeKeys.
+// scores[row][key] = query[row] . key for up to kDecodeKeys keys, head_dim elements each. Rows of queries are `width`
+// floats apart, rows of scores kDecodeKeys.
 template <int kRows>
 inline void dot_products(const float* query, int64_t width, Block key, int64_t count, int64_t dim, float* scores) {
   constexpr int kKeys = kLanes / kRows;  // a vector of sums for each row and key, then one transpose adds them up

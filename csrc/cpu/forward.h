@@ -13,6 +13,7 @@ GISTKERN_NAMESPACE_BEGIN
 
 constexpr int64_t kTileStrips = 64 / kStrip > 0 ? 64 / kStrip : 1;
 constexpr int64_t kTileRows = kTileStrips * kStrip;
+static_assert(kTileRows == kChunkRows, "chunks of the backward begin at tiles");
 // keys and values of a block stay in the second-level cache, their scores in the first
 constexpr int64_t kBlockKeys = 126;
 constexpr int64_t kMaximumPack = 8;
@@ -115,7 +116,8 @@ inline void write_strip(const AttentionArguments& x, const Strip& strip, const R
       factor = 1.0f;
     }
     narrow(one, factor, x.query.type, x.head_dim, out + i * x.head_dim * element_bytes(x.query.type));
-    x.lse[first + i] = strip.empty[i] ? -__builtin_inff() : maxima[i] * x.scale + __builtin_logf(sums[i]);
+    const volatile float top = maxima[i] * x.scale;  // rounded, as the backward rounds scores
+    x.lse[first + i] = strip.empty[i] ? -__builtin_inff() : top + __builtin_logf(sums[i]);
   }
 }
 

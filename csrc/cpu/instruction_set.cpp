@@ -39,6 +39,7 @@ const Kernels* const kCandidates[] = {
 
 Chosen choose() {
   const char* wanted = std::getenv("GISTKERN_CPU_ISA");
+  if (wanted && *wanted == '\0') wanted = nullptr;
   for (const Kernels* kernels : kCandidates) {
     if (wanted && std::strcmp(wanted, kernels->name) != 0) continue;
     if (runs_here(*kernels)) return {kernels, nullptr};

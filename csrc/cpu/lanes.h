@@ -36,7 +36,10 @@ GISTKERN_INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
 
 template <typename To, typename From>
 GISTKERN_INLINE To bit_cast(From from) {
-  return __builtin_bit_cast(To, from);
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
 }
 
 // Lanes of `yes` where the mask (from a comparison) is set, else of `no`.
@@ -50,6 +53,22 @@ GISTKERN_INLINE Floats maximum(Floats candidate, Floats current) {
   return _mm256_max_ps(candidate, current);
 #else
   return candidate > current ? candidate : current;
+#endif
+}
+
+// The value rounded to fp32, where the compiler would otherwise fuse the product that made it into a following sum.
+GISTKERN_INLINE Floats rounded(Floats value) {
+#if defined(__x86_64__) && GISTKERN_LANES == 16 && defined(__AVX512F__)
+  asm("" : "+v"(value));
+  return value;
+#elif defined(__x86_64__) && GISTKERN_LANES <= 8
+  asm("" : "+x"(value));
+  return value;
+#else
+  float copy[kLanes];
+  store(copy, value);
+  asm volatile("" : : "r"(copy) : "memory");
+  return load(copy);
 #endif
 }
 

@@ -10,7 +10,6 @@
 namespace gistkern::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 64;  // chunks begin at multiples of every instruction set's tile
 // Enough chunks for many threads where heads are few, but no more: each holds accumulators for all it sees.
 constexpr int64_t kWantedItems = 32, kMaximumChunks = 8, kMinimumChunkRows = 512;
 constexpr int64_t kReducedRows = 64;  // rows of a gradient that one item adds up
@@ -20,7 +19,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t chunk_rows(const AttentionArguments& x) {
   const int64_t wanted = ceil_div(kWantedItems, x.batch * x.kv_heads);
   const int64_t chunks = std::max<int64_t>(1, std::min({wanted, kMaximumChunks, x.rows / kMinimumChunkRows}));
-  return ceil_div(ceil_div(x.rows, chunks), kTileRows) * kTileRows;
+  return ceil_div(ceil_div(x.rows, chunks), kChunkRows) * kChunkRows;
 }
 
 // The keys that rows [begin, end) of a sample see.

@@ -15,7 +15,7 @@ constexpr int64_t kSplitColumns = 1024, kWantedItems = 64;
 
 int64_t split_count(const DecodeArguments& x) {
   const int64_t columns = static_cast<int64_t>(x.gist_capacity) + x.tail_capacity;
-  const int64_t items = static_cast<int64_t>(x.batch) * x.kv_heads;
+  const int64_t items = std::max<int64_t>(1, static_cast<int64_t>(x.batch) * x.kv_heads);
   const int64_t useful = (kWantedItems + items - 1) / items;
   return std::max<int64_t>(1, std::min(useful, columns / kSplitColumns));
 }
@@ -46,8 +46,12 @@ const char* decode(const DecodeArguments& x, const Pool& pool) {
       float* total = out + (unit * splits * rows + row) * dim;
       float* total_lse = lse + unit * splits * rows + row;
       float largest = -std::numeric_limits<float>::infinity(), sum = 0.0f;
-      for (int64_t s = 0; s < splits; ++s) largest = std::max(largest, total_lse[s * rows]);
-      const bool empty = std::isinf(largest) && largest < 0 && !std::isnan(*total_lse);
+      bool nan = false;
+      for (int64_t s = 0; s < splits; ++s) {
+        largest = std::max(largest, total_lse[s * rows]);
+        nan |= std::isnan(total_lse[s * rows]);
+      }
+      const bool empty = std::isinf(largest) && largest < 0 && !nan;
       for (int64_t s = 0; s < splits && !empty; ++s) sum += std::exp(total_lse[s * rows] - largest);
       const float merged = empty ? largest : largest + std::log(sum);
       for (int64_t d = 0; d < dim && splits > 1 && !empty; ++d) {

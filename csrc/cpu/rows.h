@@ -6,14 +6,13 @@
 
 GISTKERN_NAMESPACE_BEGIN
 
-#if defined(__x86_64__) || defined(__aarch64__)
-typedef _Float16 Half;
-#endif
-
+// By bits: compilers know _Float16 late and on some processors only.
 GISTKERN_INLINE float widen_half(uint16_t bits) {
-  Half value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  float value = magnitude < 0x400 ? static_cast<float>(magnitude) * 0x1p-24f  // subnormal
+                                  : bit_cast<float>((magnitude << 13) + (112u << 23));
+  if (magnitude >= 0x7c00) value = bit_cast<float>(0x7f800000u | magnitude << 13);  // infinity and NaN
+  return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
 }
 
 GISTKERN_INLINE float widen_bfloat(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
@@ -45,11 +44,16 @@ GISTKERN_INLINE uint16_t narrow_bfloat(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // round to nearest even
 }
 
+// Rounds to nearest even.
 GISTKERN_INLINE uint16_t narrow_half(float value) {
-  const Half half = static_cast<Half>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
+  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000;
+  if (value != value) return static_cast<uint16_t>(sign | 0x7e00);
+  const float magnitude = __builtin_fabsf(value);
+  if (magnitude >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x1p-14f)
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_rintf(magnitude * 0x1p24f)));
+  const uint32_t whole = bit_cast<uint32_t>(magnitude) + 0xfff + (bits >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((whole - (112u << 23)) >> 13));
 }
 
 // `count` elements of `type` at `from`, times `factor`.
@@ -101,7 +105,14 @@ inline void narrow(const float* __restrict from, float factor, ElementType type,
     for (int64_t i = 0; i < count; ++i) target[i] = narrow_bfloat(from[i] * factor);
   } else {
     auto* target = static_cast<uint16_t*>(to);
-    for (int64_t i = 0; i < count; ++i) target[i] = narrow_half(from[i] * factor);
+    int64_t i = 0;
+#if defined(__F16C__) && GISTKERN_LANES == 8
+    for (; i + 8 <= count; i += 8) {
+      const __m128i halves = _mm256_cvtps_ph(load(from + i) * factor, _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), halves);
+    }
+#endif
+    for (; i < count; ++i) target[i] = narrow_half(from[i] * factor);
   }
 }
 

@@ -7,13 +7,23 @@
 
 GISTKERN_NAMESPACE_BEGIN
 
+// Lanes kLane of the vector that `a` and `b` make one after the other.
+template <int... kLane>
+GISTKERN_INLINE Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, Ints{kLane...});
+#endif
+}
+
 // Interleaves two vectors: the lanes whose index has `kBit` set come from `b` shifted down (low) or stay (high).
 template <int kBit, bool kHigh, int... kLane>
 GISTKERN_INLINE Floats interleave(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
   if constexpr (kHigh) {
-    return __builtin_shufflevector(a, b, (kLane & kBit ? kLanes + kLane : kLane + kBit)...);
+    return shuffle<(kLane & kBit ? kLanes + kLane : kLane + kBit)...>(a, b);
   } else {
-    return __builtin_shufflevector(a, b, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);
+    return shuffle<(kLane & kBit ? kLanes + kLane - kBit : kLane)...>(a, b);
   }
 }
 

@@ -70,8 +70,6 @@ def _needs_decoding(q: torch.Tensor) -> str | None:
         )
     if q.dim() == 4 and q.shape[-1] > 256:
         return f"has kernels for head dimensions up to 256, got {q.shape[-1]}"
-    if torch.is_grad_enabled() and q.requires_grad:
-        return "has no backward: call it under torch.no_grad(), or use backend='triton'"
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"needs compute capability 8.0 or newer, {q.device} has {torch.cuda.get_device_capability(q.device)}"
     return None
@@ -101,6 +99,8 @@ class Backend:
         Why this installation cannot run it at all, or None.
     refuses : callable
         Why it cannot serve this query tensor, or None.
+    differentiable : bool
+        Whether it has a `backward`.
     """
 
     name: str
@@ -109,9 +109,12 @@ class Backend:
     what: str
     missing: Callable[[], str | None]
     refuses: Callable[[torch.Tensor], str | None]
+    differentiable: bool = True
 
-    def reason(self, q: torch.Tensor) -> str | None:
-        """Why this backend cannot serve `q`, or None if it can."""
+    def reason(self, q: torch.Tensor, gradient: bool = False) -> str | None:
+        """Why this backend cannot serve `q`, and its gradients if wanted; None if it can."""
+        if gradient and not self.differentiable:
+            return self.missing() or "has no backward: call it under torch.no_grad(), or use backend='triton'"
         return self.missing() or self.refuses(q)
 
     def load(self) -> ModuleType:
@@ -127,6 +130,7 @@ BACKENDS = (
         what="the extension's CUDA kernels: decoding (shared, paged and quantised rows too) and compaction",
         missing=native.missing_cuda,
         refuses=_needs_decoding,
+        differentiable=False,
     ),
     Backend(
         name="triton",
@@ -171,8 +175,8 @@ def get(name: str) -> Backend:
     raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(b.name for b in BACKENDS)}")
 
 
-def choose(name: str, q: torch.Tensor) -> str:
-    """Name of the backend that serves `q`.
+def choose(name: str, q: torch.Tensor, gradient: bool = False) -> str:
+    """Name of the backend that serves `q`; with `gradient` also its backward.
 
     Raises
     ------
@@ -185,14 +189,14 @@ def choose(name: str, q: torch.Tensor) -> str:
         raise ValueError(f"gist_attention takes float16, bfloat16, float32 or float64, got {q.dtype}")
     if name != "auto":
         backend = get(name)
-        if reason := backend.reason(q):
+        if reason := backend.reason(q, gradient):
             raise RuntimeError(f"backend {name!r} {reason}")
         return name
     reasons = []
     for backend in BACKENDS:
         if not backend.automatic:
             continue
-        reason = backend.reason(q)
+        reason = backend.reason(q, gradient)
         if reason is None:
             return backend.name
         reasons.append(f"{backend.name} {reason}")

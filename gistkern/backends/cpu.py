@@ -6,13 +6,14 @@ import torch
 
 from gistkern import native
 from gistkern.compaction import compact, compact_backward, dense_rows
+from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.native import pool_compact, pool_decode
 
 __all__ = ["backward", "compact", "compact_backward", "forward", "pool_compact", "pool_decode"]
 
-# rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over rows:
-# with fewer rows than lanes most lanes would idle
-_DECODE_ROWS, _DECODE_PACKED_ROWS = 8, 16
+# packed rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over
+# rows: with fewer rows than lanes most lanes would idle
+_DECODE_PACKED_ROWS = 16
 
 
 def forward(
@@ -59,4 +60,4 @@ def backward(
 
 def _decodes(q: torch.Tensor, k: torch.Tensor) -> bool:
     rows = q.shape[2]
-    return rows <= _DECODE_ROWS and rows * (q.shape[1] // k.shape[1]) <= _DECODE_PACKED_ROWS
+    return rows <= DECODE_ROWS and rows * (q.shape[1] // k.shape[1]) <= _DECODE_PACKED_ROWS

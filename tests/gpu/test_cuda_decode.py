@@ -131,6 +131,15 @@ def test_the_op_compacts(dtype, head_dim, cuda):
         assert (ours[1, :, -1] == 0).all(), "a filler is zeros"
 
 
+def test_gradients_of_the_keys_alone_are_refused_too(cuda):
+    layout = GistLayout.decode(4, 0).to(cuda)
+    inputs = make_inputs(layout)
+    past = {"past_key": inputs.past_key, "past_value": inputs.past_value}
+    with pytest.raises(RuntimeError, match="has no backward"):
+        gist_attention(inputs.q.detach(), inputs.k, inputs.v, layout, **past, backend="cuda")
+    assert backends.choose("auto", inputs.q, gradient=True) != "cuda"
+
+
 def test_gradients_are_refused(cuda):
     layout = GistLayout.decode(4, 0).to(cuda)
     inputs = make_inputs(layout)
