@@ -57,7 +57,7 @@ emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, an
 		$(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
 
 sanitize: setup ## Triton IR, CUDA C++ and the CPU kernels under sanitizers: bounds, races, undefined values
-	printf '%s\n' tests/gpu/test_*.py | OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 xargs -P 2 -I FILE \
+	printf '%s\n' tests/gpu/test_kernel_*.py | OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 xargs -P 2 -I FILE \
 		$(BIN)/python -m ttsem.sanitize pytest FILE -p no:xdist -p no:cacheprovider $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/csrc -m sanitize -n 2 --dist loadgroup $(ARGS)
 

@@ -9,7 +9,7 @@ from build_tools import CSRC, load_build
 
 FLAGS = {
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
 
