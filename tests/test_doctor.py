@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gistkern import backends, doctor, native
 
 
@@ -54,6 +56,20 @@ def test_the_report_says_why_there_is_no_extension(tmp_path):
         usable = {row["name"]: row for row in facts["backends"]}
         assert message in usable["cpu"]["reason"]
         assert usable["sdpa"]["usable"]
+
+
+def test_an_older_torch_gets_the_python_backends(monkeypatch):
+    if native.missing():
+        pytest.skip("needs the extension")
+    monkeypatch.setattr(native.torch, "__version__", "2.9.1+cpu")
+    assert native._load() == "needs torch >= 2.13 (libtorch's stable ABI), this is 2.9.1+cpu"
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    if native.missing():
+        pytest.skip("needs the extension")
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    assert "build it again" in native._load()
 
 
 def test_an_instruction_set_that_is_not_there_is_an_error():

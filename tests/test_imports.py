@@ -92,6 +92,9 @@ def test_examples_use_public_names_only(path):
             assert name == "gistkern" or name.removeprefix("gistkern.") in gistkern.__all__
 
 
-@pytest.mark.parametrize("path", files("gistkern/**/*.py", "kernels/*.py", "examples/*.py", "setup.py"), ids=str)
+SMALL = ("gistkern/**/*.py", "kernels/*.py", "examples/*.py", "setup.py", "csrc/**/*.py", "csrc/**/*.h", "csrc/**/*.c*")
+
+
+@pytest.mark.parametrize("path", files(*SMALL), ids=str)
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) < 400

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulation import SANITIZED
+from emulation import EMULATED, SANITIZED
 from pool_cases import CASES, E4M3, INT8, check, make_case, oracle
 
 from gistkern import (
@@ -96,6 +96,22 @@ def test_a_sequence_that_sees_nothing(cuda, variant):
 def test_two_runs_are_bit_identical(cuda, variant):
     case = make_case(**CASES["split"], dtype=torch.float16).to(cuda)
     assert all(torch.equal(a, b) for a, b in zip(case.call("cuda"), case.call("cuda"), strict=True))
+
+
+@pytest.mark.skipif(EMULATED, reason="captures a CUDA graph, which takes a GPU")
+def test_a_cuda_graph_replays_the_call_with_new_lengths(cuda):
+    """Lengths are read on the device: after the capture other documents and tails are decoded without a new plan."""
+    case, other = (make_case(**CASES["split"], dtype=torch.float16, seed=seed).to(cuda) for seed in (0, 1))
+    case.call("cuda")  # whatever happens once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = case.call("cuda")
+    case.q.copy_(other.q)
+    case.gist_end.sub_(1)
+    graph.replay()
+    wanted = case.call("cuda")
+    assert torch.equal(out, wanted[0])
+    assert torch.equal(lse, wanted[1])
 
 
 @pytest.mark.parametrize("quantised", [None, INT8, E4M3], ids=str)
