@@ -113,9 +113,9 @@ class Backend:
 
     def reason(self, q: torch.Tensor, gradient: bool = False) -> str | None:
         """Why this backend cannot serve `q`, and its gradients if wanted; None if it can."""
-        if gradient and not self.differentiable:
-            return self.missing() or "has no backward: call it under torch.no_grad(), or use backend='triton'"
-        return self.missing() or self.refuses(q)
+        if (reason := self.missing() or self.refuses(q)) or self.differentiable or not gradient:
+            return reason
+        return "has no backward: call it under torch.no_grad(), or use backend='triton'"
 
     def load(self) -> ModuleType:
         """Import the module that serves it."""

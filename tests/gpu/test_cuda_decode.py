@@ -1,5 +1,7 @@
 """The extension's CUDA kernels: on a GPU, or emulated on a CPU (docs/evidence.md); pooled decoding by Triton too."""
 
+import os
+
 import pytest
 import torch
 from emulation import EMULATED, SANITIZED
@@ -26,8 +28,11 @@ def cuda(device):
     """The backend, or why it cannot run here."""
     if SANITIZED:
         pytest.skip("ttsem executes Triton's kernels only; `make sanitize` runs csrc/testing/suite.cpp for these")
+    no_library = not native.library_path().is_file()
     if reason := backends.get("cuda").reason(torch.empty(1, 1, 1, 16, device=device)):
-        pytest.skip(f"backend 'cuda' {reason}")
+        # a library that was built for this and does not serve is a failure, not a reason to skip
+        stop = pytest.fail if EMULATED and os.environ.get(native.LIBRARY) and not no_library else pytest.skip
+        stop(f"backend 'cuda' {reason}")
     return device
 
 
