@@ -22,6 +22,7 @@ import torch
 from cpu_page import page
 from shapes import HEADS, layout_of
 from tqdm import tqdm
+from work import visible_pairs
 
 from gistkern import GistLayout, native
 from gistkern.backends import cpu, sdpa
@@ -62,12 +63,6 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str, factor: float
     """Median, smallest and largest of ``factor * above / below`` over the rounds."""
     ratios = [factor * a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def visible_pairs(layout: GistLayout) -> int:
-    """(query, key) pairs that the mask lets through, one head."""
-    seen = layout.gist_end - layout.gist_begin + layout.row_index() + 1 - layout.local_begin
-    return int(seen.clamp(min=0).sum())
 
 
 def sgemm(times: int) -> Callable[[], Any]:

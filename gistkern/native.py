@@ -125,13 +125,12 @@ def decode_rows(
     local_begin: torch.Tensor,
     scale: float,
     multiprocessors: int = 1,
-    variant: str = "automatic",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The decode kernel on the arguments of `gistkern.ops.attention`, with at most 8 query rows."""
     no_scales = (None, None)
     return operators().decode(
         *(q, gist_k, gist_v, *no_scales, gist_begin, gist_end, k, v, *no_scales, None, local_begin, None),
-        *(gist_k.shape[2], k.shape[2], scale, VARIANTS[variant], multiprocessors),
+        *(gist_k.shape[2], k.shape[2], scale, VARIANTS["automatic"], multiprocessors),
     )
 
 
@@ -153,7 +152,6 @@ def pool_decode(
     gist_capacity: int,
     scale: float,
     multiprocessors: int = 1,
-    variant: str = "automatic",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The decode kernel on the arguments of `gistkern.pool_ops.decode`."""
     tail_capacity = tail_k.shape[2] if page_table is None else page_table.shape[1] * tail_k.shape[1]
@@ -163,7 +161,7 @@ def pool_decode(
         *(*rows[:3], gist_k_scale, gist_v_scale, *vectors[:2]),
         *(*rows[3:], tail_k_scale, tail_v_scale, *vectors[2:]),
         *(None if page_table is None else page_table.contiguous(), gist_capacity, tail_capacity),
-        *(scale, VARIANTS[variant], multiprocessors),
+        *(scale, VARIANTS["automatic"], multiprocessors),
     )
 
 

@@ -41,13 +41,7 @@ inline void strip_gradients(const Intervals& intervals, int64_t begin, int64_t e
   const int64_t count = end - begin;
   gemm<Layout::kRows, Update::kReplace>(count, key.data, key.stride, query, kStrip, dim, probabilities, kTileRows);
   gemm<Layout::kRows, Update::kReplace>(count, value.data, value.stride, grad_out, kStrip, dim, grad_scores, kTileRows);
-  for_boundary_keys(intervals, begin, end, [&](int64_t at) {
-    float* row = probabilities + (at - begin) * kTileRows;
-    for (int v = 0; v < kStripVectors; ++v) {
-      const Ints seen = sees(intervals, static_cast<int32_t>(at), v);
-      store(row + v * kLanes, select(seen, load(row + v * kLanes), broadcast(-__builtin_inff())));
-    }
-  });
+  mask_scores(intervals, begin, end, probabilities, kTileRows);
   for (int v = 0; v < kStripVectors; ++v) {
     const Floats row_lse = load(lse + v * kLanes), row_delta = load(delta + v * kLanes);
     for (int64_t i = 0; i < count; ++i) {

@@ -171,15 +171,6 @@ inline float softmax_step(float* scores, int64_t count, int64_t first, int64_t b
   return rescale;
 }
 
-// Asks for rows that are read soon. The processor's own prefetchers see only short streams: a few rows of one head at a
-// time, or a part of every row.
-inline void prefetch(Block rows, int64_t count, int64_t dim) {
-  constexpr int64_t kLineFloats = 16;
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < dim; d += kLineFloats) __builtin_prefetch(rows.data + i * rows.stride + d, 0, 2);
-  }
-}
-
 // Keys and values [first, first + count) of one buffer, and what each query row sees of the buffer.
 struct DecodeBlock {
   Block key, value;

@@ -36,13 +36,7 @@ inline void attend(const Intervals& intervals, int64_t begin, int64_t end, Block
                    int64_t dim, float log2_scale, float* scores, float* shielded, Running& running) {
   const int64_t count = end - begin;
   gemm<Layout::kRows, Update::kReplace>(count, key.data, key.stride, query, kStrip, dim, scores, kStrip);
-  for_boundary_keys(intervals, begin, end, [&](int64_t at) {
-    float* row = scores + (at - begin) * kStrip;
-    for (int v = 0; v < kStripVectors; ++v) {
-      const Ints seen = sees(intervals, static_cast<int32_t>(at), v);
-      store(row + v * kLanes, select(seen, load(row + v * kLanes), broadcast(-__builtin_inff())));
-    }
-  });
+  mask_scores(intervals, begin, end, scores, kStrip);
   Floats rescale[kStripVectors];
   for (int v = 0; v < kStripVectors; ++v) {
     Floats largest = running.maximum[v];

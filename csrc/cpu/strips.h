@@ -72,4 +72,16 @@ GISTKERN_INLINE void for_boundary_keys(const Intervals& intervals, int64_t begin
   for (int64_t key = core_end; key < end; ++key) visit(key);
 }
 
+// Scores of keys [begin, end), `stride` floats a key, become -inf in the lanes that do not see the key.
+GISTKERN_INLINE void mask_scores(const Intervals& intervals, int64_t begin, int64_t end, float* scores,
+                                 int64_t stride) {
+  for_boundary_keys(intervals, begin, end, [&](int64_t at) {
+    float* row = scores + (at - begin) * stride;
+    for (int v = 0; v < kStripVectors; ++v) {
+      const Ints seen = sees(intervals, static_cast<int32_t>(at), v);
+      store(row + v * kLanes, select(seen, load(row + v * kLanes), broadcast(-__builtin_inff())));
+    }
+  });
+}
+
 GISTKERN_NAMESPACE_END
