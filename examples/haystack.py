@@ -19,16 +19,21 @@ class Language:
 
     `templates` take the `words` by name and numbers as ``{n}``; `held_out` ones are for evaluation alone.
     `needles` and `named_needles` state a key twice, as the original passkey task does (Mohtashami and Jaggi
-    2023, "Landmark Attention", section 4.2); the named ones also take ``{name}``. Each question ends where
-    the answer's digits follow. `alphabet` is the code point of the first letter and their number.
+    2023, "Landmark Attention", section 4.2); the named ones also take ``{name}``. `held_out_needles` are built
+    otherwise and are for evaluation alone; most state the key once. `statement` is the shortest way to say it.
+    Each question, and the `cue`, which only starts the answer, ends where the answer's digits follow. `alphabet`
+    is the code point of the first letter and their number.
     """
 
     code: str
     templates: tuple[str, ...]
     held_out: tuple[str, ...]
     needles: tuple[str, ...]
+    held_out_needles: tuple[str, ...]
     named_needles: tuple[str, ...]
+    statement: str
     question: str
+    cue: str
     named_question: str
     words: dict[str, tuple[str, ...]] = field(repr=False)
     alphabet: tuple[int, int]
@@ -70,11 +75,21 @@ _ENGLISH = Language(
         "Listen: the pass key is {key}. Again, the pass key is {key}.",
         "Here is the pass key: {key}. Do not forget that {key} is the pass key.",
     ),
+    held_out_needles=(
+        "Whoever asks for the pass key should be told {key}.",
+        "{key} was chosen as the pass key this morning.",
+        "A note on the desk gives the pass key as {key}; please copy {key} from it.",
+        "To get in you need the pass key, and that would be {key}.",
+        "They changed the pass key to {key}, so use {key} from now on.",
+        "When asked for the pass key, type {key} and press enter.",
+    ),
     named_needles=(
         "The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.",
         "Remember that the pass key of {name} is {key}. Yes, {key} is the pass key of {name}.",
     ),
+    statement=" The pass key is {key}.",
     question=" What is the pass key? The pass key is ",
+    cue="\nThe pass key is ",
     named_question=" What is the pass key of {name}? The pass key of {name} is ",
     words={
         "place": ("library", "harbour", "station", "mill", "school", "market", "bridge", "tower", "museum", "bakery"),
@@ -122,11 +137,21 @@ _KOREAN = Language(
         "들으세요. 패스키는 {key}입니다. 다시, 패스키는 {key}입니다.",
         "여기 패스키가 있습니다. {key}입니다. {key}이 패스키라는 것을 잊지 마세요.",
     ),
+    held_out_needles=(
+        "누가 패스키를 물으면 {key}라고 답하면 됩니다.",
+        "오늘 아침에 {key}번이 패스키로 정해졌습니다.",
+        "책상 위 쪽지에는 패스키가 {key}번이라고 적혀 있으니 {key}번을 옮겨 적으세요.",
+        "들어가려면 패스키가 필요한데 그 번호는 {key}입니다.",
+        "패스키가 {key}번으로 바뀌었으니 이제부터 {key}번을 쓰세요.",
+        "패스키를 넣는 칸에는 숫자 {key}을 치고 확인을 누릅니다.",
+    ),
     named_needles=(
         "{name}의 패스키는 {key}입니다. 기억하세요. {key}이 {name}의 패스키입니다.",
         "{name}의 패스키는 {key}라는 것을 기억하세요. 네, {key}이 {name}의 패스키입니다.",
     ),
+    statement=" 패스키는 {key}입니다.",
     question=" 패스키는 무엇입니까? 패스키는 ",
+    cue="\n패스키는 ",
     named_question=" {name}의 패스키는 무엇입니까? {name}의 패스키는 ",
     words={
         "place": ("도서관", "역", "극장", "시장", "박물관", "공원", "우체국", "식당", "병원", "빵집"),

@@ -2,14 +2,16 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from conftest import EXAMPLES
 
 from haystack import LANGUAGES, is_held_out, sentence
-from niah import KEY_DIGITS, Haystack, dataset, main, train_tokenizer
+from niah import KEY_DIGITS, Haystack, Sample, dataset, main, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +46,50 @@ def test_several_keys_are_asked_by_name(tokenizer):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
+def test_eight_keys_by_name(tokenizer, language):
+    for sample in dataset(tokenizer, language, 900, 6, keys=8):
+        assert len(tokenizer.encode(sample.context).ids) == 900
+        assert len(set(sample.keys.values())) == 8
+        assert all(sample.context.count(key) >= 2 for key in sample.keys.values())
+        assert [sample.keys[name] for name in sample.keys if name in sample.question] == [sample.answer]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_held_out_wordings_are_others(tokenizer, language):
+    material = LANGUAGES[language]
+    frames = {"en": r"pass key(:| is) {key}|{key} is the pass key", "ko": "패스키는 {key}|{key}이 패스키"}[language]
+    assert len(material.held_out_needles) >= 4
+    assert all(re.search(frames, needle) for needle in material.needles)
+    assert not any(re.search(frames, needle) for needle in material.held_out_needles)
+    sides = {}
+    for wordings, needles in (("training", material.needles), ("held_out", material.held_out_needles)):
+        samples = list(dataset(tokenizer, language, 200, 60, wordings=wordings))
+        sides[wordings] = {
+            needle for sample in samples for needle in needles if needle.format(key=sample.answer) in sample.context
+        }
+        assert sides[wordings] == set(needles), "every wording comes, and each key stands in one"
+        for sample in samples:
+            (needle,) = (needle for needle in needles if needle.format(key=sample.answer) in sample.context)
+            assert sample.context.count(sample.answer) == needle.count("{key}")
+            assert sample.wordings == wordings
+            assert len(tokenizer.encode(sample.context).ids) == 200
+    haystack = Haystack(tokenizer, language, False, random.Random(0))
+    for _ in range(60):
+        _, sample = haystack.draw(100)
+        assert not any(needle.format(key=sample.answer) in sample.context for needle in material.held_out_needles)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_training_never_sees_what_evaluation_asks(tokenizer, language):
     rng = random.Random(0)
     lines = {side: {sentence(LANGUAGES[language], side, rng) for _ in range(3000)} for side in (False, True)}
     assert not lines[False] & lines[True]
-    assert not any(is_held_out(Haystack(tokenizer, language, False, rng).key()) for _ in range(20))
+    haystack = Haystack(tokenizer, language, False, rng)
+    assert not any(is_held_out(haystack.key()) for _ in range(20))
     assert all(is_held_out(sample.answer) for sample in dataset(tokenizer, language, 100, 20))
 
 
 def test_distractors_look_like_keys(tokenizer):
-    import re
-
     (sample,) = dataset(tokenizer, "en", 3000, 1)
     numbers = {number for number in re.findall(r"\d+", sample.context) if len(number) == KEY_DIGITS}
     assert len(numbers) > 5
@@ -76,9 +111,32 @@ def test_same_seed_same_bytes(tmp_path):
     [
         (["--tokens", "12"], "12 tokens are too few for 1 needle"),
         (["--lang", "fr"], "invalid choice: 'fr'"),
+        (["--filler", "poems"], "invalid choice: 'poems'"),
+        (["--keys", "11"], "11 keys with training wordings: expected 1 to 10"),
+        (["--keys", "0"], "0 keys with training wordings: expected 1 to 10"),
+        (["--keys", "2", "--wordings", "held_out"], "2 keys with held_out wordings: expected 1 to 1"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*arguments, "--out", str(tmp_path / "x")])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"language": "fr"}, "unknown language 'fr': expected one of en, ko"),
+        ({"filler": "poems"}, "unknown filler 'poems': expected one of templates, prose"),
+        ({"wordings": "new"}, "unknown wordings 'new': expected one of training, held_out"),
+    ],
+)
+def test_unknown_names(tokenizer, argument, message):
+    with pytest.raises(ValueError, match=message):
+        Haystack(tokenizer, held_out=True, rng=random.Random(0), **{"language": "en", **argument})
+
+
+def test_files_without_filler_and_wordings_are_read(tokenizer):
+    (sample,) = dataset(tokenizer, "en", 100, 1)
+    old = {name: value for name, value in asdict(sample).items() if name not in ("filler", "wordings")}
+    assert Sample(**json.loads(json.dumps(old))) == sample
