@@ -83,13 +83,20 @@ def test_layers(path):
         assert not imported & others, "backends never import one another"
 
 
+def is_all(node):
+    return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
+
+
 @pytest.mark.parametrize("path", files("examples/*.py"), ids=lambda p: p.name)
 def test_examples_use_public_names_only(path):
     import gistkern
 
-    for name in imports_of(path):
-        if name.startswith("gistkern"):
-            assert name == "gistkern" or name.removeprefix("gistkern.") in gistkern.__all__
+    public = {"gistkern", *(f"gistkern.{name}" for name in gistkern.__all__)}
+    for module in files("gistkern/training/*.py"):
+        dotted = ".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        names = next(node.value for node in ast.parse(module.read_text()).body if is_all(node))
+        public |= {dotted, *(f"{dotted}.{name}" for name in ast.literal_eval(names))}
+    assert not {name for name in imports_of(path) if name.startswith("gistkern")} - public
 
 
 SMALL = ("gistkern/**/*.py", "kernels/*.py", "examples/*.py", "setup.py", "csrc/**/*.py", "csrc/**/*.h", "csrc/**/*.c*")

@@ -1,0 +1,95 @@
+"""`GistCallback`: the curriculum saved and resumed with the checkpoints, and a log that a person can watch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from gistkern.training.curriculum import Curriculum
+
+__all__ = ["GistCallback"]
+
+
+class GistCallback(TrainerCallback, ExportableState):
+    """Writes every log entry as a line of JSON, and carries a curriculum through training, checkpoints and resume.
+
+    `GistTrainer` adds one by itself. With another Trainer it can be passed for the log alone.
+
+    The curriculum's state is part of a checkpoint's trainer_state.json, and comes back with
+    ``trainer.train(resume_from_checkpoint=...)``. Training ends when the curriculum is finished.
+
+    Parameters
+    ----------
+    curriculum : Curriculum, optional
+        Told the accuracy of each step; read by the data set.
+    log_file : str, optional
+        Inside the output folder; None writes none. A fresh run starts it afresh, a resumed one drops the entries
+        after its checkpoint. Only the first process writes.
+
+    Attributes
+    ----------
+    accuracy : float or None
+        Of the step just made, over all processes; set by the trainer.
+    """
+
+    def __init__(self, curriculum: Curriculum | None = None, log_file: str | None = "log.jsonl") -> None:
+        self.curriculum = curriculum
+        self.log_file = log_file
+        self.accuracy: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into trainer_state.json."""
+        state = None if self.curriculum is None else self.curriculum.state_dict()
+        return {"args": {}, "attributes": {"curriculum": state}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Restore the curriculum of a checkpoint, and take back the log to where it was written."""
+        if state.global_step and self.curriculum is not None:
+            self._restore(state.stateful_callbacks.get(type(self).__name__))
+        if self.log_file is not None and state.is_world_process_zero:
+            path = Path(args.output_dir) / self.log_file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(_lines_until(path, state.global_step) if state.global_step else []))
+
+    def _restore(self, saved: Any) -> None:
+        found = saved["attributes"]["curriculum"] if isinstance(saved, dict) else None
+        if found is None or self.curriculum is None:
+            raise ValueError(
+                "the checkpoint holds no state of a curriculum: it was written without one; resume without one, or "
+                "start the curriculum with a fresh run"
+            )
+        self.curriculum.load_state_dict(found)
+        if self.curriculum.finished:
+            raise ValueError("nothing to resume: the checkpoint's curriculum is finished")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Tell the curriculum the accuracy of the step."""
+        if self.curriculum is None:
+            return
+        if self.accuracy is None:
+            raise ValueError("a curriculum needs the accuracy of each step, which GistTrainer measures: train with it")
+        self.curriculum.update(self.accuracy)
+        self.accuracy = None
+        control.should_training_stop |= self.curriculum.finished
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Append a line."""
+        if self.log_file is not None and state.is_world_process_zero:
+            with (Path(args.output_dir) / self.log_file).open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The entries up to `step`; a line torn by a kill, and all after it, are dropped."""
+    kept: list[str] = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if entry["step"] <= step:
+            kept.append(line)
+    return kept

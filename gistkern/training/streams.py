@@ -1,0 +1,115 @@
+"""Contexts with their gist tokens as training streams, cut exactly as `gistkern.compress` will cut them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gistkern.compressing import _segments
+from gistkern.layout import GistLayout
+from gistkern.schemes import check_count
+
+if TYPE_CHECKING:
+    from gistkern.hf.patch import GistHandle
+
+__all__ = ["Streams", "left_padded"]
+
+IGNORED = -100  # transformers' label of a token that is not predicted
+
+
+@dataclass(frozen=True)
+class Streams:
+    """How a patched model's contexts become streams. Holds its settings only, so that data workers can copy it.
+
+    `segment_length` and `segment_overlap` are those of `gistkern.compress`.
+    """
+
+    gist_token_ids: tuple[int, ...]
+    segment_gist_token_ids: tuple[int, ...]
+    sink_tokens: int
+    segment_length: int | None = None
+    segment_overlap: int = 0
+
+    @classmethod
+    def of(cls, handle: GistHandle, segment_length: int | None = None, segment_overlap: int = 0) -> Streams:
+        """The streams of the model of `handle`; ValueError for segments that `gistkern.compress` refuses."""
+        if segment_length is not None:
+            check_count("segment_length", segment_length, least=1)
+        check_count("segment_overlap", segment_overlap)
+        if segment_overlap and segment_overlap >= (segment_length or 0):
+            raise ValueError(
+                f"segment_overlap must be less than segment_length, got {segment_overlap} and {segment_length}"
+            )
+        if handle.segment_gist_token_ids:
+            if segment_length is None:
+                raise ValueError("a model with num_segment_gist_tokens is trained in segments: pass segment_length")
+            if handle.sink_tokens > segment_length:
+                raise ValueError(
+                    f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {segment_length}"
+                )
+        ids, segment_ids = tuple(handle.gist_token_ids), tuple(handle.segment_gist_token_ids)
+        return cls(ids, segment_ids, handle.sink_tokens, segment_length, segment_overlap)
+
+    def holds_gists(self, ids: torch.Tensor) -> bool:
+        """Whether any of `ids` is a gist token."""
+        known = torch.tensor(self.gist_token_ids + self.segment_gist_token_ids)
+        return bool(torch.isin(ids, known).any())
+
+    def batch(
+        self,
+        contexts: Sequence[torch.Tensor],
+        prompts: Sequence[torch.Tensor],
+        answers: Sequence[torch.Tensor],
+        pad_id: int = 0,
+    ) -> dict[str, Any]:
+        """One row per context, padded on the left: context with its gist tokens, prompt, answer.
+
+        Parameters
+        ----------
+        contexts, prompts, answers : sequence of Tensor
+            int64 ``[tokens]`` each, without gist tokens.
+        pad_id : int
+            Stands in front of the shorter rows; the attention mask hides it.
+
+        Returns
+        -------
+        dict
+            `input_ids`, `attention_mask` and `labels` (int64 ``[B, N]``; only the answers are labelled), and for
+            a hierarchical scheme `gist_layout`: the other schemes are read off the ids.
+        """
+        cut = [self._segments(context) for context in contexts]
+        tails = [torch.cat([prompt, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [torch.cat([*self._with_gists(parts), tail]) for parts, tail in zip(cut, tails, strict=True)]
+        batch: dict[str, Any] = left_padded(rows, answers, pad_id)
+        if self.segment_gist_token_ids:
+            counts = len(self.segment_gist_token_ids), len(self.gist_token_ids)
+            layouts = [
+                GistLayout.hierarchical(
+                    [len(part) for part in parts], *counts, tail=len(tail), sink_tokens=self.sink_tokens
+                )
+                for parts, tail in zip(cut, tails, strict=True)
+            ]
+            batch["gist_layout"] = GistLayout.stack(layouts, "left")
+        return batch
+
+    def _segments(self, context: torch.Tensor) -> list[torch.Tensor]:
+        return _segments(context, self.segment_length or len(context), self.segment_overlap)
+
+    def _with_gists(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        ends = torch.tensor(self.segment_gist_token_ids or self.gist_token_ids)
+        stream = [piece for part in parts for piece in (part, ends)]
+        return [*stream, torch.tensor(self.gist_token_ids)] if self.segment_gist_token_ids else stream
+
+
+def left_padded(
+    rows: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], pad_id: int = 0
+) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels` of rows that each end in their answer."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id, padding_side="left")
+    column = torch.arange(ids.shape[1])
+    length, answer = (torch.tensor([len(one) for one in many])[:, None] for many in (rows, answers))
+    labels = torch.where(column >= ids.shape[1] - answer, ids, IGNORED)
+    return {"input_ids": ids, "attention_mask": (column >= ids.shape[1] - length).long(), "labels": labels}

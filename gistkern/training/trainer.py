@@ -1,0 +1,203 @@
+"""`GistTrainer`: transformers' Trainer with gist tokens' losses, measures, checkpoints and curriculum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+from transformers import EvalPrediction, Trainer
+
+from gistkern.hf.attention_function import NAME
+from gistkern.hf.patch import handle_of
+from gistkern.training.callback import GistCallback
+from gistkern.training.collator import GistDataCollator
+from gistkern.training.curriculum import Curriculum
+from gistkern.training.objectives import Losses, Objectives
+from gistkern.training.streams import IGNORED
+
+__all__ = ["GistTrainer", "answer_metrics"]
+
+
+class GistTrainer(Trainer):
+    """A Trainer for a patched model and a `GistDataCollator`; takes all that transformers' Trainer takes.
+
+    - Losses: the weighted `objectives`; logits of the answer only. Sums over tokens are divided by the number of
+      tokens of the whole step, all micro-batches and processes together, as the Trainer does for its own loss.
+    - Logs: each objective by name, `exact` (answers with every token right, under teacher forcing) and
+      `token_accuracy`, over all that was trained on since the last entry; and the curriculum. They go wherever
+      `report_to` says, and to log.jsonl in the output folder.
+    - Evaluation: the answer's loss, and `eval_exact` and `eval_token_accuracy` unless `compute_metrics` is given;
+      a `compute_metrics` of your own gets logits ``[n, T, vocabulary]`` and the labels ``[n, T]`` that they predict.
+    - Checkpoints: transformers' own. With peft that is the adapter, which holds the gist rows, and beside it
+      gistkern.json: the settings to patch a fresh base model with.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        Of `transformers.Trainer`.
+    objectives : Objectives, optional
+        By default the answer alone. Training only.
+    curriculum : Curriculum, optional
+        Fed with the token accuracy of each step, the same on every process. Your data set reads it; the batches
+        that are loaded ahead still come from the stage before.
+    log_file : str, optional
+        See `GistCallback`.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched, its mask is off or its adapter would lose the gist rows; for arguments that
+        this trainer would ignore (`compute_loss_func`, `label_smoothing_factor`) or cannot serve (DataParallel,
+        data workers that would not see the curriculum move, dispatched batches,
+        `restore_callback_states_from_checkpoint`).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objectives: Objectives | None = None,
+        curriculum: Curriculum | None = None,
+        log_file: str | None = "log.jsonl",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.objectives = objectives or Objectives()
+        self.curriculum = curriculum
+        self._check(curriculum)
+        self.gist_callback = GistCallback(curriculum, log_file)
+        self.add_callback(self.gist_callback)
+        if self.compute_metrics is None and not self.args.batch_eval_metrics:
+            self.compute_metrics = answer_metrics
+            self.preprocess_logits_for_metrics = _most_likely
+        self._reconstruction_items: torch.Tensor | int | None = None
+        self._step_counts: torch.Tensor | None = None
+        self._window_parts: dict[str, Any] = {}
+        self._window_counts: Any = 0
+        self._window_steps = 0
+
+    def _check(self, curriculum: Curriculum | None) -> None:
+        handle = handle_of(self.model)
+        handle.check_settings()
+        arguments: Any = self.args
+        refused = {
+            "the attention implementation was changed after patching, which takes the gist mask off: patch last": (
+                handle.model.config._attn_implementation != NAME
+            ),
+            "compute_loss_func would be ignored: pass objectives": self.compute_loss_func is not None,
+            "label_smoothing_factor would be ignored: leave it at 0": arguments.label_smoothing_factor != 0,
+            "several GPUs in one process (DataParallel) split batches but not their layouts: launch one process per "
+            "GPU, with torchrun or accelerate": arguments.n_gpu > 1,
+            "restore_callback_states_from_checkpoint would replace the callback that holds the curriculum, which is "
+            "restored without it: leave it off": arguments.restore_callback_states_from_checkpoint,
+            "GistTrainer adds a GistCallback itself: pass its curriculum and log_file to the trainer": any(
+                isinstance(one, GistCallback) for one in self.callback_handler.callbacks
+            ),
+            "an IterableDataset over several processes would be read by the first and cut up for the others, which "
+            "takes batches without layouts and of one width: pass accelerator_config={'dispatch_batches': False}": (
+                arguments.world_size > 1
+                and isinstance(self.train_dataset, IterableDataset)
+                and arguments.accelerator_config.dispatch_batches is not False
+            ),
+            "a curriculum needs dataloader_num_workers=0: workers are copies that never see it move": curriculum
+            is not None
+            and arguments.dataloader_num_workers > 0,
+        }
+        for message, applies in refused.items():
+            if applies:
+                raise ValueError(message)
+
+    # ---- the loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted objectives in training, the answer's loss in evaluation."""
+        objectives = self.objectives if model.training else Objectives()
+        losses = objectives(model, inputs, num_items_in_batch, self._reconstruction_items if model.training else None)
+        # num_items_in_batch counts the tokens of all processes, whose gradients are then averaged
+        shared = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        scale = self.accelerator.num_processes if shared else 1
+        if model.training:
+            self._measure(losses, scale)
+        total = losses.total * scale
+        return (total, {"logits": losses.tail.logits, "labels": losses.tail.labels}) if return_outputs else total
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step; the tokens to reconstruct are counted as transformers counts the labels."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [batch["reconstruction"] for batch in samples if "reconstruction" in batch]
+        self._reconstruction_items = self._get_num_items_in_batch(parts, device)
+        return samples, num_items
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, logits of the answers, and the labels that these predict (the columns of a batch are the same)."""
+        inputs = self._prepare_inputs(inputs)
+        items = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"], outputs["labels"])
+
+    # ---- measures and logs
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A micro-batch; after the last one of a step the curriculum hears how accurate it was."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._window_steps += 1
+            if self.curriculum is not None:
+                right, wanted, *_ = self.accelerator.reduce(self._step_counts, "sum").tolist()
+                self.gist_callback.accuracy = right / wanted
+            self._step_counts = None
+        return loss
+
+    def _measure(self, losses: Losses, scale: int) -> None:
+        counts = losses.tail.counts()
+        self._step_counts = counts if self._step_counts is None else self._step_counts + counts
+        self._window_counts = self._window_counts + counts
+        for name, value in losses.parts.items():
+            self._window_parts[name] = self._window_parts.get(name, 0) + value * scale
+
+    def log(self, logs, start_time=None):
+        """Add the parts of the loss, the accuracies and the curriculum to a training entry."""
+        if "loss" in logs and self._window_steps:
+            parts = self.accelerator.reduce(torch.stack(list(self._window_parts.values())), "mean") / self._window_steps
+            right, wanted, exact, samples = self.accelerator.reduce(self._window_counts, "sum").tolist()
+            logs |= dict(zip(self._window_parts, parts.tolist(), strict=True))
+            logs |= {"exact": exact / samples, "token_accuracy": right / wanted}
+            self._window_parts, self._window_counts, self._window_steps = {}, 0, 0
+            if self.curriculum is not None:
+                logs |= {"stage": self.curriculum.index, "running_accuracy": self.curriculum.running_accuracy}
+        super().log(logs, start_time)
+
+    # ---- data and checkpoints
+
+    def _set_signature_columns_if_needed(self):
+        """The columns that `remove_unused_columns` keeps: the collator reads others than the model."""
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, GistDataCollator):
+            columns: list[str] = self._signature_columns  # type: ignore[assignment]
+            columns += [name for name in self.data_collator.fields if name not in columns]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """transformers' checkpoint, and beside an adapter the settings that the base model is to be patched with."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and hasattr(self.model, "get_base_model"):
+            settings = dict(handle_of(self.model).model.config.gistkern)
+            settings.pop("first_gist_id")  # follows from the tokenizer, and is checked against the adapter's rows
+            path = Path(str(output_dir or self.args.output_dir)) / "gistkern.json"
+            path.write_text(json.dumps(settings, indent=2))
+
+
+def answer_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`exact` and `token_accuracy` of predicted token ids ``[n, T]`` against the labels ``[n, T]``."""
+    labels = np.asarray(prediction.label_ids)
+    wanted = labels != IGNORED
+    right = (np.asarray(prediction.predictions) == labels) & wanted
+    return {"exact": float((right == wanted).all(1).mean()), "token_accuracy": float(right.sum() / wanted.sum())}
+
+
+def _most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Token ids instead of logits, so that an evaluation holds a vocabulary less."""
+    return logits.argmax(-1)
