@@ -1,7 +1,7 @@
 """Checkpoints of a training run: safetensors and JSON only, whole or not there at all.
 
-A checkpoint folder is an ordinary transformers checkpoint (gist rows and settings included) with the
-tokenizer, the optimizers' state and the trainer's counters beside it.
+A checkpoint folder is an ordinary transformers checkpoint (gist rows and settings included), or a peft adapter of a
+pretrained model, with the tokenizer, the optimizers' state and the trainer's counters beside it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from gistkern import GistHandle, patch_llama
+from gistkern import GistHandle
+from models import Model, read
 from optimizer import Optimizers
+from presets import Preset, preset
 
 __all__ = ["Progress", "latest", "load_model", "load_progress", "save"]
 
@@ -35,17 +38,18 @@ class Progress:
 
     preset: str
     seed: int
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    running_accuracy: float = 0.0
     tokens: int = 0
-    finished: bool = False
+    curriculum: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Preset:
+        """The preset of the run."""
+        return preset(self.preset.removesuffix("-leak"), self.preset.endswith("-leak"))
 
 
-def save(run: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, optimizers: Optimizers, progress: Progress) -> Path:
+def save(run: Path, model: Model, tokenizer: Tokenizer, optimizers: Optimizers, progress: Progress) -> Path:
     """Write ``run/checkpoint-<step>`` in one step and drop all but the newest few."""
-    target = run / f"checkpoint-{progress.step:06d}"
+    target = run / f"checkpoint-{progress.curriculum['step']:06d}"
     temporary = run / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,14 +73,17 @@ def latest(run: Path) -> Path | None:
     return (_all(run) or [None])[-1]
 
 
-def load_model(path: Path) -> tuple[LlamaForCausalLM, GistHandle, Tokenizer]:
-    """Model, its gist handle and tokenizer of a checkpoint; ValueError if the folder holds none."""
-    if not (path / "config.json").exists():
-        raise ValueError(f"{path} holds no checkpoint (no config.json): pass a folder that train_niah.py wrote")
-    model = LlamaForCausalLM.from_pretrained(path)
-    return model, patch_llama(model), Tokenizer.from_file(str(path / "tokenizer.json"))
+def load_model(path: Path, trainable: bool = False) -> tuple[PreTrainedModel, GistHandle, Tokenizer]:
+    """Model, its gist handle and tokenizer of a checkpoint; ValueError if the folder holds none.
+
+    An adapter is merged into its model unless it is to be `trainable`.
+    """
+    return read(path, load_progress(path).settings, trainable)
 
 
 def load_progress(path: Path) -> Progress:
-    """The counters of a checkpoint."""
-    return Progress(**json.loads((path / "progress.json").read_text()))
+    """The counters of a checkpoint; ValueError if the folder holds none."""
+    file = path / "progress.json"
+    if not file.exists():
+        raise ValueError(f"{path} holds no checkpoint (no progress.json): pass a folder that train_niah.py wrote")
+    return Progress(**json.loads(file.read_text()))

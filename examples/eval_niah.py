@@ -1,76 +1,120 @@
-"""Evaluate any checkpoint on any niah.py dataset, also while its training goes on.
+"""Evaluate any checkpoint on any datasets of niah.py and global_tasks.py, also while its training goes on.
 
-    python examples/eval_niah.py --checkpoint runs/tiny --dataset niah-ko.jsonl --output out/ --limit 50
+    python examples/eval_niah.py --checkpoint runs/tiny --dataset niah-ko.jsonl counting-en.jsonl --output out/
 
-A run's folder stands for its newest checkpoint. Without a dataset the preset's own grid is evaluated.
+A run's folder stands for its newest checkpoint. Without a dataset the preset's own grid is evaluated. The output
+folder gets report.json, report.md, plots and answers.jsonl, a line per answer as it comes: the same command goes on
+where a killed one was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from checkpoints import latest, load_model, load_progress
-from evaluation import answer_samples, evaluate_run, rows_of
+from evaluation import BATCH, FullReader, GistReader, answer_samples, build_report, evaluate_run
+from global_tasks import GlobalSample
+from measure import side_by_side
+from metrics import rows_of
 from niah import Sample
-from presets import preset
+from presets import Preset
+from report import write_report
+from throughput import BATCHES
 
-__all__ = ["main"]
+__all__ = ["main", "read_dataset"]
+
+SWAPPED = 20
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint folder, or a run's folder")
-    parser.add_argument("--dataset", type=Path, help="JSON lines written by niah.py")
+    parser.add_argument("--dataset", type=Path, nargs="+", help="JSON lines of niah.py or global_tasks.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers and the report")
-    parser.add_argument("--limit", type=int, help="evaluate so many samples of the dataset only")
+    parser.add_argument("--limit", type=int, help="evaluate so many samples of each dataset only")
+    parser.add_argument(
+        "--full", action="store_true", help="ask the same questions with the whole context in sight too"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="time and memory on the longest context, full cache beside"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, help="most tokens of an answer; as many as a right one has by default"
+    )
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples read together")
+    parser.add_argument("--overwrite", action="store_true", help="replace another evaluation in the output folder")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    checkpoint = latest(given.checkpoint) or given.checkpoint
-    try:
-        if not (checkpoint / "progress.json").exists():
-            raise ValueError(f"{given.checkpoint} holds no checkpoint: pass a folder that train_niah.py wrote")
-        name = load_progress(checkpoint).preset
-        settings = preset(name.removesuffix("-leak"), name.endswith("-leak"))
-        if given.dataset is None:
-            evaluate_run(checkpoint, settings, given.output)
-            return
-        samples = read_dataset(given.dataset, given.limit)
-    except ValueError as error:
-        parser.error(str(error))
-    model, _, tokenizer = load_model(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            checkpoint = _snapshot(given.checkpoint, Path(folder))
+            settings = load_progress(checkpoint).settings
+            if given.dataset is None:
+                evaluate_run(checkpoint, settings, given.output)
+            else:
+                samples = [sample for path in given.dataset for sample in read_dataset(path, given.limit)]
+                _evaluate(checkpoint, settings, samples, given)
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def _evaluate(checkpoint: Path, settings: Preset, samples: list[Sample], given: argparse.Namespace) -> None:
+    model, handle, tokenizer = load_model(checkpoint)
     model.eval()
-    answers = list(answer_samples(model, tokenizer, samples, settings.segments, "evaluating"))
-    config = model.config
-    rows = rows_of(answers, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4)
-    given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "report.json").write_text(
-        json.dumps({"preset": settings.name, "checkpoint": checkpoint.name, "rows": rows}, indent=1)
-    )
-    with (given.output / "answers.jsonl").open("w") as out:
-        for answer in answers:
-            line = {"id": answer.sample.id, "answer": answer.sample.answer, "said": answer.said, "exact": answer.exact}
-            out.write(json.dumps(line) + "\n")
-    for row in rows:
-        print(
-            f"{row['language']} {row['tokens']:,} tokens, {row['ratio']:.0f}x: exact {row['exact']:.1%} "
-            f"({row['wilson_low']:.1%} to {row['wilson_high']:.1%}, n={row['n']}), digits {row['digit']:.1%}"
-        )
+    reader = GistReader(model, tokenizer, settings.segments, given.new_tokens)
+    options = {"batch": given.batch, "overwrite": given.overwrite}
+    answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
+    longest = max(samples, key=lambda sample: sample.tokens)
+    passkeys = [sample for sample in samples if not isinstance(sample, GlobalSample)]
+    probe = sorted(passkeys, key=lambda sample: -sample.tokens)[:SWAPPED]
+    measured = side_by_side(checkpoint, tokenizer, longest, settings.segments, BATCHES) if given.measure else None
+    report = build_report(checkpoint, settings.name, reader, answers, probe, measured)
+    if given.full:
+        handle.unpatch()
+        full = FullReader(model, tokenizer, given.new_tokens)
+        stream = given.output / "answers-full.jsonl"
+        report["full_context"] = rows_of(answer_samples(full, samples, stream=stream, show="full context", **options))
+    write_report(report, given.output)
+
+
+def _snapshot(path: Path, folder: Path) -> Path:
+    """A copy of the checkpoint: training deletes old ones, and an evaluation may take longer than it keeps them."""
+    while True:
+        checkpoint = latest(path) or path
+        if not (checkpoint / "progress.json").exists():
+            raise ValueError(f"{path} holds no checkpoint: pass a folder that train_niah.py wrote")
+        try:
+            return shutil.copytree(checkpoint, folder / checkpoint.name, ignore=shutil.ignore_patterns("optimizer*"))
+        except (shutil.Error, FileNotFoundError):
+            if (latest(path) or path) == checkpoint:
+                raise
+            shutil.rmtree(folder / checkpoint.name, ignore_errors=True)  # deleted meanwhile, for a newer one
 
 
 def read_dataset(path: Path, limit: int | None) -> list[Sample]:
     """Samples of a JSON-lines file; ValueError names the line that is no sample."""
-    samples = []
-    for number, line in enumerate(path.read_text().splitlines()[:limit], start=1):
+    samples: list[Sample] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            samples.append(Sample(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no sample of niah.py: {error}") from error
+            entry = json.loads(line)
+            if "task" in entry:
+                samples.append(GlobalSample(**{**entry, "choices": tuple(entry["choices"])}))
+            else:
+                samples.append(Sample(**entry))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no sample of niah.py or global_tasks.py: {error}") from error
     if not samples:
         raise ValueError(f"{path} holds no samples")
     return samples

@@ -1,180 +1,320 @@
-"""Passkey accuracy of a checkpoint from the gist rows alone: greedy, compressed before the question is seen."""
+"""Accuracy of a model from the gist rows alone: greedy, compressed before the question is seen.
+
+Nothing here knows a preset but `evaluate_run`: a reader is a model, its tokenizer and a way to read contexts.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from checkpoints import load_model
+from answers import AnswerFile
+from checkpoints import load_model, load_progress
 from gistkern import GistCache, GistHandle, compress
 from measure import side_by_side
-from niah import KEY_DIGITS, Haystack, Sample, dataset
+from metrics import Answer, digit_accuracy, outcome, parsed, rows_of
+from niah import KEY_DIGITS, Sample, dataset
 from presets import Preset
-from task import answer_logits, make_batch
+from task import answer_logits, haystacks, make_batch
 
-__all__ = ["Answer", "answer_samples", "evaluate_run", "rows_of", "swap_test", "wilson"]
+__all__ = [
+    "FullReader",
+    "GistReader",
+    "Reader",
+    "answer_samples",
+    "build_report",
+    "evaluate_run",
+    "swap_test",
+]
 
-# samples compressed together: bounds memory, changes nothing in the answers
-BATCH = 10
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said to one sample, from how many cached rows and bytes."""
-
-    sample: Sample
-    said: str
-    gist_rows: int
-    gist_bytes: int
-
-    @property
-    def exact(self) -> bool:
-        """Whether every digit is right and nothing else was said."""
-        return self.said == self.sample.answer
-
-    @property
-    def digits(self) -> float:
-        """Fraction of digits in their right places."""
-        return sum(a == b for a, b in zip(self.said, self.sample.answer, strict=False)) / KEY_DIGITS
+# samples read together: changes nothing in the answers, and of 1 to 10 four were read fastest on CPU
+BATCH = 4
+DECODING = "greedy, from the gist rows alone; the context is compressed before the question is seen"
 
 
-def answer_samples(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segments: dict[str, int], show: str = ""
-) -> Iterable[Answer]:
-    """Compress each context, then generate the answer to its question from the cache."""
-    for begin in tqdm(range(0, len(samples), BATCH), desc=show, disable=not show, leave=False):
-        batch = samples[begin : begin + BATCH]
-        cache = compress_samples(model, tokenizer, batch, segments)
-        rows, size = cache.gist_rows.tolist(), cache.nbytes // len(batch)
-        for sample, said, count in zip(batch, ask(model, tokenizer, cache, batch), rows, strict=True):
-            yield Answer(sample, said, count, size)
+class Reader(Protocol):
+    """Reads contexts and answers their questions."""
+
+    digest: str
+
+    def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int, int]]:
+        """What is said to each sample, the rows and bytes cached for its context, and the bytes of one row."""
+        ...
 
 
-def compress_samples(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segments: dict[str, int]
-) -> GistCache:
-    ids, mask = left_padded(tokenizer, [sample.context for sample in samples])
-    return compress(model, ids, mask, **segments)
+class GistReader:
+    """Compresses contexts, then answers from the gist rows.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Patched by `gistkern.patch_llama`, in the dtype to evaluate.
+    tokenizer : tokenizers.Tokenizer
+        Of the model (`backend_tokenizer` of a transformers one).
+    compression : mapping, optional
+        Arguments of `gistkern.compress`: segment_length and segment_overlap, or nothing.
+    new_tokens : int, optional
+        Most tokens to say. By default as many as the longest permitted answer has, for models that were not
+        trained to stop; a model that ends its answer itself may have more.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: Tokenizer,
+        compression: Mapping[str, int] | None = None,
+        new_tokens: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.new_tokens = model, tokenizer, new_tokens
+        self.compression = dict(compression or {})
+        self.digest = _digest("gist", model, tokenizer, self.compression, new_tokens)
+
+    def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int, int]]:
+        """Compress, then ask."""
+        cache = self.compress(samples)
+        rows = cache.gist_rows.tolist()
+        row_bytes = cache.nbytes // (len(samples) * cache.layers[0].keys.shape[2])
+        said = self.ask(cache, samples)
+        return [(text, count, count * row_bytes, row_bytes) for text, count in zip(said, rows, strict=True)]
+
+    def compress(self, samples: Sequence[Sample]) -> GistCache:
+        """The gist rows of the samples' contexts."""
+        ids, mask = _left_padded(self.model, self.tokenizer, [sample.context for sample in samples])
+        return compress(self.model, ids, mask, **self.compression)
+
+    def ask(self, cache: GistCache, samples: Sequence[Sample]) -> list[str]:
+        """What is said to the questions of the samples; the cache is used up."""
+        ids, mask = _left_padded(self.model, self.tokenizer, [sample.question for sample in samples])
+        return _generate(self, samples, ids, mask, past_key_values=cache)
 
 
-def ask(model: LlamaForCausalLM, tokenizer: Tokenizer, cache: GistCache, samples: Sequence[Sample]) -> list[str]:
-    """The model's greedy answers; the cache is used up."""
-    ids, mask = left_padded(tokenizer, [sample.question for sample in samples])
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=KEY_DIGITS, do_sample=False)
+class FullReader:
+    """Answers with the whole context in sight: what the same questions score without compression.
+
+    The model is not patched, or not for this: transformers' own attention and cache.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer, new_tokens: int | None = None) -> None:
+        self.model, self.tokenizer, self.new_tokens = model, tokenizer, new_tokens
+        self.digest = _digest("full", model, tokenizer, {}, new_tokens)
+
+    def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int, int]]:
+        """Context and question in one prompt."""
+        ids, mask = _left_padded(self.model, self.tokenizer, [sample.context + sample.question for sample in samples])
+        said = _generate(self, samples, ids, mask)
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
+        return [(text, s.tokens, s.tokens * row_bytes, row_bytes) for text, s in zip(said, samples, strict=True)]
+
+
+def _generate(
+    reader: GistReader | FullReader, samples: Sequence[Sample], ids: torch.Tensor, mask: torch.Tensor, **cache: Any
+) -> list[str]:
+    tokenizer = reader.tokenizer
+    permitted = {text for sample in samples for text in getattr(sample, "choices", (sample.answer,))}
+    most = reader.new_tokens or max(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in permitted)
+    out = reader.model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, **cache)
     return [tokenizer.decode(row) for row in out[:, ids.shape[1] :].tolist()]
 
 
-def left_padded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of texts, padded on the left with 0."""
+def _left_padded(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of texts on the model's device, padded on the left with 0."""
     encoded = [torch.tensor(one.ids) for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
     ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_side="left")
     lengths = torch.tensor([len(row) for row in encoded])
-    return ids, (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
+    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
+    return ids.to(model.device), mask.to(model.device)
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927, "Probable inference, the law of succession")."""
-    if not n:
-        return 0.0, 1.0
-    share, square = hits / n, z * z
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = z * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def _digest(
+    how: str, model: LlamaForCausalLM, tokenizer: Tokenizer, compression: Mapping[str, int], new_tokens: int | None
+) -> str:
+    """Identity of weights, tokenizer and way of reading."""
+    digest = hashlib.sha256(json.dumps([how, compression, new_tokens, tokenizer.to_str()], sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
-def rows_of(answers: Sequence[Answer], bytes_per_token: int) -> list[dict[str, Any]]:
-    """One row of the report per (language, length)."""
-    groups: dict[tuple[str, int], list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault((answer.sample.language, answer.sample.tokens), []).append(answer)
-    rows = []
-    for (language, tokens), group in groups.items():
-        n, hits = len(group), sum(answer.exact for answer in group)
-        low, high = wilson(hits, n)
-        full = tokens * bytes_per_token
-        rows.append(
-            {
-                "language": language,
-                "tokens": tokens,
-                "gist_tokens": group[0].gist_rows,
-                "ratio": tokens / group[0].gist_rows,
-                "n": n,
-                "exact": hits / n,
-                "wilson_low": low,
-                "wilson_high": high,
-                "digit": sum(answer.digits for answer in group) / n,
-                "chance": 10.0**-KEY_DIGITS,
-                "full_kv_bytes": full,
-                "gist_kv_bytes": group[0].gist_bytes,
-                "bytes_ratio": full / group[0].gist_bytes,
-                "by_depth": _by_depth(group),
-            }
-        )
-    return rows
+def _question_digest(sample: Sample) -> str:
+    return hashlib.sha256(json.dumps(asdict(sample), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _by_depth(group: Sequence[Answer], bins: int = 10) -> list[dict[str, Any]]:
-    """Exact match per tenth of the context in which the needle starts."""
-    found = []
-    for index in range(bins):
-        inside = [a for a in group if min(int(a.sample.depth * bins), bins - 1) == index]
-        exact = sum(a.exact for a in inside) / len(inside) if inside else None
-        found.append({"depth": (index + 0.5) / bins, "n": len(inside), "exact": exact})
-    return found
+def answer_samples(
+    reader: Reader,
+    samples: Sequence[Sample],
+    *,
+    batch: int = BATCH,
+    stream: Path | None = None,
+    overwrite: bool = False,
+    show: str = "",
+) -> list[Answer]:
+    """Answers to all samples, in their order.
+
+    Parameters
+    ----------
+    reader : Reader
+        Who answers.
+    samples : sequence of Sample
+        Of one or several lengths, languages and tasks.
+    batch : int
+        Samples read together.
+    stream : Path, optional
+        File that gets every batch's answers as they come, and whose answers are not asked again.
+    overwrite : bool
+        Replace a `stream` of another evaluation.
+    show : str
+        Title of the progress bar; none without.
+
+    Raises
+    ------
+    ValueError
+        If a sample stands there twice, or as `AnswerFile` says.
+    """
+    digests = [_question_digest(sample) for sample in samples]
+    if len(set(digests)) < len(digests):
+        raise ValueError("the samples hold the same question twice: pass each dataset once")
+    by_digest = dict(zip(digests, samples, strict=True))
+    file = AnswerFile(stream, reader.digest, digests, overwrite)
+    with tqdm(total=len(samples), initial=len(file.done), desc=show, disable=not show, unit="sample") as bar:
+        for group in _batches({d: s for d, s in by_digest.items() if d not in file.done}, batch):
+            read = reader.read([by_digest[digest] for digest in group])
+            file.add(
+                _answer(reader, digest, by_digest[digest], *said) for digest, said in zip(group, read, strict=True)
+            )
+            exact = sum(answer.exact for answer in file.done.values()) / len(file.done)
+            bar.update(len(group))
+            bar.set_postfix_str(f"exact {exact:.1%}")
+    return [file.done[digest] for digest in digests]
 
 
-def swap_test(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: Sequence[Sample], segments: dict[str, int]
-) -> dict[str, Any]:
-    """Give each question the cache of the next sample: the answer must be that sample's key, not its own."""
+def _batches(samples: dict[str, Sample], size: int) -> Iterator[list[str]]:
+    """Digests in batches of one task and length, so that neither padding nor the answer's length is shared."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for digest, sample in samples.items():
+        groups.setdefault((_task(sample), sample.tokens), []).append(digest)
+    for group in groups.values():
+        for begin in range(0, len(group), size):
+            yield group[begin : begin + size]
+
+
+def _task(sample: Sample) -> str:
+    return getattr(sample, "task", "passkey")
+
+
+def _answer(reader: Reader, digest: str, sample: Sample, said: str, rows: int, size: int, row_bytes: int) -> Answer:
+    return Answer(
+        model=reader.digest,
+        digest=digest,
+        id=sample.id,
+        task=_task(sample),
+        language=sample.language,
+        tokens=sample.tokens,
+        filler=sample.filler,
+        wordings=sample.wordings,
+        keys=len(sample.keys),
+        depth=sample.depth,
+        answer=sample.answer,
+        chance=getattr(sample, "chance", 10.0**-KEY_DIGITS),
+        said=said,
+        outcome=outcome(said, sample.answer, sample.context, getattr(sample, "choices", ())),
+        digits=digit_accuracy(said, sample.answer),
+        rows=rows,
+        bytes=size,
+        full_bytes=sample.tokens * row_bytes,
+    )
+
+
+def swap_test(reader: GistReader, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Give each passkey question the cache of the next sample: the answer must be that sample's key, not its own."""
     swapped = own = n = 0
     for begin in range(0, len(samples) - 1, BATCH):
         batch = samples[begin : begin + BATCH]
         if len(batch) < 2:
             continue
         order = torch.roll(torch.arange(len(batch)), -1)
-        cache = compress_samples(model, tokenizer, batch, segments)
+        cache = reader.compress(batch)
         cache.batch_select_indices(order)
-        for place, said in enumerate(ask(model, tokenizer, cache, batch)):
-            swapped += said == batch[int(order[place])].answer
-            own += said == batch[place].answer
+        for place, said in enumerate(reader.ask(cache, batch)):
+            swapped += parsed(said) == batch[int(order[place])].answer
+            own += parsed(said) == batch[place].answer
             n += 1
     return {"n": n, "answers_of_the_swapped_cache": swapped / n, "answers_of_the_own_context": own / n}
 
 
+def build_report(
+    checkpoint: Path,
+    name: str,
+    reader: GistReader,
+    answers: Sequence[Answer],
+    probe: Sequence[Sample],
+    measured: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A report in the one shape that all tables and plots are made of.
+
+    `probe` are passkey samples for the swap test; `measured` is what `measure.side_by_side` found, if it was asked.
+    """
+    progress, model = load_progress(checkpoint), reader.model
+    return {
+        "preset": name,
+        "checkpoint": checkpoint.name,
+        "seed": progress.seed,
+        "model": {
+            "type": model.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "decoding": DECODING,
+        "compression": reader.compression,
+        "rows": rows_of(answers),
+        "swap": swap_test(reader, probe) if len(probe) > 1 else None,
+        "side_by_side": measured,
+        "answers": [asdict(answer) for answer in answers],
+    }
+
+
 def evaluate_run(checkpoint: Path, settings: Preset, run: Path, seed: int = 1) -> dict[str, Any]:
-    """Evaluate a checkpoint on the preset's held-out grid and write report.json, report.md and heatmap.png."""
+    """Evaluate a checkpoint on the preset's held-out grid and write report.json, report.md and the plots."""
     from report import write_report
 
     model, handle, tokenizer = load_model(checkpoint)
     model.eval()
-    answers: list[Answer] = []
-    for language, tokens, count in settings.evaluate:
-        samples = list(dataset(tokenizer, language, tokens, count, seed=seed))
-        show = f"evaluating {language} {tokens}"
-        answers += answer_samples(model, tokenizer, samples, settings.segments, show)
-    language, tokens, _ = max(settings.evaluate, key=lambda row: row[1])
-    probe = list(dataset(tokenizer, language, tokens, 20, seed=seed + 1))
-    config = model.config
-    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    report = {
-        "preset": settings.name,
-        "checkpoint": checkpoint.name,
-        "decoding": "greedy, from the gist rows alone; the context is compressed before the question is seen",
-        "rows": rows_of(answers, bytes_per_token),
-        "swap": swap_test(model, tokenizer, probe, settings.segments),
-        "side_by_side": side_by_side(checkpoint, tokenizer, probe[0], settings.segments),
-        "answers": [{**asdict(a.sample), "context": None, "said": a.said} for a in answers],
-    }
+    reader = GistReader(model, tokenizer, settings.segments)
+    samples = [
+        sample
+        for language, tokens, count, *filler_and_wordings in settings.evaluate
+        for sample in dataset(
+            tokenizer,
+            language,
+            tokens,
+            count,
+            seed=seed,
+            asked_by=settings.asked_by,
+            **dict(zip(("filler", "wordings"), filler_and_wordings, strict=False)),
+        )
+    ]
+    answers = answer_samples(
+        reader, samples, stream=run / "answers.jsonl", overwrite=True, show=f"evaluating {settings.name}"
+    )
+    language, tokens, *_ = max(settings.evaluate, key=lambda row: row[1])
+    probe = list(dataset(tokenizer, language, tokens, 20, seed=seed + 1, asked_by=settings.asked_by))
+    measured = side_by_side(checkpoint, tokenizer, probe[0], settings.segments)
+    report = build_report(checkpoint, settings.name, reader, answers, probe, measured)
+    report["evaluation_seed"] = seed
     if settings.leak:
         report["context_visible"] = context_visible(model, handle, tokenizer, settings, seed)
     write_report(report, run)
@@ -186,11 +326,11 @@ def context_visible(
 ) -> list[dict[str, Any]]:
     """Exact match of a model trained with `--leak` while the context is still in sight, as in its training."""
     found = []
-    for language in settings.languages:
-        rng = random.Random(f"{seed}-{language}")
-        batch = make_batch(
-            Haystack(tokenizer, language, True, rng), handle, replace(settings.stages[-1], batch_size=50), rng
-        )
+    stage = replace(settings.stages[-1], batch_size=50)
+    drawn = haystacks(settings, tokenizer, True, str(seed))
+    for language in drawn:
+        alone = replace(settings, languages=(language,))
+        batch = make_batch(drawn, handle, stage, alone, random.Random(f"{seed}-{language}"))
         with torch.no_grad():
             said = answer_logits(model, batch, leak=True).argmax(-1)
         hits = (said == batch.answers).all(1).float().mean().item()

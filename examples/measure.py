@@ -1,92 +1,65 @@
 """Gist cache against full cache, side by side on one machine: time, memory, bytes.
 
-Times are medians of alternating runs in this process; memory is the growth of the resident set's peak in a
-process of its own for each of the four measurements, since a peak cannot be taken back.
+Times are medians of alternating rounds in this process (throughput.py); memory is the growth of the resident
+set's peak in a process of its own for each of the four measurements, since a peak cannot be taken back.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import DynamicCache, LlamaForCausalLM
 
 from checkpoints import load_model
-from gistkern import compress
 from niah import Sample
+from throughput import NEW_TOKENS, QUESTIONS, ROUNDS, Side, break_even, decode_by_batch, full_side, gist_side, rounds
 
 __all__ = ["side_by_side"]
 
-RUNS = 3
-NEW_TOKENS = 64
 
-
-def side_by_side(checkpoint: Path, tokenizer: Tokenizer, sample: Sample, segments: dict[str, int]) -> dict[str, Any]:
-    """Time to first token, decode speed and peak memory with gist rows and with the full-context cache.
+def side_by_side(
+    checkpoint: Path, tokenizer: Tokenizer, sample: Sample, compression: Mapping[str, int], batches: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Time to first token, decode speed, reuse and peak memory with gist rows and with the full-context cache.
 
     Both read the same context with the same weights; the full cache is transformers' own DynamicCache on the
-    unpatched model. The time to the first token includes compressing.
+    unpatched model. The time to the first token includes compressing. Decoding of `batches` larger than one is
+    measured on request: it is what takes longest.
     """
     context, question = (
         torch.tensor([tokenizer.encode(text, add_special_tokens=False).ids])
         for text in (sample.context, sample.question)
     )
-    gist_model, _, _ = load_model(checkpoint)
     full_model, handle, _ = load_model(checkpoint)
     handle.unpatch()
-    times: dict[str, list[tuple[float, float]]] = {"gist": [], "full": []}
-    for _ in range(RUNS):
-        times["gist"].append(_timed(gist_model, _gist_prefill(gist_model, context, segments), question))
-        times["full"].append(_timed(full_model, _full_prefill(full_model, context), question))
-    found: dict[str, Any] = {
+    sides = {
+        "gist": gist_side(load_model(checkpoint)[0], context, compression),
+        "full": full_side(full_model, context),
+    }
+    times = rounds(sides, question)
+    return {
         "tokens": sample.tokens,
-        "runs": RUNS,
+        "runs": ROUNDS,
         "new_tokens": NEW_TOKENS,
         "threads": torch.get_num_threads(),
+        **{
+            name: {**measured, **_peaks(checkpoint, name, context, question, compression)}
+            for name, measured in times.items()
+        },
+        "questions": QUESTIONS,
+        "break_even_questions": break_even(times["gist"], times["full"]),
+        "decode_by_batch": decode_by_batch(sides, question, batches) if batches else [],
     }
-    for name, pairs in times.items():
-        found[name] = {
-            "time_to_first_token_s": statistics.median(first for first, _ in pairs),
-            "decode_tokens_per_s": statistics.median(speed for _, speed in pairs),
-            **_peaks(checkpoint, name, context, question, segments),
-        }
-    return found
-
-
-def _gist_prefill(model: LlamaForCausalLM, context: torch.Tensor, segments: dict[str, int]) -> Callable[[], Any]:
-    return lambda: compress(model, context, **segments)
-
-
-def _full_prefill(model: LlamaForCausalLM, context: torch.Tensor) -> Callable[[], Any]:
-    def prefill() -> DynamicCache:
-        return model.model(context, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
-
-    return prefill
-
-
-@torch.no_grad()
-def _timed(model: LlamaForCausalLM, prefill: Callable[[], Any], question: torch.Tensor) -> tuple[float, float]:
-    """(seconds to the first token, tokens per second after it), by the same greedy loop for both caches."""
-    model.eval()
-    begin = time.perf_counter()
-    cache = prefill()
-    token = model(question, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    first = time.perf_counter()
-    for _ in range(NEW_TOKENS):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    return first - begin, NEW_TOKENS / (time.perf_counter() - first)
 
 
 def _peaks(
-    checkpoint: Path, which: str, context: torch.Tensor, question: torch.Tensor, segments: dict[str, int]
+    checkpoint: Path, which: str, context: torch.Tensor, question: torch.Tensor, compression: Mapping[str, int]
 ) -> dict[str, Any]:
     """Growth of the peak resident set in prefill and, from what prefill left, in decode; None off Linux."""
     request = {
@@ -94,7 +67,7 @@ def _peaks(
         "which": which,
         "context": context.tolist(),
         "question": question.tolist(),
-        "segments": segments,
+        "compression": dict(compression),
     }
     command = [sys.executable, str(Path(__file__))]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=True)
@@ -105,19 +78,18 @@ def _measure_in_this_process() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(1)
     model, handle, _ = load_model(Path(request["checkpoint"]))
-    model.eval()
     context, question = torch.tensor(request["context"]), torch.tensor(request["question"])
-    segments = request["segments"]
-    if request["which"] == "gist":
-        prefill = _gist_prefill(model, context, segments)
-        compress(model, context[:, :100], **segments)  # allocators and kernels warm up first
-    else:
+    if request["which"] == "full":
         handle.unpatch()
-        prefill = _full_prefill(model, context)
-        model(context[:, :100])
+
+    def side(ids: torch.Tensor) -> Side:
+        return gist_side(model, ids, request["compression"]) if request["which"] == "gist" else full_side(model, ids)
+
     with torch.no_grad():
+        side(context[:, :100]).prefill()  # allocators and kernels warm up first
+        whole = side(context)
         before = _reset_peak()
-        cache = prefill()
+        cache = whole.prefill()
         after_prefill = _peak()
         kept = _reset_peak()
         for _ in range(NEW_TOKENS):

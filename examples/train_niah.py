@@ -24,16 +24,13 @@ from tqdm import tqdm
 
 from checkpoints import Progress, latest, load_model, load_progress, save
 from evaluation import evaluate_run
-from gistkern import patch_llama
-from niah import Haystack, train_tokenizer
+from gistkern.training import Curriculum
+from models import build
 from optimizer import Optimizers
 from presets import PRESETS, Preset, preset
-from task import answer_logits, build_model, make_batch
+from task import answer_logits, haystacks, make_batch
 
 __all__ = ["main", "train"]
-
-# a gated stage that does not reach its gate ends after this many times its steps
-PATIENCE = 1.5
 
 
 def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrite: bool = False) -> Path:
@@ -52,56 +49,51 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
         progress = load_progress(found)
         if (progress.preset, progress.seed) != (settings.name, seed):
             raise ValueError(f"{found} is of preset {progress.preset!r}, seed {progress.seed}: pass the same")
-        model, handle, tokenizer = load_model(found)
+        model, handle, tokenizer = load_model(found, trainable=True)
     else:
         if run.exists() and any(run.iterdir()) and not overwrite:
             raise ValueError(f"{run} is in use: pass --resume to go on, --overwrite to start again, or another --run")
         _clear(run)
         progress = Progress(settings.name, seed)
-        tokenizer = train_tokenizer(settings.vocab_size)
-        model = build_model(settings, seed)
-        handle = patch_llama(
-            model,
-            num_gist_tokens=settings.gist_tokens,
-            num_segment_gist_tokens=settings.segment_gist_tokens,
-            positions=settings.positions,
-            sink_tokens=settings.sink_tokens,
-        )
-    optimizers = Optimizers(model, settings.muon_factor, settings.adamw_factor)
+        model, handle, tokenizer = build(settings, seed)
+    optimizers = Optimizers(model, settings.muon_factor, settings.adamw_factor, settings.adamw_betas)
+    curriculum = Curriculum(settings.stages, smoothing=settings.smoothing)
     if found is not None:
         optimizers.load_tensors(load_file(found / "optimizer.safetensors"))
-    haystacks = {name: Haystack(tokenizer, name, False, random.Random(f"{seed}-{name}")) for name in settings.languages}
+        curriculum.load_state_dict(progress.curriculum)
+    drawn = haystacks(settings, tokenizer, False, str(seed))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     log_path = run / "log.jsonl"
-    _truncate_log(log_path, progress.step)
+    _truncate_log(log_path, curriculum.step)
     model.train()
-    nominal = sum(stage.steps for stage in settings.stages)
     started, start_tokens = time.perf_counter(), progress.tokens
-    with log_path.open("a") as log, tqdm(total=nominal, initial=progress.step, unit="step") as bar:
-        while not progress.finished:
-            stage = settings.stages[progress.stage]
-            rng = random.Random(f"{seed}-{progress.step}")
-            haystack = haystacks[rng.choice(settings.languages)]
-            haystack.rng = rng
-            batch = make_batch(haystack, handle, stage, rng)
-            rate = _learning_rate(settings, progress)
+    with log_path.open("a") as log, tqdm(total=curriculum.nominal_steps, initial=curriculum.step, unit="step") as bar:
+        while not curriculum.finished:
+            rng = random.Random(f"{seed}-{curriculum.step}")
+            batch = make_batch(drawn, handle, curriculum.stage, settings, rng)
+            rate = _learning_rate(settings, curriculum, len(batch.answers))
             logits = answer_logits(model, batch, settings.leak)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizers.step(rate)
-            accuracy = (logits.argmax(-1) == batch.answers).float().mean().item()
-            entry = {"step": progress.step, "stage": progress.stage, "loss": loss.item(), "digit": accuracy, "lr": rate}
-            _advance(settings, progress, accuracy, batch.input_ids.numel())
+            right = logits.argmax(-1) == batch.answers
+            measured = {"digit": right.float().mean().item(), "exact": right.all(1).float().mean().item()}
+            entry = {"step": curriculum.step, "stage": curriculum.index, "loss": loss.item(), **measured, "lr": rate}
+            curriculum.update(measured[settings.gate_on])
+            progress.tokens += batch.input_ids.numel()
             speed = (progress.tokens - start_tokens) / (time.perf_counter() - started)
-            log.write(json.dumps({**entry, "running": progress.running_accuracy, "tokens_per_s": round(speed)}) + "\n")
+            entry |= {"running": curriculum.running_accuracy, "tokens": batch.input_ids.numel()}
+            log.write(json.dumps({**entry, "tokens_per_s": round(speed)}) + "\n")
             log.flush()
-            bar.total = max(bar.total, progress.step)
+            bar.total = max(bar.total, curriculum.step)
             bar.update()
             bar.set_postfix_str(
                 f"stage {entry['stage']} loss {entry['loss']:.3f} "
-                f"digits {progress.running_accuracy:.3f} {speed:,.0f} tok/s"
+                f"{settings.gate_on} {curriculum.running_accuracy:.3f} {speed:,.0f} tok/s"
             )
-            if progress.finished or progress.step % settings.checkpoint_every == 0:
+            if curriculum.finished or curriculum.step % settings.checkpoint_every == 0:
+                progress.curriculum = curriculum.state_dict()
                 save(run, model, tokenizer, optimizers, progress)
     return latest(run)
 
@@ -115,32 +107,10 @@ def _clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def _advance(settings: Preset, progress: Progress, accuracy: float, tokens: int) -> None:
-    """Count one step, and move to the next stage where this one's gate is passed."""
-    stage = settings.stages[progress.stage]
-    progress.step += 1
-    progress.stage_step += 1
-    progress.tokens += tokens
-    progress.running_accuracy = 0.95 * progress.running_accuracy + 0.05 * accuracy
-    last = progress.stage == len(settings.stages) - 1
-    passed = progress.stage_step >= stage.steps and (last or progress.running_accuracy >= stage.gate)
-    if not passed and (last or progress.stage_step < PATIENCE * stage.steps):
-        return
-    if last:
-        progress.finished = True
-        return
-    progress.stage += 1
-    progress.stage_step = 0
-    progress.running_accuracy = 0.0
-
-
-def _learning_rate(settings: Preset, progress: Progress) -> float:
-    stage = settings.stages[progress.stage]
-    rate = settings.learning_rate * math.sqrt(stage.batch_size / 32)
-    rate *= min(1.0, (progress.step + 1) / settings.warmup_steps)
-    if progress.stage == len(settings.stages) - 1:
-        rate *= max(0.02, 1 - progress.stage_step / stage.steps)
-    return rate
+def _learning_rate(settings: Preset, curriculum: Curriculum, batch: int) -> float:
+    rate = settings.learning_rate * math.sqrt(batch / settings.rate_batch)
+    rate *= min(1.0, (curriculum.step + 1) / settings.warmup_steps)
+    return rate * max(0.02, 1 - curriculum.progress) if curriculum.is_last else rate
 
 
 def _truncate_log(path: Path, step: int) -> None:

@@ -19,9 +19,10 @@ import gistkern
 import niah
 import train_niah
 from checkpoints import latest
-from evaluation import evaluate_run, wilson
+from evaluation import evaluate_run
+from models import tiny_llama
 from presets import preset
-from task import answer_logits, build_model, make_batch
+from task import answer_logits, haystacks, make_batch
 
 pytestmark = pytest.mark.xdist_group("training")
 
@@ -107,7 +108,7 @@ def test_evaluating_a_dataset(finished, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
     assert row["n"] == 3
     assert row["exact"] == sum(answer["exact"] for answer in answers) / 3
-    assert "en 150 tokens, 15x: exact" in capsys.readouterr().out
+    assert "| en | 150 | 10 | 15x |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -161,12 +162,12 @@ def test_unknown_preset_names_the_known_ones():
 def test_leak_lets_the_answer_see_the_context():
     """Masked, the answer's logits do not depend on the raw context once the gist rows are fixed; leaking, they do."""
     settings = preset("smoke")
-    model = build_model(settings, 0)
+    model = tiny_llama(0)
     handle = gistkern.patch_llama(
         model, num_gist_tokens=2, num_segment_gist_tokens=2, positions="gist_first", sink_tokens=0
     )
-    haystack = niah.Haystack(niah.train_tokenizer(), "en", False, random.Random(0))
-    batch = make_batch(haystack, handle, settings.stages[0], random.Random(0))
+    drawn = haystacks(settings, niah.train_tokenizer(), False, "0")
+    batch = make_batch(drawn, handle, settings.stages[0], settings, random.Random(0))
     with torch.no_grad():
         handle.inner.gist_embeddings.weight.zero_()  # gist rows that can carry nothing in the first layer
         model.config.num_hidden_layers = 1
@@ -187,9 +188,3 @@ def test_leak_preset_trains_and_reports_both_sides(tmp_path, monkeypatch):
     report = evaluate_run(checkpoint, settings, tmp_path)
     assert [row["language"] for row in report["context_visible"]] == ["en", "ko"]
     assert "With the context still in sight (ko, n=50)" in (tmp_path / "report.md").read_text()
-
-
-@pytest.mark.parametrize(("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (9, 10, 0.5958, 0.9821), (0, 0, 0, 1)])
-def test_wilson(hits, n, low, high):
-    """Values of Newcombe (1998), "Two-sided confidence intervals for the single proportion", method 3."""
-    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-3)

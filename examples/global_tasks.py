@@ -1,0 +1,319 @@
+"""Questions whose answer needs the whole context: counting, majority and ordering, in English and Korean.
+
+    python examples/global_tasks.py --task counting --lang ko --tokens 2990 --samples 200 --out counting-ko.jsonl
+
+Statements are planted in the passkey haystack at random places, and like the needles they are deterministic, of
+an exact number of tokens, and split by a checksum: what evaluation reads, training never did. eval_niah.py reads
+the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from haystack import LANGUAGES, is_held_out
+from niah import FILLERS, WORDINGS, Haystack, Sample, train_tokenizer
+
+__all__ = ["TASKS", "GlobalSample", "GlobalTask", "dataset", "main"]
+
+MOST = 9  # events of one kind: the count is one digit
+CANDIDATES = 4
+TRAVELLERS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalSample(Sample):
+    """A question about the whole context.
+
+    `answer` is one of `choices`, the words or numbers that count as an answer; `chance` is the score of a guess
+    among those that the question or the context leaves open. `keys` says what was planted.
+    """
+
+    task: str
+    choices: tuple[str, ...]
+    chance: float
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Statements take the haystack's words by name; `held_out` ones are never used in training.
+
+    Each question ends where the answer follows.
+    """
+
+    statements: tuple[str, ...]
+    held_out: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+TASK_WORDINGS = {
+    ("counting", "en"): Wording(
+        (
+            "On {day} {name} rang the bell at the {place}.",
+            "{name} walked to the {place} on {day} and rang the bell.",
+            "It was {day} when {name} rang the bell at the {place}.",
+        ),
+        (
+            "The bell at the {place} was rung by {name} on {day}.",
+            "Someone saw {name} at the {place} on {day}, ringing the bell.",
+        ),
+        (" How many times was the bell at the {place} rung? It was rung this many times: ",),
+    ),
+    ("counting", "ko"): Wording(
+        (
+            "{day}에 {name}이 {place}의 종을 울렸습니다.",
+            "{name}은 {day}에 {place}에 가서 종을 울렸습니다.",
+            "{name}이 {place}의 종을 울린 것은 {day}이었습니다.",
+        ),
+        (
+            "{place}의 종이 {day}에 {name} 덕분에 소리를 냈습니다.",
+            "{day}에 {place}에서 종을 친 사람은 {name}입니다.",
+        ),
+        (" {place}의 종은 몇 번 울렸습니까? 울린 횟수는 ",),
+    ),
+    ("majority", "en"): Wording(
+        (
+            "{name} voted for the {things} on {day}.",
+            "On {day} {name} gave a vote to the {things}.",
+            "One more vote for the {things} came from {name} on {day}.",
+        ),
+        (
+            "The {things} received the vote of {name} on {day}.",
+            "Asked on {day}, {name} chose the {things} on the ballot.",
+        ),
+        (" What received the most votes? The most votes went to the ",),
+    ),
+    ("majority", "ko"): Wording(
+        (
+            "{name}은 {day}에 {things}에 투표했습니다.",
+            "{day}에 {name}의 한 표는 {things}에 갔습니다.",
+            "{things}에 {name}의 표가 {day}에 더해졌습니다.",
+        ),
+        (
+            "{day}에 물었더니 {name}은 투표용지에서 {things}를 골랐습니다.",
+            "{things}는 {day}에 {name}에게서 표를 받았습니다.",
+        ),
+        (" 무엇이 가장 많은 표를 받았습니까? 가장 많은 표를 받은 것은 ",),
+    ),
+    ("ordering", "en"): Wording(
+        (
+            "Then {name} set out for the {place} with {things}.",
+            "Now {name} set out with {colour} {things}.",
+            "After that {name} set out for the {place}, and {day} was still far.",
+        ),
+        (
+            "The next to leave for the {place} was {name}.",
+            "{name} took the {things} and departed.",
+        ),
+        (
+            " Who set out first, {a} or {b}? The first to set out was ",
+            " Who set out last, {a} or {b}? The last to set out was ",
+        ),
+    ),
+    ("ordering", "ko"): Wording(
+        (
+            "그리고 {name}이 {things}와 함께 {place}으로 출발했습니다.",
+            "이제 {name}이 {colour} {things}를 들고 출발했습니다.",
+            "그 뒤에 {name}이 {place}으로 출발했고 {day}은 아직 멀었습니다.",
+        ),
+        (
+            "다음으로 {place}을 향해 떠난 사람은 {name}입니다.",
+            "{name}이 {things}를 챙겨서 길을 나섰습니다.",
+        ),
+        (
+            " {a}과 {b} 중 누가 먼저 출발했습니까? 먼저 출발한 사람은 ",
+            " {a}과 {b} 중 누가 나중에 출발했습니까? 나중에 출발한 사람은 ",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to plant, in this order, and what to ask about it."""
+
+    statements: list[str]
+    question: str
+    answer: str
+    choices: tuple[str, ...]
+    chance: float
+    facts: dict[str, str]
+
+
+class GlobalTask:
+    """Draws contexts and questions of one task, on the side of the split that its haystack is on.
+
+    Parameters
+    ----------
+    name : str
+        One of `TASKS`.
+    haystack : Haystack
+        The filler, the language and wordings, the tokenizer and the only source of chance.
+    """
+
+    def __init__(self, name: str, haystack: Haystack) -> None:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}: expected one of {', '.join(TASKS)}")
+        self.name, self.haystack = name, haystack
+        self.wording = TASK_WORDINGS[name, haystack.language.code]
+        self.templates = self.wording.held_out if haystack.wordings == "held_out" else self.wording.statements
+        self.words = haystack.language.words
+
+    def draw(self, tokens: int) -> tuple[list[int], GlobalSample]:
+        """Ids of a context of exactly `tokens` tokens, and the question about it."""
+        plan = TASKS[self.name](self, self.haystack.rng)
+        ids, context = self._spread(plan.statements, tokens)
+        sample = GlobalSample(
+            id="",
+            language=self.haystack.language.code,
+            context=context,
+            question=plan.question,
+            answer=plan.answer,
+            depth=0.0,  # the statements are everywhere
+            tokens=len(ids),
+            keys=plan.facts,
+            filler=self.haystack.filler,
+            wordings=self.haystack.wordings,
+            task=self.name,
+            choices=plan.choices,
+            chance=plan.chance,
+        )
+        return ids, sample
+
+    def say(self, **fixed: str) -> str:
+        """One statement of this side of the split about `fixed` words; the others are drawn."""
+        rng = self.haystack.rng
+        while True:
+            words = {slot: rng.choice(choices) for slot, choices in self.words.items()} | fixed
+            template = rng.choice(self.templates)
+            statement = template.format(**words)
+            if template in self.wording.held_out or is_held_out(statement) == self.haystack.held_out:
+                return statement
+
+    def _spread(self, statements: list[str], tokens: int) -> tuple[list[int], str]:
+        """The statements in their order at random places of the filler, in `tokens` tokens together."""
+        encoded = [(text, self.haystack.encode(text)) for text in (f" {statement}" for statement in statements)]
+        filler = tokens - sum(len(ids) for _, ids in encoded)
+        if filler < 0:
+            raise ValueError(
+                f"{tokens} tokens are too few for the {self.name} task: its statements take {tokens - filler}"
+            )
+        places = sorted(self.haystack.rng.randint(0, filler) for _ in encoded)
+        ids: list[int] = []
+        pieces: list[str] = []
+        used = 0
+        lines = self.haystack.lines()
+        for place, (text, statement) in [*zip(places, encoded, strict=True), (filler, ("", []))]:
+            while used < place:
+                line, line_ids = next(lines)
+                if used + len(line_ids) > filler:
+                    line, line_ids = self.haystack._cut(line_ids, filler - used)
+                used += len(line_ids)
+                ids += line_ids
+                pieces.append(line)
+            ids += statement
+            pieces.append(text)
+        return ids, "".join(pieces)
+
+
+def _counting(task: GlobalTask, rng: random.Random) -> _Plan:
+    """How often one bell was rung, while up to as many rings of two other bells distract."""
+    asked, *others = rng.sample(task.words["place"], 3)
+    counts = {asked: rng.randint(1, MOST), **dict.fromkeys(others, 0)}
+    for _ in range(rng.randint(0, MOST)):
+        counts[rng.choice(others)] += 1
+    statements = [task.say(place=place) for place, count in counts.items() for _ in range(count)]
+    rng.shuffle(statements)
+    question = task.wording.questions[0].format(place=asked)
+    choices = tuple(str(count) for count in range(1, MOST + 1))
+    facts = {place: str(count) for place, count in counts.items()}
+    return _Plan(statements, question, str(counts[asked]), choices, 1 / MOST, facts)
+
+
+def _majority(task: GlobalTask, rng: random.Random) -> _Plan:
+    """Which candidate got the most votes; all got at least one, and the winner is alone in front."""
+    candidates = rng.sample(task.words["things"], CANDIDATES)
+    winner = rng.choice(candidates)
+    most = rng.randint(2, 5)
+    votes = {candidate: most if candidate == winner else rng.randint(1, most - 1) for candidate in candidates}
+    statements = [task.say(things=candidate) for candidate, count in votes.items() for _ in range(count)]
+    rng.shuffle(statements)
+    facts = {candidate: str(count) for candidate, count in votes.items()}
+    return _Plan(statements, task.wording.questions[0], winner, task.words["things"], 1 / CANDIDATES, facts)
+
+
+def _ordering(task: GlobalTask, rng: random.Random) -> _Plan:
+    """Who of two travellers set out first, or last: the text tells it in the order in which it happened."""
+    travellers = rng.sample(task.words["name"], TRAVELLERS)
+    pair = rng.sample(travellers, 2)
+    which = rng.randrange(2)
+    question = task.wording.questions[which].format(a=pair[0], b=pair[1])
+    answer = (min, max)[which](pair, key=travellers.index)
+    facts = {traveller: str(place) for place, traveller in enumerate(travellers, start=1)}
+    statements = [task.say(name=name) for name in travellers]
+    return _Plan(statements, question, answer, task.words["name"], 1 / 2, facts)
+
+
+TASKS: dict[str, Callable[[GlobalTask, random.Random], _Plan]] = {
+    "counting": _counting,
+    "majority": _majority,
+    "ordering": _ordering,
+}
+
+
+def dataset(
+    tokenizer: Tokenizer,
+    task: str,
+    language: str,
+    tokens: int,
+    samples: int,
+    *,
+    seed: int = 0,
+    filler: str = "templates",
+    wordings: str = "training",
+) -> Iterator[GlobalSample]:
+    """Held-out samples of one task."""
+    rng = random.Random(f"{seed}-{task}-{language}-{tokens}")
+    drawn = GlobalTask(task, Haystack(tokenizer, language, True, rng, filler=filler, wordings=wordings))
+    for index in range(samples):
+        _, sample = drawn.draw(tokens)
+        yield replace(sample, id=f"{task}-{language}-{tokens}-{seed}-{index}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=sorted(TASKS))
+    parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
+    parser.add_argument("--tokens", type=int, default=2990, help="exact length of every context")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
+    parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    if given.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer).backend_tokenizer
+    else:
+        tokenizer = train_tokenizer()
+    options = {"seed": given.seed, "filler": given.filler, "wordings": given.wordings}
+    try:
+        samples = list(dataset(tokenizer, given.task, given.lang, given.tokens, given.samples, **options))
+    except ValueError as error:
+        parser.error(str(error))
+    given.out.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
+    print(f"{len(samples)} {given.task} samples of {given.tokens:,} tokens in {given.out}")
+
+
+if __name__ == "__main__":
+    main()

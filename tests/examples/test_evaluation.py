@@ -1,0 +1,363 @@
+"""Evaluation: what readers read, that a kill loses nothing, that answers of different models never mix."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import eval_niah
+import gistkern
+import global_tasks
+import throughput
+from checkpoints import Progress, load_model, save
+from evaluation import FullReader, GistReader, answer_samples, swap_test
+from models import tiny_llama
+from niah import dataset, train_tokenizer
+from presets import preset
+
+SETTINGS = preset("smoke")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+def untrained(seed=0):
+    model = tiny_llama(seed).eval()
+    gistkern.patch_llama(
+        model,
+        num_gist_tokens=SETTINGS.gist_tokens,
+        num_segment_gist_tokens=SETTINGS.segment_gist_tokens,
+        positions=SETTINGS.positions,
+        sink_tokens=SETTINGS.sink_tokens,
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return untrained()
+
+
+class Untouched:
+    """The optimizers of a model that was not trained."""
+
+    def tensors(self):
+        return {"step": torch.zeros(1)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """A run's folder with the checkpoint of an untrained model."""
+    folder = tmp_path_factory.mktemp("run")
+    model = untrained()
+    save(folder, model, tokenizer, Untouched(), Progress("smoke", seed=3, curriculum={"step": 1}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    return [*dataset(tokenizer, "en", 150, 5), *dataset(tokenizer, "ko", 100, 3, wordings="held_out")]
+
+
+class Scripted:
+    """A reader that says the right key to all but every third sample, and can be killed after some batches."""
+
+    digest = "scripted"
+
+    def __init__(self, batches=None):
+        self.batches, self.asked = batches, []
+
+    def read(self, samples):
+        if self.batches is not None:
+            if not self.batches:
+                raise KeyboardInterrupt
+            self.batches -= 1
+        self.asked += [sample.id for sample in samples]
+        return [(s.answer if int(s.id[-1]) % 3 else "I cannot say", 10, 1000, 100) for s in samples]
+
+
+# ---- readers
+
+
+def test_bytes_are_those_of_the_cache(tokenizer, model, samples):
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    for reader in (GistReader(model, tokenizer, SETTINGS.segments), FullReader(untrained(), tokenizer)):
+        for sample, answer in zip(samples, answer_samples(reader, samples), strict=True):
+            rows = 10 if isinstance(reader, GistReader) else sample.tokens
+            assert (answer.rows, answer.bytes) == (rows, rows * per_token)
+            assert answer.full_bytes == sample.tokens * per_token
+
+
+def test_batches_change_nothing(tokenizer, model, samples):
+    reader = GistReader(model, tokenizer, SETTINGS.segments)
+    one, five = (answer_samples(reader, samples, batch=batch) for batch in (1, 5))
+    assert one == five
+    assert [answer.id for answer in one] == [sample.id for sample in samples]
+    assert len({answer.said for answer in one}) > 1
+
+
+def test_the_full_reader_reads_the_context(tokenizer, samples):
+    model = untrained()
+    model.gistkern_handle.unpatch()
+    (answer,) = answer_samples(FullReader(model, tokenizer, new_tokens=3), samples[:1])
+    ids = torch.tensor([tokenizer.encode(samples[0].context + samples[0].question).ids])
+    for _ in range(3):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert answer.said == tokenizer.decode(ids[0, -3:].tolist())
+
+
+def test_an_answer_gets_the_tokens_of_its_own_task(tokenizer, model, samples):
+    """A model that was not trained to stop is cut at the longest permitted answer, task by task."""
+    asked = []
+
+    def generate(ids, max_new_tokens, **kwargs):
+        asked.append(max_new_tokens)
+        return torch.cat([ids, ids.new_full((len(ids), max_new_tokens), 5)], 1)
+
+    reader = GistReader(model, tokenizer, SETTINGS.segments)
+    counting = list(global_tasks.dataset(tokenizer, "counting", "en", 400, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generate", generate)
+        answer_samples(reader, [samples[0], *counting, samples[1]])
+        answer_samples(GistReader(model, tokenizer, SETTINGS.segments, new_tokens=9), samples[:1])
+    assert asked == [5, 1, 9]
+
+
+class Keys:
+    """The cache of a `Swapping` reader."""
+
+    def __init__(self, keys):
+        self.keys = keys
+
+    def batch_select_indices(self, order):
+        self.keys = [self.keys[index] for index in order.tolist()]
+
+
+class Swapping:
+    """A reader whose answers come from the cache, or from where the question came from."""
+
+    def __init__(self, leaks):
+        self.leaks = leaks
+
+    def compress(self, samples):
+        return Keys([sample.answer for sample in samples])
+
+    def ask(self, cache, samples):
+        return [f"{sample.answer if self.leaks else key}." for sample, key in zip(samples, cache.keys, strict=True)]
+
+
+def test_the_swap_test_tells_a_leak(samples):
+    found = swap_test(Swapping(leaks=False), samples)
+    assert found == {"n": 8, "answers_of_the_swapped_cache": 1.0, "answers_of_the_own_context": 0.0}
+    assert swap_test(Swapping(leaks=True), samples)["answers_of_the_own_context"] == 1.0
+
+
+# ---- the stream of answers
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(samples, tmp_path):
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    expected = answer_samples(Scripted(), samples, batch=2, stream=whole)
+    with pytest.raises(KeyboardInterrupt):
+        answer_samples(Scripted(batches=2), samples, batch=2, stream=killed)
+    assert killed.read_bytes() == b"".join(whole.read_bytes().splitlines(True)[:4])
+    with killed.open("a") as out:
+        out.write('{"model": "scripted", "dig')
+    reader = Scripted()
+    assert answer_samples(reader, samples, batch=2, stream=killed) == expected
+    assert len(reader.asked) == len(samples) - 4
+    assert killed.read_bytes() == whole.read_bytes()
+    again = Scripted()
+    assert answer_samples(again, samples, stream=killed) == expected
+    assert again.asked == []
+
+
+def test_answers_of_different_models_never_mix(samples, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer_samples(Scripted(), samples, stream=path)
+    before = path.read_bytes()
+    other = Scripted()
+    other.digest = "other"
+    with pytest.raises(ValueError, match="holds answers of another checkpoint"):
+        answer_samples(other, samples, stream=path)
+    with pytest.raises(ValueError, match="or other questions"):
+        answer_samples(Scripted(), samples[1:], stream=path)
+    assert path.read_bytes() == before, "a refusal leaves the file alone"
+    answer_samples(other, samples, stream=path, overwrite=True)
+    assert {json.loads(line)["model"] for line in path.read_text().splitlines()} == {"other"}
+
+
+def test_a_reader_is_its_weights_and_its_way_of_reading(tokenizer, model):
+    reader = GistReader(model, tokenizer, SETTINGS.segments)
+    assert reader.digest == GistReader(untrained(), tokenizer, dict(SETTINGS.segments)).digest
+    moved = untrained()
+    with torch.no_grad():
+        moved.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    others = {
+        GistReader(moved, tokenizer, SETTINGS.segments).digest,
+        GistReader(model, tokenizer, {"segment_length": 56}).digest,
+        GistReader(model, tokenizer, SETTINGS.segments, new_tokens=8).digest,
+        FullReader(model, tokenizer).digest,
+    }
+    assert len(others | {reader.digest}) == 5
+
+
+def test_a_damaged_file_is_refused_by_line(samples, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer_samples(Scripted(), samples, stream=path)
+    lines = path.read_text().splitlines(True)
+    path.write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
+    with pytest.raises(ValueError, match=r"answers\.jsonl, line 2 is no answer"):
+        answer_samples(Scripted(), samples, stream=path)
+    reader = Scripted()
+    answer_samples(reader, samples, stream=path, overwrite=True)
+    assert len(reader.asked) == len(samples)
+
+
+def test_the_same_question_twice_is_refused(samples):
+    with pytest.raises(ValueError, match="the same question twice"):
+        answer_samples(Scripted(), [*samples, samples[2]])
+
+
+# ---- eval_niah.py
+
+
+@pytest.fixture
+def data(tmp_path, tokenizer):
+    paths = [tmp_path / "passkeys.jsonl", tmp_path / "majority.jsonl"]
+    samples_of_each = [
+        list(dataset(tokenizer, "en", 150, 4)),
+        list(global_tasks.dataset(tokenizer, "majority", "ko", 400, 4)),
+    ]
+    for path, samples in zip(paths, samples_of_each, strict=True):
+        path.write_text("".join(json.dumps(vars(sample)) + "\n" for sample in samples))
+    return [str(path) for path in paths]
+
+
+def evaluate(run, output, *arguments):
+    eval_niah.main(["--checkpoint", str(run), "--output", str(output), *arguments])
+    return json.loads((output / "report.json").read_text())
+
+
+def test_any_checkpoint_on_any_datasets(run, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    report = evaluate(run, output, "--dataset", *data, "--limit", "3", "--full")
+    assert [(row["task"], row["language"], row["tokens"], row["n"]) for row in report["rows"]] == [
+        ("passkey", "en", 150, 3),
+        ("majority", "ko", 400, 3),
+    ]
+    assert [row["chance"] for row in report["rows"]] == pytest.approx([1e-5, 0.25])
+    assert [row["ratio"] for row in report["rows"]] == [15, 40]
+    assert [row["ratio"] for row in report["full_context"]] == [1, 1]
+    assert report["swap"]["n"] == 3
+    assert (report["preset"], report["seed"], report["checkpoint"]) == ("smoke", 3, "checkpoint-000001")
+    assert report["model"]["parameters"] > 200_000
+    assert len(report["answers"]) == len((output / "answers.jsonl").read_text().splitlines()) == 6
+    assert {path.name for path in output.iterdir()} == {
+        "answers.jsonl",
+        "answers-full.jsonl",
+        "report.json",
+        "report.md",
+        "heatmap.png",
+        "accuracy.png",
+        "kv_bytes.png",
+    }
+    assert "ko, majority" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # more questions than the answers in the folder are about are fine, fewer are not
+        evaluate(run, output, "--dataset", data[0])
+    assert "or other questions" in capsys.readouterr().err
+
+
+def test_time_and_memory_on_request(run, data, tmp_path, monkeypatch):
+    for name, value in (
+        ("ROUNDS", 1),
+        ("NEW_TOKENS", 3),
+        ("QUESTIONS", 2),
+        ("BATCHES", (2, 1000)),
+        ("BATCH_TOKENS", 2),
+    ):
+        monkeypatch.setattr(throughput, name, value)
+    monkeypatch.setattr("eval_niah.BATCHES", (2, 1000))
+    monkeypatch.setattr("measure.NEW_TOKENS", 3)
+    # peaks need two fresh processes, which the tests of training run
+    monkeypatch.setattr("measure._peaks", lambda *_: {"prefill_peak_bytes": 5_000, "decode_peak_bytes": None})
+    monkeypatch.setattr("measure.QUESTIONS", 2)
+    monkeypatch.setattr(throughput, "LARGEST_CACHE", 2_000_000)
+    both = evaluate(run, tmp_path / "out", "--dataset", data[0], "--measure")["side_by_side"]
+    for side in (both["gist"], both["full"]):
+        assert 0 < side["prefill_s"] < side["time_to_first_token_s"]
+        assert side["total_s"][1] > side["total_s"][0] > side["prefill_s"]
+        assert side["decode_tokens_per_s"] > 0
+    two, many = both["decode_by_batch"]
+    assert two["batch"] == 2
+    assert two["gist"] > 0
+    assert many == {"batch": 1000, "not_measured": "the full caches would take 307,200,000 bytes"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| decode, batch of 2 (tokens/s) |" in text
+    assert "| peak memory of prefill (bytes) | 5,000 | 5,000 | 1.000 |" in text
+    assert "| peak memory of decode (bytes) | not measured | not measured |  |" in text
+    assert "Decoding a batch of 1000 was not measured: the full caches would take 307,200,000 bytes." in text
+
+
+def test_evaluating_while_training_deletes_checkpoints(run, tmp_path, monkeypatch):
+    training = tmp_path / "training"
+    shutil.copytree(run, training)
+    copytree = shutil.copytree
+    newer = training / "checkpoint-000002"
+
+    def copy_while_training(source, target, **kwargs):
+        if source != newer:
+            copytree(source, newer)
+            shutil.rmtree(source)
+        return copytree(source, target, **kwargs)
+
+    monkeypatch.setattr("shutil.copytree", copy_while_training)
+    snapshot = eval_niah._snapshot(training, tmp_path / "copy")
+    shutil.rmtree(training)
+    assert snapshot.name == "checkpoint-000002"
+    assert not list(snapshot.glob("optimizer*"))
+    load_model(snapshot)
+
+
+# ---- throughput
+
+
+@pytest.mark.parametrize(
+    ("gist", "full", "questions"),
+    [
+        (([1.0, 2.0], 1.0), ([1.0, 3.0], 2.0), 1),
+        (([5.0, 6.0], 1.0), ([3.0, 5.0], 2.0), 3),
+        (([5.5, 6.5], 1.0), ([3.0, 5.0], 2.0), 4),
+        (([5.0, 7.0], 2.0), ([3.0, 5.0], 2.0), None),
+    ],
+)
+def test_break_even(gist, full, questions):
+    first, second = ({"total_s": totals, "question_s": each} for totals, each in (gist, full))
+    assert throughput.break_even(first, second) == questions
+
+
+def test_the_loop_that_is_timed_says_what_generate_says(tokenizer, model, samples):
+    """And it leaves both caches as the prefill made them, for the next question."""
+    context, question = (torch.tensor([tokenizer.encode(t).ids]) for t in (samples[0].context, samples[0].question))
+    plain = untrained()
+    plain.gistkern_handle.unpatch()
+    sides = (
+        throughput.gist_side(model, context, SETTINGS.segments),
+        throughput.full_side(plain, context),
+    )
+    for side, prompt in zip(sides, (question, torch.cat([context, question], 1)), strict=True):
+        with torch.no_grad():
+            cache = side.prefill()
+            stored = cache.layers[0].keys.clone()
+            token, said = question, []
+            for _ in range(5):
+                token = throughput._next(side.model, cache, token)
+                said.append(token.item())
+            cache.crop(-(question.shape[1] + 4))
+            assert torch.equal(cache.layers[0].keys, stored)
+            past = {"past_key_values": cache} if side is sides[0] else {}
+            assert side.model.generate(prompt, max_new_tokens=5, do_sample=False, **past)[0, -5:].tolist() == said

@@ -1,0 +1,117 @@
+"""Contexts that share a row: every sample reads exactly what it would in a row of its own."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from gistkern import GistLayout, patch_llama
+from gistkern.layout_checks import check_intervals
+from gistkern.training import Stage
+from models import tiny_llama
+from niah import KEY_DIGITS, Haystack, train_tokenizer
+from presets import preset
+from shared_haystack import cut, needle_segments, plain_segments, shared_layout
+from task import answer_logits, haystacks, make_batch
+
+LENGTHS = [7, 5, 6, 9, 4]
+MEMBERS = [[0, 1, 2], [3, 0, 2, 1], [4]]
+TAIL = 4
+
+
+def patched(sink_tokens=0):
+    model = tiny_llama(0)
+    handle = patch_llama(
+        model, num_gist_tokens=3, num_segment_gist_tokens=2, positions="gist_first", sink_tokens=sink_tokens
+    )
+    return model.eval(), handle
+
+
+def tokens(count, seed):
+    return torch.randint(1, 1000, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_samples_equal_rows_of_their_own(sink_tokens):
+    model, handle = patched(sink_tokens)
+    layout = shared_layout(LENGTHS, MEMBERS, 2, 3, tail=TAIL, sink_tokens=sink_tokens)
+    check_intervals(layout)
+    segments = [tokens(length, seed) + handle.segment_gist_token_ids for seed, length in enumerate(LENGTHS)]
+    tails = [handle.gist_token_ids + tokens(TAIL, 10 + sample) for sample in range(len(MEMBERS))]
+
+    def logits(row, row_layout):
+        with torch.no_grad():
+            return model(torch.tensor([row]), gist_layout=row_layout).logits[0]
+
+    together = logits([token for part in (*segments, *tails) for token in part], layout)
+    together = together[-len(MEMBERS) * (3 + TAIL) :].view(len(MEMBERS), 3 + TAIL, -1)
+    for shared, members, tail in zip(together, MEMBERS, tails, strict=True):
+        own = GistLayout.hierarchical([LENGTHS[index] for index in members], 2, 3, tail=TAIL, sink_tokens=sink_tokens)
+        alone = logits([token for index in members for token in segments[index]] + tail, own)[-3 - TAIL :]
+        torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    assert (together[0] - together[1]).abs().nan_to_num().max() > 0.01, "samples differ, so equality means something"
+
+
+@pytest.mark.parametrize(
+    ("members", "sinks", "message"),
+    [
+        ([], 0, "members lists no sample"),
+        ([[0], []], 0, "sample 1 needs at least one segment and none twice, got \\[\\]"),
+        ([[1, 1]], 0, "sample 0 needs at least one segment and none twice, got \\[1, 1\\]"),
+        ([[0], [4]], 5, "first segment of sample 1 has 4 tokens, which must be at least the 5 sink tokens"),
+    ],
+)
+def test_refusals(members, sinks, message):
+    with pytest.raises(ValueError, match=message):
+        shared_layout(LENGTHS, members, 2, 3, tail=TAIL, sink_tokens=sinks)
+
+
+@pytest.mark.parametrize("count", [20, 24, 25, 96, 97, 168, 169, 1000])
+def test_cut_is_how_compress_cuts(count):
+    from gistkern.compressing import _segments
+
+    ids = torch.arange(count)
+    expected = [piece.tolist() for piece in _segments(ids, 96, 24)]
+    assert [list(range(begin, end)) for begin, end in cut(range(count), 96, 24)] == expected
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_needle_segments_hold_the_needle_and_plain_ones_do_not(language):
+    haystack = Haystack(train_tokenizer(), language, False, random.Random(0))
+    parts = set()
+    for _ in range(60):
+        found, key = needle_segments(haystack, 96, 24)
+        parts.add(len(found))
+        texts = [haystack.tokenizer.decode(ids) for ids in found]
+        assert any(key in text for text in texts)
+        assert all(len(ids) == 96 for ids in found[:-1])
+        assert 0 < len(found[-1]) <= 96
+    assert parts == {1, 2}, "some needles are cut by a boundary"
+    plain = plain_segments(haystack, 50, 96, 24)
+    assert [len(ids) for ids in plain[:-1]] == [96] * 49
+    assert 24 < len(plain[-1]) <= 96
+    assert plain[0][-24:] == plain[1][:24], "neighbours overlap"
+    announced = {"en": "pass key", "ko": "패스키"}[language]
+    assert not any(announced in haystack.tokenizer.decode(ids) for ids in plain)
+
+
+def test_a_shared_batch_predicts_its_answers():
+    """Changing a sample's own key changes its logits alone; the places that predict stand before the answers."""
+    model, handle = patched()
+    settings = dataclasses.replace(preset("tiny"), languages=("en",), segment_overlap=12)
+    drawn = haystacks(settings, train_tokenizer(), False, "3")
+    stage = Stage(segments=(4, 4), segment_length=48, batch_size=3, steps=1)
+    batch = make_batch(drawn, handle, stage, settings, random.Random(3))
+    check_intervals(batch.layout)
+    row = batch.input_ids[0]
+    assert torch.equal(row[batch.predictors + 1], batch.answers.flatten())
+    answer = batch.answers[1].tolist()
+    first_statement = next(i for i in range(len(row)) if row[i : i + KEY_DIGITS].tolist() == answer)
+    changed = row.clone()
+    changed[first_statement] = changed[first_statement - 1]
+    other = dataclasses.replace(batch, input_ids=changed[None])
+    with torch.no_grad():
+        before, after = answer_logits(model, batch), answer_logits(model, other)
+    differs = [not torch.equal(one, two) for one, two in zip(before, after, strict=True)]
+    assert differs == [False, True, False]
