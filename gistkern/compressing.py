@@ -83,7 +83,7 @@ def compress(
 
     cache = GistCache()
     length = segment_length or input_ids.shape[1]
-    samples = [_segments(ids[real], length, segment_overlap) for ids, real in zip(input_ids, valid, strict=True)]
+    samples = [segments_of(ids[real], length, segment_overlap) for ids, real in zip(input_ids, valid, strict=True)]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -101,7 +101,7 @@ def compress(
     return cache
 
 
-def _segments(ids: torch.Tensor, length: int, overlap: int) -> list[torch.Tensor]:
+def segments_of(ids: torch.Tensor, length: int, overlap: int) -> list[torch.Tensor]:
     """A context in segments of `length` tokens (the last may be shorter), each but the first with its overlap."""
     last = max(1, len(ids) - overlap)
     return [ids[begin : begin + length] for begin in range(0, last, length - overlap)]

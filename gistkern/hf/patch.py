@@ -195,10 +195,16 @@ class GistHandle:
         return [p for p in self.inner.gist_embeddings.parameters() if p.requires_grad]
 
     def check_settings(self) -> None:
-        """Raise ValueError if the gist rows in use were trained under other settings, or would not be saved.
+        """Raise ValueError if the mask is off, or the gist rows in use were trained under other settings or not saved.
 
         Rows loaded with a peft adapter bring the settings they were trained with.
         """
+        current = self.model.config._attn_implementation
+        if current != NAME:
+            raise ValueError(
+                f"attn_implementation was set to {current!r} after patching, which takes the gist mask off: set it "
+                "before patch_llama, or unpatch first"
+            )
         rows = self.inner.gist_embeddings
         configs = getattr(self.model, "peft_config", None) or {}
         for name, config in configs.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gistkern.compressing import _segments
+from gistkern.compressing import segments_of
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_count
 
@@ -96,7 +96,7 @@ class Streams:
         return batch
 
     def _segments(self, context: torch.Tensor) -> list[torch.Tensor]:
-        return _segments(context, self.segment_length or len(context), self.segment_overlap)
+        return segments_of(context, self.segment_length or len(context), self.segment_overlap)
 
     def _with_gists(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         ends = torch.tensor(self.segment_gist_token_ids or self.gist_token_ids)

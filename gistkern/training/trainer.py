@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer
 
-from gistkern.hf.attention_function import NAME
 from gistkern.hf.patch import handle_of
 from gistkern.training.callback import GistCallback
 from gistkern.training.collator import GistDataCollator
@@ -80,13 +79,9 @@ class GistTrainer(Trainer):
         self._window_steps = 0
 
     def _check(self, curriculum: Curriculum | None) -> None:
-        handle = handle_of(self.model)
-        handle.check_settings()
+        handle_of(self.model).check_settings()
         arguments: Any = self.args
         refused = {
-            "the attention implementation was changed after patching, which takes the gist mask off: patch last": (
-                handle.model.config._attn_implementation != NAME
-            ),
             "compute_loss_func would be ignored: pass objectives": self.compute_loss_func is not None,
             "label_smoothing_factor would be ignored: leave it at 0": arguments.label_smoothing_factor != 0,
             "several GPUs in one process (DataParallel) split batches but not their layouts: launch one process per "

@@ -172,6 +172,17 @@ def test_naming_the_implementation_without_a_patch_is_an_error(model):
         model(random_ids(1, 5))
 
 
+def test_taking_the_mask_off_after_patching_is_an_error(model):
+    with gistkern.patch_llama(model, num_gist_tokens=2) as handle:
+        ids = torch.tensor([[5, 6, *handle.gist_token_ids, 7]])
+        masked = model(ids).logits
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="set to 'sdpa' after patching, which takes the gist mask off"):
+            model(ids)
+        model.set_attn_implementation("gistkern")
+        assert torch.equal(model(ids).logits, masked)
+
+
 def test_training_does_not_build_a_cache(model):
     with gistkern.patch_llama(model):
         assert model.train()(random_ids(1, 5)).past_key_values is None
