@@ -18,7 +18,17 @@ from tokenizers import Tokenizer
 
 from checkpoints import load_model
 from niah import Sample
-from throughput import NEW_TOKENS, QUESTIONS, ROUNDS, Side, break_even, decode_by_batch, full_side, gist_side, rounds
+from throughput import (
+    NEW_TOKENS,
+    QUESTIONS,
+    ROUNDS,
+    Side,
+    decode_by_batch,
+    full_side,
+    gist_side,
+    paying_questions,
+    rounds,
+)
 
 __all__ = ["side_by_side"]
 
@@ -53,7 +63,7 @@ def side_by_side(
             for name, measured in times.items()
         },
         "questions": QUESTIONS,
-        "break_even_questions": break_even(times["gist"], times["full"]),
+        "paying_questions": paying_questions(times["gist"], times["full"]),
         "decode_by_batch": decode_by_batch(sides, question, batches) if batches else [],
     }
 

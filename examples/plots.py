@@ -92,7 +92,8 @@ def kv_bytes(reports: Mapping[str, Rows], path: Path) -> None:
         places = [place + 0.4 * index for place in range(len(sizes))]
         axes.barh(places, [size[index] for size in sizes.values()], height=0.38, label=which)
     axes.set_yticks([place + 0.2 for place in range(len(sizes))], list(sizes))
-    axes.set(xscale="log", xlabel="bytes of keys and values")
+    smallest = min(gist for _, gist in sizes.values())
+    axes.set(xscale="log", xlim=(smallest / 10, None), xlabel="bytes of keys and values")
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

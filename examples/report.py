@@ -133,12 +133,18 @@ def _side_by_side(both: dict[str, Any]) -> list[str]:
         "",
         *_table(("", "gist rows", "full cache", "gist / full"), [_compared(*row) for row in compared]),
     ]
-    if "break_even_questions" in both:
-        pays = both["break_even_questions"]
-        lines += ["", "Compressing never pays in time." if pays is None else f"It pays from question {pays} on."]
+    if "paying_questions" in both:
+        lines += ["", _paying(*both["paying_questions"])]
     for line in skipped:
         lines += ["", line]
     return lines
+
+
+def _paying(first: int | None, last: int | None) -> str:
+    if first is None:
+        return "In time alone, compressing never pays."
+    until = "or more" if last is None else f"to {last:,}"
+    return f"In time alone, compressing pays with {first:,} {until} questions on one context."
 
 
 def _compared(name: str, gist: float | None, full: float | None, is_bytes: bool) -> list[str]:

@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from gistkern import compress
 from niah import KEY_DIGITS
 
-__all__ = ["BATCHES", "Side", "break_even", "decode_by_batch", "full_side", "gist_side", "rounds"]
+__all__ = ["BATCHES", "Side", "decode_by_batch", "full_side", "gist_side", "paying_questions", "rounds"]
 
 ROUNDS = 3
 NEW_TOKENS = 64
@@ -100,16 +100,17 @@ def _medians(measured: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "total_s": totals, "question_s": (totals[-1] - totals[0]) / (QUESTIONS - 1)}
 
 
-def break_even(gist: Mapping[str, Any], full: Mapping[str, Any]) -> int | None:
-    """Fewest questions on one context from which on compressing costs no more time than the full cache.
+def paying_questions(gist: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """First and last number of questions on one context at which compressing costs no more time than the full cache.
 
-    From the medians of one prefill and of one more question; None if it never pays.
+    From the median total of one question and the mean time of one more. The first is None if it never pays, the
+    last if it never stops.
     """
     behind = gist["total_s"][0] - full["total_s"][0]
-    if behind <= 0:
-        return 1
     gained = full["question_s"] - gist["question_s"]
-    return 1 + math.ceil(behind / gained) if gained > 0 else None
+    if behind <= 0:
+        return 1, None if gained >= 0 else 1 + math.floor(behind / gained)
+    return (1 + math.ceil(behind / gained), None) if gained > 0 else (None, None)
 
 
 @torch.no_grad()

@@ -329,15 +329,21 @@ def test_evaluating_while_training_deletes_checkpoints(run, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("gist", "full", "questions"),
     [
-        (([1.0, 2.0], 1.0), ([1.0, 3.0], 2.0), 1),
-        (([5.0, 6.0], 1.0), ([3.0, 5.0], 2.0), 3),
-        (([5.5, 6.5], 1.0), ([3.0, 5.0], 2.0), 4),
-        (([5.0, 7.0], 2.0), ([3.0, 5.0], 2.0), None),
+        ((2.0, 1.0), (3.0, 2.0), (1, None)),
+        ((6.0, 1.0), (4.0, 2.0), (3, None)),
+        ((6.5, 1.0), (4.0, 2.0), (4, None)),
+        ((7.0, 2.0), (5.0, 2.0), (None, None)),
+        ((4.0, 2.0), (6.5, 1.0), (1, 3)),
+        ((4.0, 2.0), (4.0, 2.0), (1, None)),
     ],
 )
-def test_break_even(gist, full, questions):
-    first, second = ({"total_s": totals, "question_s": each} for totals, each in (gist, full))
-    assert throughput.break_even(first, second) == questions
+def test_when_compressing_pays(gist, full, questions):
+    """Found from (seconds of one question, seconds of one more), and true of the totals they stand for."""
+    first, last = found = throughput.paying_questions(*({"total_s": [a], "question_s": b} for a, b in (gist, full)))
+    assert found == questions
+    for k in range(1, 20):
+        pays = gist[0] + (k - 1) * gist[1] <= full[0] + (k - 1) * full[1]
+        assert pays == (first is not None and first <= k and (last is None or k <= last))
 
 
 def test_the_loop_that_is_timed_says_what_generate_says(tokenizer, model, samples):

@@ -79,6 +79,29 @@ def test_one_report_as_markdown():
     assert "whole context in sight:\n\n| questions" in text
 
 
+@pytest.mark.parametrize(
+    ("paying", "said"),
+    [
+        ([None, None], "never pays."),
+        ([1, None], "pays with 1 or more questions on one context."),
+        ([1, 7], "pays with 1 to 7 questions on one context."),
+    ],
+)
+def test_when_compressing_pays_is_said(paying, said):
+    side = {"time_to_first_token_s": 1.0, "decode_tokens_per_s": 9.0, "total_s": [1.0, 2.0]}
+    side |= {"prefill_peak_bytes": None, "decode_peak_bytes": None}
+    both = {
+        "gist": side,
+        "full": side,
+        "tokens": 9,
+        "runs": 3,
+        "threads": 1,
+        "questions": 2,
+        "paying_questions": paying,
+    }
+    assert said in report.markdown(made(row(), side_by_side=both))
+
+
 def test_several_reports_beside_the_proof_of_concept(tmp_path, capsys):
     paths = [write(tmp_path / name / "report.json", made(*MIXED, seed=s)) for name, s in (("first", 0), ("second", 1))]
     report.main([*paths, "--out", str(tmp_path / "docs" / "all")])
