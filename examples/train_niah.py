@@ -3,6 +3,9 @@
     python examples/train_niah.py                       # the tiny preset: a Llama from random weights, on CPU
     python examples/train_niah.py --resume              # go on after an interruption, bit for bit
     python examples/train_niah.py --leak                # the mask off: the original failure, reproduced
+    python examples/train_niah.py --preset smollm2      # a pretrained model, LoRA and gist rows
+    python examples/train_niah.py --preset llama3-8b    # a recipe of configs/, through transformers' Trainer (GPU)
+    python examples/train_niah.py --preset llama3-8b --dry-run          # the same code at tiny dimensions, on CPU
 
 Writes to runs/<preset>/: checkpoints, log.jsonl, and the evaluation's report.json, report.md and heatmap.png.
 """
@@ -25,6 +28,7 @@ from tqdm import tqdm
 from checkpoints import Progress, latest, load_model, load_progress, save
 from evaluation import evaluate_run
 from gistkern.training import Curriculum
+from llama3 import CONFIGS, train_from_config
 from models import build
 from optimizer import Optimizers
 from presets import PRESETS, Preset, preset
@@ -130,20 +134,40 @@ def _truncate_log(path: Path, step: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
+    recipes = {path.stem: path for path in CONFIGS.glob("*.yaml")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", default="tiny", choices=sorted({*PRESETS, *recipes}))
+    parser.add_argument("--seed", type=int, help="of the presets that are no recipe of configs/; 0 by default")
     parser.add_argument("--leak", action="store_true", help="train with the mask off, to see what a leak does")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     parser.add_argument("--run", type=Path, help="output folder; runs/<preset> by default")
     parser.add_argument("--threads", type=int, default=1, help="one is fastest for a model this small")
+    parser.add_argument("--model", help="of a recipe: folder or hub name of its base model, instead of its own")
+    parser.add_argument("--tokenizer", help="of a recipe: folder or hub name; by default the model's")
+    parser.add_argument("--dry-run", action="store_true", help="of a recipe: step through it at tiny dimensions")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    settings = preset(given.preset, given.leak)
-    run = given.run or Path("runs") / settings.name
     try:
-        checkpoint = train(settings, given.seed, run, given.resume, given.overwrite)
+        if given.preset in recipes:
+            if given.leak or given.seed is not None:
+                raise ValueError(f"{given.preset} is a recipe: its file sets the seed, and it has no --leak")
+            run = given.run or Path("runs") / given.preset
+            train_from_config(
+                recipes[given.preset],
+                run,
+                given.model,
+                given.tokenizer,
+                resume=given.resume,
+                overwrite=given.overwrite,
+                dry_run=given.dry_run,
+            )
+            return
+        if given.model or given.tokenizer or given.dry_run:
+            raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(recipes))})")
+        settings = preset(given.preset, given.leak)
+        run = given.run or Path("runs") / settings.name
+        checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite)
     except ValueError as error:
         parser.error(str(error))
     evaluate_run(checkpoint, settings, run)

@@ -61,7 +61,7 @@ def test_it_writes_log_checkpoint_and_report(finished):
     assert report["side_by_side"]["gist"]["decode_tokens_per_s"] > 0
     assert (folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
     assert "95 % interval" in (folder / "report.md").read_text()
-    assert "digits" in done.stderr, "the progress bar shows the digit accuracy"
+    assert "digit 0." in done.stderr, "the progress bar shows the digit accuracy"
 
 
 def weights(folder):
@@ -116,6 +116,9 @@ def test_evaluating_a_dataset(finished, tmp_path, capsys):
     [
         (["--resume"], "nothing to resume"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--dry-run"], "are for recipes (llama3-8b, llama3-8b-poc)"),
+        (["--preset", "llama3-8b", "--leak"], "it has no --leak"),
+        (["--preset", "llama3-8b", "--seed", "1"], "its file sets the seed"),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys):

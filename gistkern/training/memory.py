@@ -1,0 +1,313 @@
+"""How much memory a training step takes, calculated: weights, gradients, optimiser, activations, logits.
+
+    python -m gistkern.training.memory --config examples/configs/llama3-8b.yaml
+
+prints a Markdown table and whether the step fits a card. The numbers are formulas, checked against what torch
+allocates at small scale (docs/memory.md, tests/training/test_memory.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gistkern.training.memory_terms import (
+    LoraLike,
+    Precision,
+    Saved,
+    base_bytes,
+    linear_shapes,
+    optimizer_bytes,
+    trained_tensors,
+)
+from gistkern.training.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+__all__ = ["MemoryEstimate", "TrainingSetup", "config_of", "estimate", "main", "setup_of"]
+
+# tokens of a question and its answer, and of the answer alone; a passkey takes no more with a Llama tokenizer
+TAIL, ANSWER = 32, 5
+WEIGHTS = ("float32", "bfloat16", "nf4")
+# optimizer name of transformers -> bits of its state
+OPTIMIZERS = {
+    "adamw_torch": 32,
+    "adamw_torch_fused": 32,
+    "adamw_bnb_8bit": 8,
+    "paged_adamw_8bit": 8,
+    "paged_adamw_32bit": 32,
+}
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What the memory of a training step depends on, besides the model.
+
+    Parameters
+    ----------
+    tokens : int
+        Of one sample: context, gist tokens and tail.
+    batch_size : int
+        Samples of one forward pass. Accumulation steps change nothing: gradients stay allocated in any case.
+    logit_rows : int, optional
+        Rows of a sample whose logits are computed; all of them by default.
+    num_gist_tokens : int
+        Gist tokens with an embedding of their own.
+    compact_rows : int
+        Compact rows of a sample: all its gist tokens and sinks.
+    weights : str
+        ``"float32"``, ``"bfloat16"``, or ``"nf4"``: bitsandbytes' 4 bits for the linears of the layers, fp32 for
+        the rest, as `peft.prepare_model_for_kbit_training` leaves it.
+    double_quant : bool
+        Whether NF4's scales are quantised too.
+    autocast : bool
+        bf16 autocast (`TrainingArguments(bf16=True)`).
+    lora : peft.LoraConfig, optional
+        Without one, all parameters are trained.
+    optimizer : str
+        A name that transformers' Trainer knows; one of `OPTIMIZERS`.
+    gradient_checkpointing : bool
+        Whether each decoder layer is computed again in the backward pass.
+    teacher : bool
+        Whether a second forward pass without gradients gives logits to learn from.
+    on_cpu : bool
+        Dropout keeps a byte per element on a GPU, and a float on a CPU.
+
+    Raises
+    ------
+    ValueError
+        For unknown weights or optimisers, and for LoRA on quantised weights that are not there.
+    """
+
+    tokens: int
+    batch_size: int = 1
+    logit_rows: int | None = None
+    num_gist_tokens: int = 10
+    compact_rows: int = 11
+    weights: str = "nf4"
+    double_quant: bool = True
+    autocast: bool = True
+    lora: LoraLike | None = None
+    optimizer: str = "paged_adamw_8bit"
+    gradient_checkpointing: bool = True
+    teacher: bool = False
+    on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"unknown weights {self.weights!r}: expected one of {', '.join(WEIGHTS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
+        if self.weights == "nf4" and self.lora is None:
+            raise ValueError("4-bit weights cannot be trained: pass lora")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training step, by what they are for; `total` is the step's peak.
+
+    `logits` and `working` are not needed at the same time, so the larger one counts. `paged` bytes of `optimizer` move
+    to the host when the card is full, and back for every step.
+    """
+
+    weights: int
+    trainable: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    working: int
+    paged: int
+    kv_gist: int
+    kv_full: int
+    trainable_parameters: int
+
+    @property
+    def resident(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.trainable + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Peak of a step."""
+        return self.resident + self.activations + max(self.logits, self.working)
+
+    def fits(self, card: int, reserve: int = 10**9, paging: bool = False) -> bool:
+        """Whether a step fits `card` bytes, of which `reserve` are kept for the driver, the allocator and fragments.
+
+        With `paging` the optimiser's paged states may be on the host until its step, when activations are gone.
+        """
+        peak = max(self.total - self.paged, self.resident) if paging else self.total
+        return peak + reserve <= card
+
+    def table(self) -> str:
+        """A Markdown table."""
+        rows = [(_ROWS[one.name], getattr(self, one.name)) for one in fields(self) if one.name in _ROWS]
+        rows.append(("**peak of a training step** (the larger of the last two counts)", self.total))
+        rows += [
+            ("KV cache of one compressed context, bf16", self.kv_gist),
+            ("the same context's full KV cache, bf16", self.kv_full),
+        ]
+        lines = ["| what | bytes | GB |", "|---|---:|---:|"]
+        return "\n".join(lines + [f"| {name} | {value:,} | {value / 1e9:.3f} |" for name, value in rows])
+
+
+_ROWS = {
+    "weights": "base weights, and the originals of matrices that are trained as copies",
+    "trainable": "trained weights: LoRA, gist rows, copies of whole matrices",
+    "gradients": "gradients",
+    "optimizer": "optimiser states",
+    "activations": "activations kept for the backward pass",
+    "logits": "logits, log-probabilities, their gradients",
+    "working": "one layer's backward pass",
+}
+
+
+def estimate(config: Any, setup: TrainingSetup) -> MemoryEstimate:
+    """Memory of a training step of a Llama-like model.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of a Llama, Mistral, Qwen2 or Qwen3 model without biases.
+    setup : TrainingSetup
+        The rest.
+
+    Returns
+    -------
+    MemoryEstimate
+        In bytes. Not in it: the driver's own memory, fragments, and the temporaries of optimisers that are not fused.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    >>> estimate(small, TrainingSetup(tokens=100, weights="float32", autocast=False)).kv_gist
+    5632
+    """
+    precision = Precision(setup.weights, setup.autocast)
+    gists = setup.num_gist_tokens
+    trained = trained_tensors(config, precision, setup.lora, gists)
+    rows, compact_rows = setup.batch_size * setup.tokens, setup.batch_size * setup.compact_rows
+    saved = Saved(config, precision, setup.lora, rows, compact_rows, 4 if setup.on_cpu else 1)
+    layer = saved.hidden if setup.gradient_checkpointing else saved.layer
+    row = 2 * config.num_hidden_layers * linear_shapes(config)["k_proj"][0] * 2
+    trainable = sum(one.elements * one.element for one in trained)
+    original_rows = gists * config.hidden_size * precision.base
+    return MemoryEstimate(
+        weights=0 if setup.lora is None else base_bytes(config, precision, setup.double_quant) + original_rows,
+        trainable=trainable,
+        gradients=trainable,
+        optimizer=optimizer_bytes(trained, OPTIMIZERS[setup.optimizer]),
+        activations=config.num_hidden_layers * layer,
+        logits=_head(config, setup, saved),
+        working=_working(config, setup, saved),
+        paged=optimizer_bytes(trained, OPTIMIZERS[setup.optimizer], paged_only=True)
+        if setup.optimizer.startswith("paged_")
+        else 0,
+        kv_gist=row * setup.compact_rows,
+        kv_full=row * setup.tokens,
+        trainable_parameters=sum(one.elements for one in trained),
+    )
+
+
+def _head(config: Any, setup: TrainingSetup, saved: Saved) -> int:
+    """Last norm, output matrix, log-softmax: what they keep, and gradients in flight."""
+    logits, matrix = _logit_elements(config, setup), config.vocab_size * config.hidden_size
+    kept = saved.norm + saved.hidden
+    if setup.autocast and saved.precision.base == 4:
+        kept += matrix * 2  # autocast's copy of the output matrix
+    softmax = logits * 3 * 4  # itself and two gradients
+    if setup.teacher:
+        softmax += logits * 2 * 4  # its logits and probabilities
+    if setup.lora is not None and "lm_head" not in setup.lora.modules_to_save:
+        return kept + softmax
+    # the matrix's input, and its gradient: computed whole, in bf16 first under autocast, before it is added to what is
+    # there; by then the softmax is gone, and its gradient is there in fp32 and in what the matrix multiplies
+    gradient = matrix * (6 if setup.autocast else saved.precision.base)
+    return kept + saved.hidden + max(softmax, logits * (6 if setup.autocast else 4) + gradient)
+
+
+def _working(config: Any, setup: TrainingSetup, saved: Saved) -> int:
+    """Gradients in flight in a layer's MLP, and what is computed again for it."""
+    shapes = linear_shapes(config)
+    largest = max(outputs * inputs for outputs, inputs in shapes.values())
+    needed = 3 * saved.inner + 3 * saved.norm_input
+    if setup.weights == "nf4":
+        needed += 2 * largest  # one matrix at a time, without its quantisation
+    if setup.lora is None:
+        needed += largest * saved.precision.base
+    return needed + (saved.layer if setup.gradient_checkpointing else 0)
+
+
+def _logit_elements(config: Any, setup: TrainingSetup) -> int:
+    rows = setup.tokens if setup.logit_rows is None else setup.logit_rows
+    return setup.batch_size * rows * config.vocab_size
+
+
+def setup_of(recipe: Recipe, all_logits: bool = False) -> TrainingSetup:
+    """The setup of a recipe's largest step: the curriculum's longest context in every sample of the batch."""
+    gists, training = recipe.gists, recipe.training
+    return TrainingSetup(
+        tokens=max(max(stage.tokens or ()) for stage in recipe.curriculum.stages) + gists.num_gist_tokens + TAIL,
+        batch_size=training.per_device_train_batch_size,
+        logit_rows=None if all_logits else ANSWER,
+        num_gist_tokens=gists.num_gist_tokens,
+        compact_rows=gists.num_gist_tokens + gists.sink_tokens,
+        weights=recipe.model.dtype if recipe.quantization is None else recipe.quantization.bnb_4bit_quant_type,
+        double_quant=recipe.quantization is not None and recipe.quantization.bnb_4bit_use_double_quant,
+        autocast=training.bf16,
+        lora=recipe.lora,
+        optimizer=training.optim,
+        gradient_checkpointing=training.gradient_checkpointing,
+        teacher=recipe.objectives.distillation > 0,
+    )
+
+
+def config_of(recipe: Recipe) -> LlamaConfig:
+    """The model's config as a recipe describes it, the rows of a resized vocabulary included."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**recipe.model.architecture)
+    if recipe.model.resize_vocabulary:
+        config.vocab_size += recipe.gists.num_gist_tokens
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m gistkern.training.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="a recipe, say examples/configs/llama3-8b.yaml")
+    parser.add_argument("--card", type=float, default=24.0, help="memory of the card in GB (10^9 bytes)")
+    parser.add_argument("--reserve", type=float, default=1.0, help="GB of it for driver, allocator and fragments")
+    parser.add_argument("--all-logits", action="store_true", help="logits of every row, as model(ids, labels=...)")
+    given = parser.parse_args(arguments)
+    try:
+        recipe = read_recipe(given.config)
+        setup = setup_of(recipe, given.all_logits)
+        found = estimate(config_of(recipe), setup)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    card, reserve = round(given.card * 1e9), round(given.reserve * 1e9)
+    logits = "all rows" if setup.logit_rows is None else f"{setup.logit_rows} rows"
+    print(f"{given.config.stem}, calculated: {found.trainable_parameters:,} trained parameters,")
+    print(f"{setup.batch_size} x {setup.tokens:,} tokens, logits of {logits}.\n")
+    print(found.table())
+    print(f"\n{_verdict(found, card, reserve)} ({given.reserve:g} GB of it kept for the driver and fragments).")
+
+
+def _verdict(found: MemoryEstimate, card: int, reserve: int) -> str:
+    size = f"a card of {card / 1e9:g} GB"
+    if found.fits(card, reserve):
+        return f"It fits {size}"
+    if found.fits(card, reserve, paging=True):
+        return f"It fits {size} only while optimiser states ({found.paged / 1e9:.1f} GB) are paged to the host"
+    return f"It does not fit {size}, even with the optimiser states paged to the host"
+
+
+if __name__ == "__main__":
+    main()
