@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work cpu-report lint format bench docs clean
+.PHONY: help setup demo test emulate sanitize aot work cpu-report compare lint format bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/
 
 cpu-report: setup ## measure the CPU kernels beside SDPA, sgemm and a copy into docs/evidence/cpu.*
 	OMP_NUM_THREADS=1 $(BIN)/python bench/cpu_report.py $(ARGS)
+
+compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)
 
 lint: $(STAMP) ## ruff (format and rules), mypy and clang-format
 	$(BIN)/ruff format --check .
