@@ -20,9 +20,9 @@ class Language:
     `templates` take the `words` by name and numbers as ``{n}``; `held_out` ones are for evaluation alone.
     `needles` and `named_needles` state a key twice, as the original passkey task does (Mohtashami and Jaggi
     2023, "Landmark Attention", section 4.2); the named ones also take ``{name}``. `held_out_needles` are built
-    otherwise and are for evaluation alone; most state the key once. `statement` is the shortest way to say it.
-    Each question, and the `cue`, which only starts the answer, ends where the answer's digits follow. `alphabet`
-    is the code point of the first letter and their number.
+    otherwise and are for evaluation alone; most state the key once. `statement` is the shortest way to say it,
+    `secret` what it is called. Each question, and the `cue`, which only starts the answer, ends where the answer's
+    digits follow. `alphabet` is the code point of the first letter and their number.
     """
 
     code: str
@@ -32,6 +32,7 @@ class Language:
     held_out_needles: tuple[str, ...]
     named_needles: tuple[str, ...]
     statement: str
+    secret: str
     question: str
     cue: str
     named_question: str
@@ -88,6 +89,7 @@ _ENGLISH = Language(
         "Remember that the pass key of {name} is {key}. Yes, {key} is the pass key of {name}.",
     ),
     statement=" The pass key is {key}.",
+    secret="pass key",
     question=" What is the pass key? The pass key is ",
     cue="\nThe pass key is ",
     named_question=" What is the pass key of {name}? The pass key of {name} is ",
@@ -150,6 +152,7 @@ _KOREAN = Language(
         "{name}의 패스키는 {key}라는 것을 기억하세요. 네, {key}이 {name}의 패스키입니다.",
     ),
     statement=" 패스키는 {key}입니다.",
+    secret="패스키",
     question=" 패스키는 무엇입니까? 패스키는 ",
     cue="\n패스키는 ",
     named_question=" {name}의 패스키는 무엇입니까? {name}의 패스키는 ",
@@ -185,19 +188,36 @@ def sentence(language: Language, held_out: bool, rng: random.Random) -> str:
 
 
 def scrambled(language: Language, rng: random.Random) -> str:
-    """Words of two training sentences and invented ones in random order, with numbers among them.
+    """Words of two training sentences and invented ones in random order, most often with numbers among them.
 
     Half of the training haystack: without it a small model learns the few words and places that haystack
-    numbers stand beside instead of what announces a key, and every new sentence looks like a needle.
+    numbers stand beside instead of what announces a key, and every new sentence looks like a needle. Lines without
+    any number are among them because a model that met few of those took a held-out sentence without one for a needle.
     """
+    numbered = rng.random() < 0.6
     words = " ".join(sentence(language, False, rng) for _ in range(2)).split(" ")
     rng.shuffle(words)
     chosen = [
         word if "{n}" in word or rng.random() < 0.5 else _invented(language, rng)
         for word in words[: rng.randint(4, 12)]
+        if numbered or "{n}" not in word
     ]
-    chosen.insert(rng.randint(0, len(chosen)), "{n}")
-    return " ".join(chosen)
+    if numbered:
+        chosen.insert(rng.randint(0, len(chosen)), "{n}")
+    return " ".join(chosen) or _invented(language, rng)
+
+
+def decoy(language: Language, rng: random.Random) -> str:
+    """A needle's wording about something else than the pass key, with a number that looks like a key.
+
+    An eighth of the training haystack: without it what a small model learns to look for is the wording around a
+    key, and held-out sentences that resemble it ("... is 4821.") are taken for needles, more often the longer the
+    context.
+    """
+    wording = rng.choice((*language.needles, language.statement)).strip()
+    words = rng.choice(language.words[rng.choice(sorted(language.words))]), _invented(language, rng)
+    thing = rng.choice((*words, " ".join(words)))
+    return wording.replace(language.secret, thing).format(key="".join(rng.choice("0123456789") for _ in range(5)))
 
 
 def _invented(language: Language, rng: random.Random) -> str:

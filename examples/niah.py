@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from haystack import LANGUAGES, Language, is_held_out, number, scrambled, sentence
+from haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
 from prose import passage, prose
 
 __all__ = ["ASKED_BY", "FILLERS", "KEY_DIGITS", "WORDINGS", "Haystack", "Sample", "dataset", "train_tokenizer"]
@@ -141,6 +141,7 @@ class Haystack:
             lines = [sentence(self.language, held_out, rng) for _ in range(POOL)]
             if not held_out:
                 lines[::2] = [scrambled(self.language, rng) for _ in lines[::2]]
+                lines[1::8] = [decoy(self.language, rng) for _ in lines[1::8]]
             self._pool = [f" {line}".split("{n}") for line in lines]
             self._ids = {piece: self.encode(piece) for piece in {piece for line in self._pool for piece in line}}
         self._check_tokenizer()

@@ -40,7 +40,7 @@ class Preset:
     gist_template: str = ""
     learning_rate: float = 4e-3
     rate_batch: int = 32
-    muon_factor: float = 4.0
+    muon_factor: float = 3.0
     adamw_factor: float = 2.0
     adamw_betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 50
@@ -70,7 +70,7 @@ _TINY = Preset(
         _segments(1, 1, 96, batch_size=32, steps=200, gate=0.93),
         _segments(2, 16, 96, batch_size=32, steps=100, gate=0.93),
         # 168 segments hold 12,100 tokens
-        _segments(2, 170, 96, batch_size=32, steps=400),
+        _segments(2, 170, 96, batch_size=32, steps=450),
     ),
     evaluate=(
         ("en", 500, 50),
