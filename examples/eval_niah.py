@@ -22,6 +22,7 @@ from evaluation import BATCH, FullReader, GistReader, answer_samples, build_repo
 from global_tasks import GlobalSample
 from measure import side_by_side
 from metrics import rows_of
+from models import full_context
 from niah import Sample
 from presets import Preset
 from report import write_report
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _evaluate(checkpoint: Path, settings: Preset, samples: list[Sample], given: argparse.Namespace) -> None:
-    model, handle, tokenizer = load_model(checkpoint)
+    model, _, tokenizer = load_model(checkpoint)
     model.eval()
     reader = GistReader(model, tokenizer, settings.segments, given.new_tokens)
     options = {"batch": given.batch, "overwrite": given.overwrite}
@@ -78,8 +79,7 @@ def _evaluate(checkpoint: Path, settings: Preset, samples: list[Sample], given: 
     measured = side_by_side(checkpoint, tokenizer, longest, settings.segments, BATCHES) if given.measure else None
     report = build_report(checkpoint, settings.name, reader, answers, probe, measured)
     if given.full:
-        handle.unpatch()
-        full = FullReader(model, tokenizer, given.new_tokens)
+        full = FullReader(full_context(checkpoint, settings).eval(), tokenizer, given.new_tokens)
         stream = given.output / "answers-full.jsonl"
         report["full_context"] = rows_of(answer_samples(full, samples, stream=stream, show="full context", **options))
     write_report(report, given.output)

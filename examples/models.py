@@ -14,7 +14,7 @@ from gistkern import GistHandle, patch_llama
 from niah import train_tokenizer
 from presets import Preset
 
-__all__ = ["build", "read", "tiny_llama"]
+__all__ = ["build", "full_context", "read", "tiny_llama"]
 
 # rank and scale as in the proof of concept
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -47,6 +47,15 @@ def read(checkpoint: Path, settings: Preset, trainable: bool = False) -> tuple[M
     handle = _patched(base, settings)
     adapted = PeftModel.from_pretrained(base, checkpoint, is_trainable=trainable)
     return adapted if trainable else adapted.merge_and_unload(), handle, tokenizer
+
+
+def full_context(checkpoint: Path, settings: Preset) -> LlamaForCausalLM:
+    """The model to compare with, whole contexts in sight: unpatched, and a pretrained one without its adapters."""
+    if settings.model != "tiny":
+        return smollm2.pretrained()[0]
+    model, handle, _ = read(checkpoint, settings)
+    handle.unpatch()
+    return model
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:

@@ -94,6 +94,15 @@ def test_the_merged_model_answers_from_gist_rows(trained):
     assert samples[0].question == "\nThe pass key is "
 
 
+def test_the_full_context_is_read_without_adapters(trained):
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        compared = models.full_context(latest(trained), SETTINGS)(ids).logits
+        adapted = load_model(latest(trained))[0](ids).logits
+        assert torch.equal(compared, tiny_llama(0)(ids).logits)
+    assert (compared - adapted).abs().max() > 1e-3 * compared.abs().max()
+
+
 def test_resuming_equals_an_uninterrupted_run(trained, tmp_path):
     short = dataclasses.replace(SETTINGS, checkpoint_every=1)
     train_niah.train(short, 0, tmp_path)
