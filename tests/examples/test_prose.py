@@ -62,8 +62,8 @@ def llama3_like():
     [
         ("en", False, "Hundreds of people have been forced to vacate their homes in the Southern Highlands"),
         ("en", True, "The national executive of the strife-torn Democrats last night appointed"),
-        ("ko", False, "초등학교 저학년의 경우에도 부모의 따뜻한 사랑과 보살핌이 필요한 나이이나, 현재 공무원이 자녀를"),
         ("ko", False, "유구한 역사와 전통에 빛나는 우리 대한국민은 3·1운동으로 건립된 대한민국임시정부의"),
+        ("ko", True, "대한민국은 민주공화국이다."),
     ],
 )
 def test_prose_is_whole_sentences(language, held_out, first):
