@@ -71,7 +71,8 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
     _truncate_log(log_path, curriculum.step)
     model.train()
     started, start_tokens = time.perf_counter(), progress.tokens
-    with log_path.open("a") as log, tqdm(total=curriculum.nominal_steps, initial=curriculum.step, unit="step") as bar:
+    expected = curriculum.step + curriculum.remaining_steps
+    with log_path.open("a") as log, tqdm(total=expected, initial=curriculum.step, unit="step") as bar:
         while not curriculum.finished:
             rng = random.Random(f"{seed}-{curriculum.step}")
             batch = make_batch(drawn, handle, curriculum.stage, settings, rng)
@@ -90,7 +91,7 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
             entry |= {"running": curriculum.running_accuracy, "tokens": batch.input_ids.numel()}
             log.write(json.dumps({**entry, "tokens_per_s": round(speed)}) + "\n")
             log.flush()
-            bar.total = max(bar.total, curriculum.step)
+            bar.total = curriculum.step + curriculum.remaining_steps
             bar.update()
             bar.set_postfix_str(
                 f"stage {entry['stage']} loss {entry['loss']:.3f} "

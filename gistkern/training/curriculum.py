@@ -144,9 +144,12 @@ class Curriculum:
         return self.stage_step / self.stage.steps
 
     @property
-    def nominal_steps(self) -> int:
-        """Steps of the whole curriculum if every gate is passed in time."""
-        return sum(stage.steps for stage in self.stages)
+    def remaining_steps(self) -> int:
+        """Steps that are left if every gate is passed in time, those that have waited for a gate not counted."""
+        if self.finished:
+            return 0
+        later = sum(stage.steps for stage in self.stages[self.index + 1 :])
+        return max(0, self.stage.steps - self.stage_step) + later
 
     @property
     def max_steps(self) -> int:

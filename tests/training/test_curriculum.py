@@ -35,9 +35,19 @@ def test_patience_ends_a_stage_whose_gate_stays_shut():
     assert run(curriculum, [0] * 2) == [False, True], "the last stage ends after its steps"
     assert curriculum.finished
     assert curriculum.step == curriculum.max_steps == 13
-    assert curriculum.nominal_steps == 9
+    assert Curriculum(curriculum.stages).remaining_steps == 9
+    assert curriculum.remaining_steps == 0
     with pytest.raises(ValueError, match="the curriculum is finished"):
         curriculum.update(1.0)
+
+
+def test_remaining_steps_count_down_but_not_while_a_gate_is_waited_for():
+    curriculum = Curriculum([Stage(steps=2, gate=0.9, tokens=(5, 5)), Stage(steps=3, tokens=(5, 9))], patience=2.0)
+    left = [curriculum.remaining_steps]
+    while not curriculum.finished:
+        curriculum.update(0.0)
+        left.append(curriculum.remaining_steps)
+    assert left == [5, 4, 3, 3, 3, 2, 1, 0]
 
 
 def test_it_is_the_rule_of_the_training_example():
