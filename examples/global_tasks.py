@@ -9,17 +9,14 @@ the file.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from haystack import LANGUAGES, is_held_out
-from niah import FILLERS, WORDINGS, Haystack, Sample, train_tokenizer
+from haystack import is_held_out
+from niah import Haystack, Sample, given_tokenizer, samples_parser, write_samples
 
 __all__ = ["TASKS", "GlobalSample", "GlobalTask", "dataset", "main"]
 
@@ -214,7 +211,7 @@ class GlobalTask:
             while used < place:
                 line, line_ids = next(lines)
                 if used + len(line_ids) > filler:
-                    line, line_ids = self.haystack._cut(line_ids, filler - used)
+                    line, line_ids = self.haystack.cut(line_ids, filler - used)
                 used += len(line_ids)
                 ids += line_ids
                 pieces.append(line)
@@ -289,29 +286,16 @@ def dataset(
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = samples_parser(__doc__)
     parser.add_argument("--task", required=True, choices=sorted(TASKS))
-    parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
-    parser.add_argument("--tokens", type=int, default=2990, help="exact length of every context")
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
-    parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
-    if given.tokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer).backend_tokenizer
-    else:
-        tokenizer = train_tokenizer()
-    options = {"seed": given.seed, "filler": given.filler, "wordings": given.wordings}
+    options = {name: getattr(given, name) for name in ("seed", "filler", "wordings")}
+    tokenizer = given_tokenizer(given.tokenizer)
     try:
         samples = list(dataset(tokenizer, given.task, given.lang, given.tokens, given.samples, **options))
     except ValueError as error:
         parser.error(str(error))
-    given.out.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
+    write_samples(samples, given.out)
     print(f"{len(samples)} {given.task} samples of {given.tokens:,} tokens in {given.out}")
 
 

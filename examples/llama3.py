@@ -34,9 +34,8 @@ from gistkern.training import Curriculum, GistDataCollator, GistTrainer
 from gistkern.training.recipe import CurriculumSection, Recipe, read_recipe
 from niah import Haystack, train_tokenizer
 
-__all__ = ["CONFIGS", "PasskeyDataset", "load_base", "load_trained", "make_trainer", "tiny", "train_from_config"]
+__all__ = ["PasskeyDataset", "load_base", "load_trained", "make_trainer", "tiny", "train_from_config"]
 
-CONFIGS = Path(__file__).parent / "configs"
 DRY_STEPS = 4
 TINY = {
     "hidden_size": 64,

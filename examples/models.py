@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,13 +14,16 @@ from gistkern import GistHandle, patch_llama
 from niah import train_tokenizer
 from presets import Preset
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 __all__ = ["build", "full_context", "read", "tiny_llama"]
 
 # rank and scale as in the proof of concept
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 VOCABULARY = 1024
 
-Model = LlamaForCausalLM | PeftModel
+Model: TypeAlias = "LlamaForCausalLM | PeftModel"
 
 
 def build(settings: Preset, seed: int) -> tuple[Model, GistHandle, Tokenizer]:
@@ -28,6 +31,9 @@ def build(settings: Preset, seed: int) -> tuple[Model, GistHandle, Tokenizer]:
     if settings.model == "tiny":
         model = tiny_llama(seed)
         return model, _patched(model, settings), train_tokenizer(VOCABULARY)
+    # only here: peft and what it imports take longer than the tiny model needs to load, in every process of measure.py
+    from peft import LoraConfig, get_peft_model
+
     base, tokenizer = smollm2.pretrained()
     handle = _patched(base, settings)
     if settings.gist_template:
@@ -43,6 +49,8 @@ def read(checkpoint: Path, settings: Preset, trainable: bool = False) -> tuple[M
     if settings.model == "tiny":
         model = LlamaForCausalLM.from_pretrained(checkpoint)
         return model, patch_llama(model), tokenizer
+    from peft import PeftModel
+
     base, _ = smollm2.pretrained()
     handle = _patched(base, settings)
     adapted = PeftModel.from_pretrained(base, checkpoint, is_trainable=trainable)

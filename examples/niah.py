@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
 from prose import passage, prose
 
-__all__ = ["ASKED_BY", "FILLERS", "KEY_DIGITS", "WORDINGS", "Haystack", "Sample", "dataset", "train_tokenizer"]
+__all__ = [
+    "ASKED_BY",
+    "FILLERS",
+    "KEY_DIGITS",
+    "WORDINGS",
+    "Haystack",
+    "Sample",
+    "dataset",
+    "given_tokenizer",
+    "samples_parser",
+    "train_tokenizer",
+    "write_samples",
+]
 
 KEY_DIGITS = 5
 POOL = 10_000
@@ -195,7 +207,7 @@ class Haystack:
         key = self.key()
         return self.encode(self.language.statement.format(key=key)), key
 
-    def _cut(self, ids: list[int], count: int) -> tuple[str, list[int]]:
+    def cut(self, ids: list[int], count: int) -> tuple[str, list[int]]:
         """A sentence cut to `count` tokens: where that would split a character, padding takes the last places."""
         keep = count
         while self.encode(text := self.tokenizer.decode(ids[:keep])) != ids[:keep] or (
@@ -261,7 +273,7 @@ class Haystack:
                 line, line_ids = waiting or next(lines)
                 waiting = None
                 if used + len(line_ids) > filler:
-                    line, line_ids = self._cut(line_ids, filler - used)
+                    line, line_ids = self.cut(line_ids, filler - used)
                 if self.filler == "prose" and used + len(line_ids) - goal > goal - used:
                     # sentences of prose can be long: the needle goes to the nearer end
                     waiting = line, line_ids
@@ -310,45 +322,46 @@ def dataset(
         yield Sample(**{**asdict(sample), "id": f"{language}-{tokens}-{seed}-{index}"})
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def samples_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that all generators of samples have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
     parser.add_argument("--tokens", type=int, default=2990, help="exact length of every context")
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--keys", type=int, default=1, help="passkeys per context; one is asked for, by name")
     parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
-    parser.add_argument(
-        "--wordings", default="training", choices=WORDINGS, help="needles as in training, or never seen"
-    )
-    parser.add_argument("--asked-by", default="question", choices=ASKED_BY, help="a whole question, or its last words")
+    parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    if given.tokenizer:
-        from transformers import AutoTokenizer
+    return parser
 
-        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer).backend_tokenizer
-    else:
-        tokenizer = train_tokenizer()
+
+def given_tokenizer(folder: str | None) -> Tokenizer:
+    """The tokenizer in a folder that transformers can load, or the tiny preset's."""
+    if folder is None:
+        return train_tokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+
+
+def write_samples(samples: Iterable[Sample], path: Path) -> None:
+    """JSON lines, as eval_niah.py reads them."""
+    path.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = samples_parser(__doc__)
+    parser.add_argument("--keys", type=int, default=1, help="passkeys per context; one is asked for, by name")
+    parser.add_argument("--asked-by", default="question", choices=ASKED_BY, help="a whole question, or its last words")
+    given = parser.parse_args(arguments)
+    options = {name: getattr(given, name) for name in ("seed", "keys", "filler", "wordings", "asked_by")}
     try:
-        samples = list(
-            dataset(
-                tokenizer,
-                given.lang,
-                given.tokens,
-                given.samples,
-                seed=given.seed,
-                keys=given.keys,
-                filler=given.filler,
-                wordings=given.wordings,
-                asked_by=given.asked_by,
-            )
-        )
+        samples = list(dataset(given_tokenizer(given.tokenizer), given.lang, given.tokens, given.samples, **options))
     except ValueError as error:
         parser.error(str(error))
-    given.out.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
+    write_samples(samples, given.out)
     print(f"{len(samples)} samples of {given.tokens:,} tokens in {given.out}")
 
 

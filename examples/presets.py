@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gistkern.training import Stage
 
-__all__ = ["PRESETS", "Preset", "preset"]
+__all__ = ["PRESETS", "RECIPES", "Preset", "preset"]
+
+# what llama3.py trains with transformers' Trainer
+RECIPES = {path.stem: path for path in (Path(__file__).parent / "configs").glob("*.yaml")}
 
 # (language, tokens, samples) and, where they are not ("templates", "training"): filler, wordings
 Row = tuple[str, int, int] | tuple[str, int, int, str, str]
@@ -17,12 +21,11 @@ class Preset:
     """A model, its gist scheme, a curriculum and an evaluation.
 
     Each batch is in one of the `languages`, on a haystack of one of the `fillers` (one listed twice is drawn twice as
-    often). A stage's batch holds `batch_size` contexts, but no more than
-    `batch_tokens` tokens. `gate_on` is the accuracy that the stages' gates are about, ``"digit"`` or ``"exact"``.
-    `learning_rate` is for a batch of `rate_batch` contexts and scales with the square root of the batch; Muon (where
-    its factor is not 0) and AdamW take multiples of it. `gist_template` is a text whose tokens the gist rows start as;
-    without it they start around the mean of the vocabulary. `leak` trains with the mask off: the failure that
-    gistkern exists to prevent.
+    often). A stage's batch holds `batch_size` contexts, but no more than `batch_tokens` tokens. `gate_on` is the
+    accuracy that the stages' gates are about, ``"digit"`` or ``"exact"``. `learning_rate` is for a batch of
+    `rate_batch` contexts and scales with the square root of the batch; Muon (where its factor is not 0) and AdamW
+    take multiples of it. `gist_template` is a text whose tokens the gist rows start as; without it they start around
+    the mean of the vocabulary. `leak` trains with the mask off: the failure that gistkern exists to prevent.
     """
 
     name: str

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from checkpoints import Progress, latest, load_model, load_progress, save
 from evaluation import evaluate_run
 from gistkern.training import Curriculum
-from llama3 import CONFIGS, train_from_config
+from gistkern.training.log_file import entries_before
 from models import build
 from optimizer import Optimizers
-from presets import PRESETS, Preset, preset
+from presets import PRESETS, RECIPES, Preset, preset
 from task import answer_logits, haystacks, make_batch
 
 __all__ = ["main", "train"]
@@ -68,7 +68,7 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
     drawn = haystacks(settings, tokenizer, False, str(seed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     log_path = run / "log.jsonl"
-    _truncate_log(log_path, curriculum.step)
+    log_path.write_text(entries_before(log_path, curriculum.step))
     model.train()
     started, start_tokens = time.perf_counter(), progress.tokens
     expected = curriculum.step + curriculum.remaining_steps
@@ -118,26 +118,10 @@ def _learning_rate(settings: Preset, curriculum: Curriculum, batch: int) -> floa
     return rate * max(0.02, 1 - curriculum.progress) if curriculum.is_last else rate
 
 
-def _truncate_log(path: Path, step: int) -> None:
-    """Drop the entries after the checkpoint that the run goes on from, and a line torn by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if entry["step"] < step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    recipes = {path.stem: path for path in CONFIGS.glob("*.yaml")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=sorted({*PRESETS, *recipes}))
+    parser.add_argument("--preset", default="tiny", choices=sorted({*PRESETS, *RECIPES}))
     parser.add_argument("--seed", type=int, help="of the presets that are no recipe of configs/; 0 by default")
     parser.add_argument("--leak", action="store_true", help="train with the mask off, to see what a leak does")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
@@ -150,12 +134,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     try:
-        if given.preset in recipes:
+        if given.preset in RECIPES:
             if given.leak or given.seed is not None:
                 raise ValueError(f"{given.preset} is a recipe: its file sets the seed, and it has no --leak")
+            from llama3 import train_from_config  # brings the Trainer, which nothing else needs
+
             run = given.run or Path("runs") / given.preset
             train_from_config(
-                recipes[given.preset],
+                RECIPES[given.preset],
                 run,
                 given.model,
                 given.tokenizer,
@@ -165,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             return
         if given.model or given.tokenizer or given.dry_run:
-            raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(recipes))})")
+            raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(RECIPES))})")
         settings = preset(given.preset, given.leak)
         run = given.run or Path("runs") / settings.name
         checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite)

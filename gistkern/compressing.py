@@ -68,13 +68,7 @@ def compress(
     handle = handle_of(model)
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {tuple(input_ids.shape)}")
-    if segment_length is not None:
-        check_count("segment_length", segment_length, least=1)
-    check_count("segment_overlap", segment_overlap)
-    if segment_overlap and segment_overlap >= (segment_length or 0):
-        raise ValueError(
-            f"segment_overlap must be less than segment_length, got {segment_overlap} and {segment_length}"
-        )
+    check_segments(segment_length, segment_overlap)
     valid = check_padding(input_ids, attention_mask)
     if not bool(valid.any(1).all()):
         raise ValueError(f"sample {int((~valid.any(1)).int().argmax())} of the context is empty")
@@ -99,6 +93,15 @@ def compress(
     cache.state = replace(_state(cache, input_ids), fed=0)
     cache.fingerprint = fingerprint(handle.inner)
     return cache
+
+
+def check_segments(length: int | None, overlap: int) -> None:
+    """Raise ValueError unless contexts can be cut into segments of `length` (None: one segment) that overlap so."""
+    if length is not None:
+        check_count("segment_length", length, least=1)
+    check_count("segment_overlap", overlap)
+    if overlap and overlap >= (length or 0):
+        raise ValueError(f"segment_overlap must be less than segment_length, got {overlap} and {length}")
 
 
 def segments_of(ids: torch.Tensor, length: int, overlap: int) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from gistkern.training.curriculum import Curriculum
+from gistkern.training.log_file import entries_before
 
 __all__ = ["GistCallback"]
 
@@ -52,7 +53,8 @@ class GistCallback(TrainerCallback, ExportableState):
         if self.log_file is not None and state.is_world_process_zero:
             path = Path(args.output_dir) / self.log_file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(_lines_until(path, state.global_step) if state.global_step else []))
+            # an entry is written after its step
+            path.write_text(entries_before(path, state.global_step + 1) if state.global_step else "")
 
     def _restore(self, saved: Any) -> None:
         found = saved["attributes"]["curriculum"] if isinstance(saved, dict) else None
@@ -80,16 +82,3 @@ class GistCallback(TrainerCallback, ExportableState):
         if self.log_file is not None and state.is_world_process_zero:
             with (Path(args.output_dir) / self.log_file).open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The entries up to `step`; a line torn by a kill, and all after it, are dropped."""
-    kept: list[str] = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if entry["step"] <= step:
-            kept.append(line)
-    return kept

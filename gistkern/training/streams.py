@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gistkern.compressing import segments_of
+from gistkern.compressing import check_segments, segments_of
 from gistkern.layout import GistLayout
-from gistkern.schemes import check_count
 
 if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle
@@ -36,13 +35,7 @@ class Streams:
     @classmethod
     def of(cls, handle: GistHandle, segment_length: int | None = None, segment_overlap: int = 0) -> Streams:
         """The streams of the model of `handle`; ValueError for segments that `gistkern.compress` refuses."""
-        if segment_length is not None:
-            check_count("segment_length", segment_length, least=1)
-        check_count("segment_overlap", segment_overlap)
-        if segment_overlap and segment_overlap >= (segment_length or 0):
-            raise ValueError(
-                f"segment_overlap must be less than segment_length, got {segment_overlap} and {segment_length}"
-            )
+        check_segments(segment_length, segment_overlap)
         if handle.segment_gist_token_ids:
             if segment_length is None:
                 raise ValueError("a model with num_segment_gist_tokens is trained in segments: pass segment_length")

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gistkern
 from gistkern.training.recipe import read_recipe
-from llama3 import CONFIGS, PasskeyDataset, load_trained, make_trainer, tiny, train_from_config
+from llama3 import PasskeyDataset, load_trained, make_trainer, tiny, train_from_config
+from presets import RECIPES
 
-OURS, THEIRS = CONFIGS / "llama3-8b.yaml", CONFIGS / "llama3-8b-poc.yaml"
+OURS, THEIRS = RECIPES["llama3-8b"], RECIPES["llama3-8b-poc"]
 
 
 def on_meta(recipe):

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast as Fast
 import gistkern
 from gistkern.training import GistDataCollator, Objectives
 from gistkern.training.recipe import read_recipe
-from llama3 import CONFIGS, load_base, load_trained
+from llama3 import load_base, load_trained
 from niah import train_tokenizer
+from presets import RECIPES
 
 LAYERS = 2
 CONFIG = LlamaConfig(
@@ -33,7 +34,7 @@ QUESTION, ANSWER = " What is the pass key? The pass key is ", "52047"
 
 @pytest.fixture(scope="module")
 def recipe():
-    return read_recipe(CONFIGS / "llama3-8b.yaml")
+    return read_recipe(RECIPES["llama3-8b"])
 
 
 @pytest.fixture(scope="module")
