@@ -34,11 +34,15 @@ logging.set_verbosity_error()
 
 @dataclass
 class Progress:
-    """Where a run stands. Batches follow from seed and step alone, so no generator state is needed."""
+    """Where a run stands and what it has cost. Batches follow from seed and step alone: no generator state is needed.
+
+    `tokens` are rows of the training streams, `cpu_seconds` those of all threads together.
+    """
 
     preset: str
     seed: int
     tokens: int = 0
+    cpu_seconds: float = 0.0
     curriculum: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,7 @@ from haystack import LANGUAGES
 from metrics import digit_accuracy, parsed, rows_of, wilson
 from niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
 from optimizer import Optimizers
+from results import environment, write_json
 
 __all__ = ["capacity", "collect", "main", "run_one", "train"]
 
@@ -159,7 +157,7 @@ def run_one(configuration: Configuration, budget: Budget, seed: int) -> dict[str
         result["rows"] = [{key: value for key, value in row.items() if key != "by_depth"} for row in rows]
     result["evaluation_cpu_seconds"] = round(time.process_time() - started, 1)
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    return result | {"environment": _environment()}
+    return result | {"environment": environment("gistkern", "torch", "transformers")}
 
 
 @lru_cache
@@ -183,15 +181,6 @@ def _settings(configuration: Configuration, budget: Budget, seed: int) -> dict[s
         "budget": asdict(budget),
     }
     return json.loads(json.dumps(settings))
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("gistkern", "torch", "transformers")}
-        | {"python": platform.python_version()},
-    }
 
 
 def finished(path: Path, settings: dict[str, Any]) -> bool:
@@ -249,23 +238,15 @@ def main(arguments: list[str] | None = None) -> None:
             if given.list:
                 print(f"{configuration.name:32} seed {seed}  {'finished' if done else 'to run'}")
             elif not done:
-                _write(path, run_one(configuration, budget, seed))
+                write_json(path, run_one(configuration, budget, seed))
         if not given.list:
             command = f"python examples/compare.py --seeds {' '.join(map(str, given.seeds))}"
             command += "" if given.budget == "standard" else f" --budget {given.budget}"
             report = collect(given.runs, budgets, given.seeds, command)
-            _write(given.out, report)
+            write_json(given.out, report)
             write_page(report, given.out.with_suffix(".md"))
     except ValueError as error:
         parser.error(str(error))
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    """JSON that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from metrics import wilson
+from results import environment_line, table
 
 __all__ = ["main", "page", "pooled", "write_page"]
 
@@ -141,7 +142,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, Any]:
     segments = next((one["configuration"] for one in results if "segment_length" in one["configuration"]), {})
     return {
         "command": report["command"],
-        "environments": "; ".join(_environment(one) for one in report["environments"]),
+        "environments": "; ".join(environment_line(one) for one in report["environments"]),
         "parameters": " to ".join(f"{value:,}" for value in dict.fromkeys((parameters[0], parameters[-1]))),
         "rows": f"{budget['rows']:,}",
         "lengths": ", ".join(lengths),
@@ -149,11 +150,6 @@ def _facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "segment_length": segments.get("segment_length", "no"),
         "segment_overlap": segments.get("segment_overlap", "none"),
     }
-
-
-def _environment(one: Mapping[str, Any]) -> str:
-    threads = "one thread" if one["threads"] == 1 else f"{one['threads']} threads"
-    return f"{one['machine']}, {threads}, " + ", ".join(f"{name} {found}" for name, found in one["versions"].items())
 
 
 def _accuracy_table(curves: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -165,7 +161,7 @@ def _accuracy_table(curves: Mapping[str, list[dict[str, Any]]]) -> str:
             counts = name, f"{row['tokens']:,}", row["gist_rows"], f"{row['ratio']:.1f}x", row["n"]
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             lines.append([*counts, f"{row['exact']:.1%}", interval, f"{row['digit']:.1%}", seeds])
-    return _table(head, lines)
+    return "\n".join(table(head, lines))
 
 
 def _capacity_table(results: Sequence[Result]) -> str:
@@ -178,7 +174,7 @@ def _capacity_table(results: Sequence[Result]) -> str:
             exact = f"{row['exact']:.1%}", f"{row['wilson_low']:.1%} to {row['wilson_high']:.1%}"
             digits = f"{row['digit']:.1%}", f"{row['digits_per_row']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"
             lines.append([result["name"], result["seed"], *counts, *exact, *digits])
-    return _table(head, lines)
+    return "\n".join(table(head, lines))
 
 
 def _training_table(results: Sequence[Result]) -> str:
@@ -190,12 +186,7 @@ def _training_table(results: Sequence[Result]) -> str:
         last = f"{entered[-1]['rows']:,}" if len(entered) == stages else f"never (stage {len(entered)} of {stages})"
         counts = training["steps"], f"{training['rows']:,}", f"{training['contexts']:,}"
         lines.append([result["name"], result["seed"], *counts, last, f"{training['running_digit_accuracy']:.1%}"])
-    return _table(head, lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(table(head, lines))
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:

@@ -10,7 +10,6 @@ where a killed one was.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,9 +25,10 @@ from models import full_context
 from niah import Sample
 from presets import Preset
 from report import write_report
+from samples import read_samples
 from throughput import BATCHES
 
-__all__ = ["main", "read_dataset"]
+__all__ = ["main"]
 
 SWAPPED = 20
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             if given.dataset is None:
                 evaluate_run(checkpoint, settings, given.output)
             else:
-                samples = [sample for path in given.dataset for sample in read_dataset(path, given.limit)]
+                samples = [sample for path in given.dataset for sample in read_samples(path, given.limit)]
                 _evaluate(checkpoint, settings, samples, given)
         except ValueError as error:
             parser.error(str(error))
@@ -97,27 +97,6 @@ def _snapshot(path: Path, folder: Path) -> Path:
             if (latest(path) or path) == checkpoint:
                 raise
             shutil.rmtree(folder / checkpoint.name, ignore_errors=True)  # deleted meanwhile, for a newer one
-
-
-def read_dataset(path: Path, limit: int | None) -> list[Sample]:
-    """Samples of a JSON-lines file; ValueError names the line that is no sample."""
-    samples: list[Sample] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if "task" in entry:
-                samples.append(GlobalSample(**{**entry, "choices": tuple(entry["choices"])}))
-            else:
-                samples.append(Sample(**entry))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no sample of niah.py or global_tasks.py: {error}") from error
-    if not samples:
-        raise ValueError(f"{path} holds no samples")
-    return samples
 
 
 if __name__ == "__main__":

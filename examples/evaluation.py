@@ -273,6 +273,11 @@ def build_report(
         "preset": name,
         "checkpoint": checkpoint.name,
         "seed": progress.seed,
+        "training": {
+            "steps": progress.curriculum["step"],
+            "tokens": progress.tokens,
+            "cpu_seconds": round(progress.cpu_seconds),
+        },
         "model": {
             "type": model.config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plots import accuracy_against_ratio, depth_map, kv_bytes, label
 from poc import NAME, ROWS, TARGET
+from results import environment, environment_line, table, write_json
 
 __all__ = ["comparison", "main", "markdown", "read_report", "write_report"]
 
@@ -26,12 +23,8 @@ __all__ = ["comparison", "main", "markdown", "read_report", "write_report"]
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write report.json, report.md, heatmap.png, accuracy.png and kv_bytes.png, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    report["environment"] = {
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("gistkern", "torch", "transformers")},
-    }
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    report["environment"] = environment("gistkern", "torch", "transformers")
+    write_json(folder / "report.json", report)
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     rows = {report["preset"]: report["rows"]}
     depth_map(rows, folder / "heatmap.png")
@@ -57,12 +50,14 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", f"With the context still in sight ({row['language']}, n={row['n']}): exact {row['exact']:.1%}."]
     if report.get("side_by_side"):
         lines += ["", *_side_by_side(report["side_by_side"])]
+    if cost := report.get("training"):
+        lines += [
+            "",
+            f"Trained: {cost['steps']:,} steps, {cost['tokens']:,} rows of token streams, "
+            f"{cost['cpu_seconds'] / 60:,.1f} CPU minutes.",
+        ]
     lines += ["", f"Evaluated: {_provenance(report)}."]
     return "\n".join(lines) + "\n"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -82,7 +77,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "invented",
         "abstained",
     )
-    return _table(
+    return table(
         header,
         [
             [
@@ -131,7 +126,7 @@ def _side_by_side(both: dict[str, Any]) -> list[str]:
         f"Same weights, same context of {both['tokens']:,} tokens, side by side "
         f"(medians of {both['runs']} alternating runs, {both['threads']} thread(s)):",
         "",
-        *_table(("", "gist rows", "full cache", "gist / full"), [_compared(*row) for row in compared]),
+        *table(("", "gist rows", "full cache", "gist / full"), [_compared(*row) for row in compared]),
     ]
     if "paying_questions" in both:
         lines += ["", _paying(*both["paying_questions"])]
@@ -189,7 +184,7 @@ def comparison(reports: Mapping[str, Mapping[str, Any]]) -> str:
         f"above {TARGET:.0%}",
     )
     lines = [
-        *_table(header, rows),
+        *table(header, rows),
         "",
         "The proof of concept's rows are what it reported, not measured again. Metrics: docs/metrics.md.",
         "",
@@ -230,9 +225,8 @@ def _provenance(report: Mapping[str, Any]) -> str:
         for key, what in (("seed", "seed"), ("evaluation_seed", "evaluation seed"))
         if key in report
     ]
-    if environment := report.get("environment"):
-        parts += [f"{name} {found}" for name, found in environment["versions"].items()]
-        parts.append(f"{environment['machine']}, {environment['threads']} thread(s)")
+    if found := report.get("environment"):
+        parts.append(environment_line(found))
     return ", ".join(parts)
 
 

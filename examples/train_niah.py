@@ -71,6 +71,7 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
     log_path.write_text(entries_before(log_path, curriculum.step))
     model.train()
     started, start_tokens = time.perf_counter(), progress.tokens
+    cpu_seconds = progress.cpu_seconds - time.process_time()
     expected = curriculum.step + curriculum.remaining_steps
     with log_path.open("a") as log, tqdm(total=expected, initial=curriculum.step, unit="step") as bar:
         while not curriculum.finished:
@@ -99,6 +100,7 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
             )
             if curriculum.finished or curriculum.step % settings.checkpoint_every == 0:
                 progress.curriculum = curriculum.state_dict()
+                progress.cpu_seconds = cpu_seconds + time.process_time()
                 save(run, model, tokenizer, optimizers, progress)
     return latest(run)
 

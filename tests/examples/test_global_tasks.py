@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 import global_tasks
-from eval_niah import read_dataset
 from global_tasks import TASK_WORDINGS, TASKS, GlobalTask, dataset
 from haystack import LANGUAGES
 from niah import Haystack, train_tokenizer
+from samples import read_samples
 
 BOTH = pytest.mark.parametrize("language", LANGUAGES)
 ALL = pytest.mark.parametrize("task", TASKS)
@@ -134,7 +134,7 @@ def test_same_seed_same_samples(tokenizer):
 def test_the_file_is_what_evaluation_reads(tokenizer, tmp_path, capsys):
     path = tmp_path / "ordering.jsonl"
     global_tasks.main(["--task", "ordering", "--tokens", "300", "--samples", "3", "--seed", "5", "--out", str(path)])
-    assert read_dataset(path, None) == list(dataset(tokenizer, "ordering", "en", 300, 3, seed=5))
+    assert read_samples(path) == list(dataset(tokenizer, "ordering", "en", 300, 3, seed=5))
     assert "3 ordering samples of 300 tokens" in capsys.readouterr().out
 
 

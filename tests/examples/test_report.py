@@ -45,6 +45,7 @@ def made(*rows, **changed):
         "preset": "smoke",
         "checkpoint": "checkpoint-000009",
         "seed": 2,
+        "training": {"steps": 1100, "tokens": 7_000_000, "cpu_seconds": 630},
         "model": {"type": "llama", "parameters": 230_000, "dtype": "float32"},
         "decoding": "greedy",
         "rows": list(rows),
@@ -77,6 +78,7 @@ def test_one_report_as_markdown():
     assert prose.startswith("| en, prose, held-out wordings | 3,000 |")
     assert "| 11.1% |  |" in counting, "chance, and no digits"
     assert "whole context in sight:\n\n| questions" in text
+    assert "Trained: 1,100 steps, 7,000,000 rows of token streams, 10.5 CPU minutes." in text
 
 
 @pytest.mark.parametrize(
