@@ -84,6 +84,10 @@ _TINY = Preset(
         ("ko", 6096, 200),
         ("en", 12100, 200),
         ("ko", 12100, 200),
+        ("en", 2990, 50, "templates", "held_out"),
+        ("ko", 2990, 50, "templates", "held_out"),
+        ("en", 2990, 50, "prose", "training"),
+        ("ko", 2990, 50, "prose", "training"),
     ),
 )
 
