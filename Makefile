@@ -62,13 +62,13 @@ sanitize: setup ## Triton IR, CUDA C++ and the CPU kernels under sanitizers: bou
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/csrc -m sanitize -n 2 --dist loadgroup $(ARGS)
 
 aot: setup ## compile every kernel for every listed chip and write docs/evidence/kernels.*
-	$(BIN)/python bench/aot.py $(ARGS)
+	$(BIN)/python -m bench.aot $(ARGS)
 
 work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
-	$(BIN)/python bench/work_report.py $(ARGS)
+	$(BIN)/python -m bench.work_report $(ARGS)
 
 cpu-report: setup ## measure the CPU kernels beside SDPA, sgemm and a copy into docs/evidence/cpu.*
-	OMP_NUM_THREADS=1 $(BIN)/python bench/cpu_report.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_report $(ARGS)
 
 compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)

@@ -1,9 +1,9 @@
 """Compile every kernel for every chip with no GPU, check the machine code, and write it up.
 
     make aot                                              # everything, to docs/evidence/kernels.{json,md}
-    python bench/aot.py --arch sm_90 --kernel fwd         # some of it, gates only
-    python bench/aot.py --kernel cuda_decode_mma          # of the CUDA kernels, which need nvcc
-    python bench/aot.py --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
+    python -m bench.aot --arch sm_90 --kernel fwd         # some of it, gates only
+    python -m bench.aot --kernel cuda_decode_mma          # of the CUDA kernels, which need nvcc
+    python -m bench.aot --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
 
 Compiled, not run: nothing here says how long a kernel takes.
 """
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from aot_cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
-from aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
-from aot_page import page
-from machine_code import CLASSES, describe
 from tqdm import tqdm
 
+from bench.aot_cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
+from bench.aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
+from bench.aot_page import page
+from bench.machine_code import CLASSES, describe
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from aot_kernels import GISTS, HEADS, KV_HEADS, ROWS
 from cuxray.parse import ptxasv
-from machine_code import Cubin, describe_cubin
 
+from bench.aot_kernels import GISTS, HEADS, KV_HEADS, ROWS
+from bench.machine_code import Cubin, describe_cubin
 from gistkern.kernels.chips import chip_named
 
 __all__ = [

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from aot_cuda import CUDA_KERNELS
-from aot_kernels import ARCHS, PLAIN
-from machine_code import FORMS
-
+from bench.aot_cuda import CUDA_KERNELS
+from bench.aot_kernels import ARCHS, PLAIN
+from bench.machine_code import FORMS
 from gistkern.kernels.chips import chip_named
 
 __all__ = ["page"]

@@ -1,7 +1,7 @@
 """Measure the CPU kernels beside torch's SDPA path, sgemm and a memory copy, all in one process; write it up.
 
     make cpu-report                                   # everything, to docs/evidence/cpu.{json,md}
-    python bench/cpu_report.py --rounds 3 --only 512/8 # some of it, printed only
+    python -m bench.cpu_report --rounds 3 --only 512/8 # some of it, printed only
 
 Every number is a ratio of medians over interleaved rounds; absolute times of a shared machine mean nothing.
 """
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_page import page
-from shapes import HEADS, layout_of
 from tqdm import tqdm
-from work import visible_pairs
 
+from bench.cpu_page import page
+from bench.shapes import HEADS, layout_of
+from bench.work import visible_pairs
 from gistkern import GistLayout, native
 from gistkern.backends import cpu, sdpa
 from gistkern.compaction import compact

@@ -20,10 +20,10 @@ from typing import Any
 import cuxray.archspec
 import cuxray.occupancy
 import triton
-from aot_kernels import Build
-from control_flow import Instruction, working_loop
 from cuxray.parse import ptxasv, resusage
 
+from bench.aot_kernels import Build
+from bench.control_flow import Instruction, working_loop
 from gistkern.kernels.chips import Chip
 
 __all__ = ["CLASSES", "FORMS", "Cubin", "describe", "describe_cubin"]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from plain_flash import plain_grid, plain_meta, plain_strides
 
+from bench.plain_flash import plain_grid, plain_meta, plain_strides
 from gistkern.kernels.device import guard
 from gistkern.kernels.primitives import LOG2E, load_rows, matmul, store_rows
 

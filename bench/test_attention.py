@@ -8,8 +8,8 @@ Compare the medians of one group with each other; absolute times mean nothing ac
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import HEADS, layout_of
 
+from bench.shapes import HEADS, layout_of
 from gistkern import gist_attention
 from gistkern.testing import make_inputs
 

@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shapes import layout_of
-from work import PRODUCTS, Shape, Work, backward_work, balance, forward_work, uncompacted_tiles, visible_pairs
-
+from bench.shapes import layout_of
+from bench.work import PRODUCTS, Shape, Work, backward_work, balance, forward_work, uncompacted_tiles, visible_pairs
 from gistkern.kernels.chips import chip_named
 from gistkern.kernels.configs import pick
 from gistkern.kernels.schedule import pack_heads, padded

@@ -16,19 +16,15 @@ pytest.importorskip("cuxray")
 import triton
 from triton.runtime.driver import driver
 
+from bench import aot, aot_cuda
+from bench.aot_kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of
+from bench.aot_page import page
+from bench.control_flow import Instruction, working_loop
+from bench.machine_code import FORMS, Cubin, describe_cubin
 from gistkern.kernels import configs
+from gistkern.kernels.chips import chip_named
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import aot  # noqa: E402
-import aot_cuda  # noqa: E402
-from aot_kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of  # noqa: E402
-from aot_page import page  # noqa: E402
-from control_flow import Instruction, working_loop  # noqa: E402
-from machine_code import FORMS, Cubin, describe_cubin  # noqa: E402
-
-from gistkern.kernels.chips import chip_named  # noqa: E402
 
 SUBSET = [(kernel, arch) for kernel in ("fwd", "bwd_dkv_gist", "decode") for arch in ("sm_80", "sm_90")]
 OURS = [kernel for kernel in KERNELS if not kernel.startswith("plain_")]
@@ -170,8 +166,8 @@ CHECK_PLAIN_FLASH = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from gistkern.kernels import configs
-from plain_flash import launch_plain_fwd
-from plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+from bench.plain_flash import launch_plain_fwd
+from bench.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
 
 config = configs.Config(BM, BN, 4, 1, "test")
 q, grad_out = torch.randn(2, 4, 45, 16, requires_grad=True), torch.randn(2, 4, 45, 16)
@@ -193,7 +189,7 @@ def test_the_plain_flash_kernel_is_right(rows, columns):
     """What is compared with must do the work: forward, LSE and gradients against SDPA, N=45, grouped heads."""
     done = subprocess.run(
         [sys.executable, "-c", CHECK_PLAIN_FLASH.replace("BM", str(rows)).replace("BN", str(columns))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "GISTKERN_EMULATED": "1", "PYTHONPATH": str(ROOT / "bench")},
+        env=os.environ | {"TRITON_INTERPRET": "1", "GISTKERN_EMULATED": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

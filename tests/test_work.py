@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import work
 from gistkern import GistLayout
 from gistkern.kernels.chips import chip_for
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import work  # noqa: E402
 
 # run in a process of its own: kernels are interpreted there
 COUNT_PRODUCTS = """
@@ -24,7 +22,7 @@ from gistkern.kernels import attn_bwd_dq, attn_fwd, configs
 from gistkern.kernels.chips import chip_for
 from gistkern.testing import make_inputs
 from triton.runtime.interpreter import InterpreterBuilder
-import work
+from bench import work
 
 made, masked = [], []
 create_dot, seen = InterpreterBuilder.create_dot, attn_fwd.seen_columns
@@ -63,7 +61,7 @@ LAYOUTS = {
 def test_counts_equal_the_products_that_the_kernels_make(name):
     done = subprocess.run(
         [sys.executable, "-c", COUNT_PRODUCTS.replace("LAYOUT", LAYOUTS[name])],
-        env=os.environ | {"TRITON_INTERPRET": "1", "GISTKERN_EMULATED": "1", "PYTHONPATH": str(ROOT / "bench")},
+        env=os.environ | {"TRITON_INTERPRET": "1", "GISTKERN_EMULATED": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
