@@ -73,7 +73,7 @@ _TINY = Preset(
         _segments(1, 1, 96, batch_size=32, steps=200, gate=0.93),
         _segments(2, 16, 96, batch_size=32, steps=100, gate=0.93),
         # 168 segments hold 12,100 tokens
-        _segments(2, 170, 96, batch_size=32, steps=450),
+        _segments(2, 170, 96, batch_size=32, steps=350),
     ),
     evaluate=(
         ("en", 500, 50),
