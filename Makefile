@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work cpu-report compare lint format bench docs clean
+.PHONY: help setup demo test emulate sanitize aot work roofline cpu-report compare lint format bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ aot: setup ## compile every kernel for every listed chip and write docs/evidence
 
 work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
 	$(BIN)/python -m bench.work_report $(ARGS)
+
+roofline: setup ## calculate what perfect kernels would take and how many documents fit, into docs/roofline.md
+	$(BIN)/python -m bench.roofline $(ARGS)
 
 cpu-report: setup ## measure the CPU kernels beside SDPA, sgemm and a copy into docs/evidence/cpu.*
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_report $(ARGS)

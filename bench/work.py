@@ -19,7 +19,17 @@ from gistkern.kernels.chips import Chip
 from gistkern.kernels.configs import pick
 from gistkern.kernels.schedule import chunk_count, pack_heads, padded, section_heads
 
-__all__ = ["FAR", "Shape", "Work", "backward_work", "balance", "forward_work", "uncompacted_tiles", "visible_pairs"]
+__all__ = [
+    "FAR",
+    "Shape",
+    "Work",
+    "backward_work",
+    "balance",
+    "forward_work",
+    "least_bytes",
+    "uncompacted_tiles",
+    "visible_pairs",
+]
 
 FAR = 1 << 30
 # matrix products per tile: S and P V; S, dP and dS K; S, dP, P^T dO and dS^T Q
@@ -64,6 +74,23 @@ def visible_pairs(layout: GistLayout) -> int:
     begin, end, local = _vectors(layout)
     row = np.arange(layout.num_rows) + layout.tail
     return int((np.maximum(end - begin, 0) + np.maximum(row + 1 - local, 0)).sum())
+
+
+def least_bytes(layout: GistLayout, shape: Shape, backward: bool = False) -> dict[str, int]:
+    """Bytes by tensor that even a perfect kernel moves, each read or written once; of one sample.
+
+    Forward: q, k, v and the compact rows are read, out and lse (fp32) written. Backward: all of these and the gradient
+    of out are read, the gradients of the first five written. The layout's own 12 bytes per row do not count.
+    """
+    width = shape.head_dim * shape.itemsize
+    queries = layout.num_rows * shape.heads * width
+    keys = layout.num_local * shape.kv_heads * width
+    compact = layout.num_compact * shape.kv_heads * width
+    inputs = {"q": queries, "k": keys, "v": keys, "gist_k": compact, "gist_v": compact}
+    moved = inputs | {"out": queries, "lse": layout.num_rows * shape.heads * 4}
+    if backward:
+        moved |= {"dout": queries} | {f"d{name}": size for name, size in inputs.items()}
+    return moved
 
 
 def forward_work(layout: GistLayout, shape: Shape, chip: Chip, kernel: str = "fwd") -> Work:

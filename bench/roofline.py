@@ -1,0 +1,161 @@
+"""What a perfect kernel would take: FLOPs and bytes from the work counter, peaks from bench/gpus.py. No measurement.
+
+    make roofline      # writes docs/roofline.md, docs/evidence/roofline.json and docs/pictures/roofline.png
+
+The attention op is counted here, the model around it (weights, caches, decoding) in bench/serving.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench import serving
+from bench.gpus import GPUS, Gpu
+from bench.shapes import HEADS, layout_of
+from bench.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
+from gistkern import GistLayout
+from gistkern.kernels.chips import chip_named
+
+__all__ = ["COUNTED", "ROWS", "Time", "decoding", "draw", "flops_of", "op", "perfect_time", "report"]
+
+COUNTED = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical")
+ROWS = (4096, 16384, 32768, 131072)
+DECODED = (4096, 6096, 32768, 131072)
+DECODE_BATCHES = (1, 16, 64)
+SHAPE = Shape(*HEADS["Llama-3-8B"])
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a perfect kernel, and what bounds it: ``"compute"`` or ``"memory"``."""
+
+    seconds: float
+    bound: str
+
+
+def perfect_time(gpu: Gpu, flops: int, moved: int) -> Time:
+    """The longer of arithmetic at peak and memory traffic at full bandwidth, which overlap completely."""
+    compute, memory = flops / gpu.flops, moved / gpu.bandwidth
+    return Time(compute, "compute") if compute > memory else Time(memory, "memory")
+
+
+def flops_of(pairs: int, shape: Shape, backward: bool = False) -> int:
+    """FLOPs on visible pairs: two products of the forward, five of the backward, 2 D each per pair and head."""
+    return (5 if backward else 2) * 2 * shape.head_dim * pairs * shape.heads
+
+
+def op(name: str, rows: int, shape: Shape = SHAPE) -> dict[str, Any]:
+    """FLOPs and bytes of one layout, and per card the FLOPs of the schedule's tiles and the times."""
+    layout = layout_of(name, rows)
+    causal = GistLayout.from_segments([], 1, tail=rows, sink_tokens=0)
+    found: dict[str, Any] = {"segments": name, "rows": rows, "visible_pairs": visible_pairs(layout)}
+    found["share_of_causal"] = found["visible_pairs"] / visible_pairs(causal)
+    for key, backward in (("forward", False), ("backward", True)):
+        flops = flops_of(found["visible_pairs"], shape, backward)
+        moved = least_bytes(layout, shape, backward)
+        plain = flops_of(visible_pairs(causal), shape, backward), sum(least_bytes(causal, shape, backward).values())
+        found[key] = {"flops": flops, "tensors": moved, "bytes": sum(moved.values()), "gpus": {}}
+        for gpu in GPUS:
+            tiles = _tile_flops(layout, shape, gpu, backward)
+            time, own = (perfect_time(gpu, count, found[key]["bytes"]) for count in (flops, tiles))
+            found[key]["gpus"][gpu.name] = asdict(time) | {
+                "tile_flops": tiles,
+                "tile_seconds": own.seconds,
+                "causal_seconds": perfect_time(gpu, *plain).seconds,
+            }
+    return found
+
+
+def _tile_flops(layout: GistLayout, shape: Shape, gpu: Gpu, backward: bool) -> int:
+    chip = replace(chip_named(gpu.arch), multiprocessors=gpu.multiprocessors)
+    if not backward:
+        return forward_work(layout, shape, chip).flops
+    return sum(work.flops for work in backward_work(layout, shape, chip).values())
+
+
+def decoding(batch: int, gist_rows: int, raw_rows: int, shape: Shape = SHAPE) -> dict[str, Any]:
+    """One layer's attention of a decoding step; each sequence sees its gist rows and its raw rows, itself included."""
+    layout = GistLayout.decode(gist_rows, raw_rows - 1)
+    flops = batch * flops_of(visible_pairs(layout), shape)
+    moved = batch * sum(least_bytes(layout, shape).values())
+    times = {gpu.name: asdict(perfect_time(gpu, flops, moved)) for gpu in GPUS}
+    return {
+        "batch": batch,
+        "gist_rows": gist_rows,
+        "raw_rows": raw_rows,
+        "flops": flops,
+        "bytes": moved,
+        "gpus": times,
+    }
+
+
+def report() -> dict[str, Any]:
+    """Everything that the page shows."""
+    contexts = [(serving.GIST_ROWS, serving.TAIL), *((0, tokens + serving.TAIL) for tokens in DECODED)]
+    return {
+        "command": "make roofline",
+        "grade": "calculated, not measured",
+        "gpus": [asdict(gpu) | {"ridge": gpu.ridge} for gpu in GPUS],
+        "shape": asdict(SHAPE),
+        "op": [op(name, rows) for rows in ROWS for name in COUNTED],
+        "decoding": [decoding(batch, gists, raw) for batch in DECODE_BATCHES for gists, raw in contexts],
+        **serving.report(),
+    }
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Limits of decoding over batch up to what fits, and the forward's perfect time over the number of rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    for index, gpu in enumerate(GPUS):
+        for rows, style in ((serving.GIST_ROWS + serving.TAIL, "-"), (serving.CONTEXTS[0] + serving.TAIL, ":")):
+            most = serving.largest_batch(gpu, "bf16", rows)
+            batches = [2**power for power in range(most.bit_length())] + [most]
+            limits = [serving.tokens_per_second(gpu, "bf16", batch, rows) for batch in batches]
+            label = gpu.name if style == "-" else None
+            left.plot(batches, limits, style, color=f"C{index}", label=label)
+            left.plot(batches[-1], limits[-1], "o", color=f"C{index}", markersize=5)
+    left.set(xscale="log", yscale="log", xlabel="sequences", ylabel="tokens per second, at most")
+    left.set_title("decoding, bf16 weights: 42 rows (solid), 6,128 (dotted); dot: card full", fontsize=9)
+    left.legend(fontsize=8)
+    first = GPUS[0].name
+    for name in COUNTED:
+        mine = [row for row in found["op"] if row["segments"] == name]
+        times = [row["forward"]["gpus"][first]["seconds"] * 1e3 for row in mine]
+        right.plot([row["rows"] for row in mine], times, marker="o", markersize=3, label=name)
+    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+    right.set_xticks(ROWS, [f"{rows // 1024}K" for rows in ROWS])
+    right.minorticks_off()
+    right.set_title(f"forward of one layer, a perfect kernel, {first}", fontsize=9)
+    right.legend(title="raw/gists", fontsize=8)
+    figure.suptitle("Calculated, not measured", fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Calculate and write."""
+    from bench.roofline_page import page
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder with evidence/ and pictures/")
+    out = parser.parse_args().out
+    found = report()
+    for folder in ("evidence", "pictures"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / "evidence/roofline.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "roofline.md").write_text(page(found))
+    draw(found, out / "pictures/roofline.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The roofline page: counts against hand-made ones, limits from both sides, and the page against its generator."""
+
+import json
+import re
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import roofline, serving
+from bench.gpus import GPUS, Gpu, gpu_named
+from bench.roofline_page import page
+from bench.work import Shape, least_bytes, visible_pairs
+from gistkern import GistLayout, gist_attention
+from gistkern.compaction import gather_rows
+from gistkern.kernels.chips import chip_named
+from gistkern.testing import make_inputs
+
+DOCS = Path(__file__).parents[1] / "docs"
+H100, RTX_4090 = gpu_named("H100 SXM 80 GB"), gpu_named("RTX 4090 24 GB")
+# Llama-3-8B: elements of its matrices, added up by hand
+LINEARS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+VOCABULARY, NORMS = 128256 * 4096, 65 * 4096
+ROW = 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, head dimension, bf16
+
+
+@pytest.fixture(scope="module")
+def found():
+    return roofline.report()
+
+
+# multiprocessors, FLOPs per cycle of each (dense bf16, fp32 accumulation), boost clock; twice that would be sparsity,
+# and on a GeForce also accumulation in fp16
+@pytest.mark.parametrize(
+    ("name", "cycle"),
+    [
+        ("H100 SXM 80 GB", 132 * 4096 * 1.83e9),
+        ("A100 SXM 80 GB", 108 * 2048 * 1.41e9),
+        ("RTX 4090 24 GB", 128 * 512 * 2.52e9),
+        ("L40S 48 GB", 142 * 1024 * 2.52e9),
+    ],
+)
+def test_peaks_are_dense_and_accumulate_in_fp32(name, cycle):
+    gpu = gpu_named(name)
+    assert gpu.flops == pytest.approx(cycle, rel=0.02)
+    assert chip_named(gpu.arch).multiprocessors in (gpu.multiprocessors, 128)
+
+
+def test_perfect_time_is_the_longer_of_two():
+    gpu = Gpu("test", "sm_90", 1, flops=1000, bandwidth=10, memory=1, source="")
+    assert gpu.ridge == 100
+    assert roofline.perfect_time(gpu, 2000, 19) == roofline.Time(2.0, "compute")
+    assert roofline.perfect_time(gpu, 2000, 21) == roofline.Time(2.1, "memory")
+
+
+def test_bytes_of_a_tiny_layout_by_hand():
+    layout = GistLayout.from_segments([5, 4], 2, tail=3)
+    assert (layout.num_rows, layout.num_local, layout.num_compact) == (16, 16, 5)  # sink and four gists
+    q, k, compact = 16 * 4 * 8 * 2, 16 * 2 * 8 * 2, 5 * 2 * 8 * 2
+    moved = least_bytes(layout, Shape(4, 2, 8))
+    assert moved == {"q": q, "k": k, "v": k, "gist_k": compact, "gist_v": compact, "out": q, "lse": 16 * 4 * 4}
+    backward = least_bytes(layout, Shape(4, 2, 8), backward=True)
+    assert sum(backward.values()) == (1024 + 512 * 2 + 160 * 2) * 2 + 1024 * 2 + 256
+
+
+def test_bytes_are_those_of_the_op_s_tensors():
+    layout = GistLayout.from_segments([20, 20], 4, tail=20, past=9).last_rows(33)
+    inputs = make_inputs(layout, heads=4, kv_heads=2, head_dim=16)
+    past_key, past_value = inputs.past_key, inputs.past_value
+    out, lse = gist_attention(
+        inputs.q, inputs.k, inputs.v, layout, past_key=past_key, past_value=past_value, return_lse=True
+    )
+    assert past_key is not None
+    gist_k = torch.cat([past_key, gather_rows(inputs.k, layout.gather)], 2)
+    tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "gist_k": gist_k, "gist_v": gist_k, "out": out, "lse": lse}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shape = Shape(4, 2, 16, itemsize=4)
+    assert least_bytes(layout, shape) == sizes
+    grads = {"dout": inputs.grad_out.nbytes} | {f"d{name}": sizes[name] for name in ("q", "k", "v", "gist_k", "gist_v")}
+    assert least_bytes(layout, shape, backward=True) == sizes | grads
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_flops_are_those_of_the_dense_mask(backward):
+    layout = GistLayout.hierarchical([11] * 4, 3, 5, tail=20)
+    seen = layout.dense().sum().item()
+    per_pair = 10 if backward else 4
+    assert roofline.flops_of(visible_pairs(layout), Shape(6, 3, 32), backward) == per_pair * 32 * 6 * seen
+
+
+def test_op_by_hand():
+    """Plain causal attention of 4,096 rows."""
+    row = roofline.op("one segment", 4096)
+    pairs = 4096 * 4097 // 2
+    assert row["visible_pairs"] == pairs
+    assert row["share_of_causal"] == 1.0
+    assert row["forward"]["flops"] == 4 * 128 * 32 * pairs
+    assert row["backward"]["flops"] == 2.5 * row["forward"]["flops"]
+    on_h100 = row["forward"]["gpus"]["H100 SXM 80 GB"]
+    assert on_h100["bound"] == "compute"
+    assert on_h100["seconds"] == pytest.approx(4 * 128 * 32 * pairs / 989.4e12)
+    assert on_h100["causal_seconds"] == pytest.approx(on_h100["seconds"])
+
+
+def test_op_times_are_limits(found):
+    """Tiles hold all visible pairs; the backward's schedule multiplies seven times, not five."""
+    for row in found["op"]:
+        for gpu in GPUS:
+            forward, backward = (row[key]["gpus"][gpu.name] for key in ("forward", "backward"))
+            assert forward["tile_flops"] > row["forward"]["flops"]
+            assert backward["tile_flops"] > 1.4 * row["backward"]["flops"]
+            for key, time in (("forward", forward), ("backward", backward)):
+                assert time["seconds"] == max(row[key]["flops"] / gpu.flops, row[key]["bytes"] / gpu.bandwidth)
+                assert time["seconds"] <= time["tile_seconds"]
+                assert time["seconds"] <= time["causal_seconds"] * 1.02  # gist rows are bytes that causal lacks
+
+
+def test_decoding_by_hand():
+    step = roofline.decoding(16, 10, 32)
+    assert step["bytes"] == 16 * (2 * 32 * 128 * 2 + 32 * 4 + 42 * 2 * 8 * 128 * 2)
+    assert step["flops"] == 16 * 42 * 4 * 128 * 32
+    assert all(time["bound"] == "memory" for time in step["gpus"].values())
+    assert step["gpus"]["L40S 48 GB"]["seconds"] == pytest.approx(step["bytes"] / 864e9)
+
+
+def test_weights_by_hand():
+    assert serving.parameters() == LINEARS + 2 * VOCABULARY + NORMS == 8_030_261_248
+    assert serving.multiplied() == LINEARS + VOCABULARY + NORMS
+    assert serving.kv_row() == ROW == 131072
+    assert serving.weights_of("bf16") == serving.Weights(2 * 8_030_261_248, 2 * (LINEARS + VOCABULARY + NORMS))
+    # 4 bits, a byte per 64, 4 bytes per 64 x 256; code tables of 64 and 1,024 bytes and an offset per matrix
+    nf4 = LINEARS // 2 + LINEARS // 64 + 4 * LINEARS // 16384 + 32 * 7 * (64 + 1024 + 4)
+    for rest, kind in ((2, "NF4, rest bf16"), (4, "NF4, rest fp32")):
+        resident = nf4 + rest * (2 * VOCABULARY + NORMS)
+        assert serving.weights_of(kind) == serving.Weights(resident, resident - rest * VOCABULARY)
+    # the page on training's memory counts the originals of ten gist rows besides
+    assert f"{resident + 10 * 4096 * 4:,}" in (DOCS / "memory.md").read_text()
+    with pytest.raises(ValueError, match="expected one of bf16"):
+        serving.weights_of("int8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "percent"),
+    [("bf16", 4.7), ("NF4, rest bf16", 12.3), ("NF4, rest fp32", 9.3)],
+    ids=lambda value: str(value),
+)
+def test_about_12_percent(kind, percent, found):
+    cache = 6096 * 131072
+    share = cache / (cache + serving.weights_of(kind).resident)
+    assert round(100 * share, 1) == percent
+    listed = [each for each in found["share_of_memory"] if (each["weights"], each["tokens"]) == (kind, 6096)]
+    assert [each["share"] for each in listed] == [pytest.approx(share)]
+
+
+def kv_seconds(gpu, batch, rows):
+    return batch * rows * ROW / gpu.bandwidth
+
+
+def weight_seconds(gpu, kind, batch):
+    read = serving.weights_of(kind).read
+    return max(read / gpu.bandwidth, 2 * batch * (LINEARS + VOCABULARY + NORMS) / gpu.flops)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("kind", serving.WEIGHTS)
+def test_crossover_on_both_sides(gpu, kind):
+    for batch in (1, 3, 64, 1024):
+        rows = serving.crossover(gpu, kind, batch)
+        assert kv_seconds(gpu, batch, rows) > weight_seconds(gpu, kind, batch)
+        assert kv_seconds(gpu, batch, rows - 1) <= weight_seconds(gpu, kind, batch) * (1 + 1e-12)
+    # what the page says about its last column
+    assert serving.crossover(gpu, kind, 1024) == serving.crossover(gpu, kind, 10**6) > serving.rows_seen()[0]
+
+
+def test_crossover_in_bytes(found):
+    """At batch 1 no card's arithmetic matters, and the crossover is that of the bytes: batch x rows is what counts."""
+    read = 2 * (LINEARS + VOCABULARY + NORMS)
+    for gpu in GPUS:
+        rows = serving.crossover(gpu, "bf16", 1)
+        assert (rows - 1) * ROW <= read < rows * ROW
+    shares = {(each["weights"], each["batch"], each["rows"]): each["share"] for each in found["shares"]}
+    assert shares["bf16", 16, 6128] == pytest.approx(16 * 6128 * ROW / (read + 16 * 6128 * ROW))
+    assert shares["bf16", 16, 6128] < 0.5 < shares["bf16", 64, 6128]
+    assert 16 * 6128 < rows < 64 * 6128
+
+
+def test_documents_by_independent_arithmetic(found):
+    fits = {(each["gpu"], each["weights"], each["document"]): each["fit"] for each in found["documents"]}
+    left = 80e9 - 1e9 - 2 * 8_030_261_248
+    of_h100 = {name: fit for (gpu, kind, name), fit in fits.items() if (gpu, kind) == (H100.name, "bf16")}
+    rows = (6096, 10, 128, ceil(6096 / 512) * 8, 131072, 131072 // 512 * 8)
+    assert list(of_h100.values()) == [int(left / (count * 131072)) for count in rows] == [78, 48019, 3751, 5001, 3, 234]
+    assert fits[RTX_4090.name, "bf16", "131,072 tokens, uncompressed"] == 0
+    for gpu in GPUS:
+        for kind in serving.WEIGHTS:
+            free = gpu.memory - serving.RESERVE - serving.weights_of(kind).resident
+            for document in serving.DOCUMENTS:
+                fit = fits[gpu.name, kind, document.name]
+                assert fit * document.rows * ROW <= free < (fit + 1) * document.rows * ROW
+
+
+def test_rows_of_segments_are_those_of_the_layout():
+    """As compress() cuts a document: the last segment may be shorter and has its gists all the same."""
+    lengths = [512] * (6096 // 512) + [6096 % 512]
+    layout = GistLayout.from_segments(lengths, 8, sink_tokens=0).closed()
+    rows = {document.name: document.rows for document in serving.DOCUMENTS}
+    assert rows["6,096 tokens in segments of 512/8"] == int((layout.keep_end - layout.keep_begin).item()) == 96
+
+
+def test_tokens_per_second_by_hand():
+    read, moved = 2 * (LINEARS + VOCABULARY + NORMS), 64 * 6128 * ROW
+    assert serving.tokens_per_second(H100, "bf16", 64, 6128) == pytest.approx(64 / ((read + moved) / 3.35e12))
+    # 42 rows and many sequences: the tensor cores bound it, and another sequence adds nothing
+    flops = 2 * (LINEARS + VOCABULARY + NORMS) + 4 * 128 * 32 * 32 * 42
+    assert serving.tokens_per_second(H100, "bf16", 10_000, 42) == pytest.approx(989.4e12 / flops)
+    assert serving.largest_batch(RTX_4090, "bf16", 131104) == 0
+
+
+def test_only_batches_that_fit_have_a_limit(found):
+    for each in found["throughput"]:
+        assert all(int(batch) <= each["largest_batch"] for batch in each["tokens_per_second"])
+        rates = [*each["tokens_per_second"].values()]
+        assert rates == sorted(rates)
+
+
+def test_committed_page_is_what_the_generator_writes(found):
+    assert (DOCS / "roofline.md").read_text() == page(found), "run make roofline"
+    assert json.loads((DOCS / "evidence/roofline.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_sums_on_the_page_hold(found):
+    """The arithmetic that the page writes out, computed again from its text."""
+    checked = 0
+    for block in re.findall(r"```\n(.*?)```", page(found), re.S):
+        for left, right in (pair for line in block.splitlines() for pair in pairwise(line.split(" = "))):
+            terms = re.search(r"(?:ceil)?[(\d][\d,x+()/ -]*$", left)
+            value = re.match(r"[\d,x ]+(\.\d+ ms|\.\d+)?", right)
+            if not (terms and value):
+                continue
+            ours, theirs = calculated(terms[0]), calculated(value[0].removesuffix("ms"))
+            if value[0].endswith("ms"):
+                assert ours * 1e3 == pytest.approx(theirs, rel=5e-3)
+            else:  # whole numbers exactly, quotients to two places
+                assert abs(ours - theirs) <= (0.005 if "." in value[0] else 0)
+            checked += 1
+    assert checked > 100
+
+
+def calculated(text):
+    return eval(text.strip().replace(",", "").replace("x", "*"), {"ceil": ceil})
