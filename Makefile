@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work roofline cpu-report compare lint format bench docs clean
+.PHONY: help setup demo test emulate sanitize aot work roofline cpu-report compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -89,6 +89,12 @@ format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 
 bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+bench-report: setup ## everything beside its baselines, into docs/benchmarks.* (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.report $(ARGS)
+
+bench-check: setup ## compare with the recorded ratios of docs/benchmarks.json; not part of CI
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.check $(ARGS)
 
 docs: setup ## redraw the pictures of docs/
 	$(BIN)/python docs/draw.py

@@ -32,7 +32,7 @@ from gistkern.testing import make_inputs
 EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 # (layout, rows, heads)
 TRAINING = [
-    *[("512/8", 4096, heads) for heads in HEADS],
+    *[("512/8", 4096, heads) for heads in ("Llama-3-8B", "SmolLM2-135M")],
     ("512/8", 4096, "8 heads, D 64"),
     ("512/8", 4096, "8 heads, D 128"),
     *[

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 from gistkern import GistLayout
 
-__all__ = ["HEADS", "SEGMENTS", "layout_of"]
+__all__ = ["HEADS", "LAYOUTS", "SEGMENTS", "layout_of"]
 
 # raw tokens per segment, gist tokens per segment
 SEGMENTS = {
@@ -15,12 +17,19 @@ SEGMENTS = {
     "1024/128": (1024, 128),
     "one segment": None,
 }
+LAYOUTS = (*SEGMENTS, "hierarchical", "sliding", "packed")
 # query heads, key/value heads, head_dim
-HEADS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
+HEADS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64), "2 heads, D 64": (2, 2, 64)}
+
+
+# raw tokens of the documents of a packed batch, over and over: ragged, as a training set is
+PACKED = (700, 150, 1900, 420, 60, 1100)
 
 
 def layout_of(name: str, rows: int) -> GistLayout:
     """`rows` tokens in segments of raw tokens / gists, the rest as the open tail."""
+    if name == "packed":
+        return _packed(rows)
     if name == "hierarchical":
         count = (rows - 32) // (256 + 8)
         return GistLayout.hierarchical([256] * count, 8, 10, tail=rows - count * (256 + 8) - 10)
@@ -34,3 +43,18 @@ def layout_of(name: str, rows: int) -> GistLayout:
     raw, gists = sizes
     count = rows // (raw + gists)
     return GistLayout.from_segments([raw] * count, gists, tail=rows - count * (raw + gists))
+
+
+def _packed(rows: int) -> GistLayout:
+    """Documents in segments of 256/16, the last segment of each shorter; what is left over is one more tail."""
+    documents, left = [], rows
+    for length in itertools.cycle(PACKED):
+        segments = [256] * (length // 256) + [length % 256]
+        size = length + 16 * len(segments)
+        if size > left:
+            break
+        documents.append(GistLayout.from_segments(segments, 16))
+        left -= size
+    if left:
+        documents.append(GistLayout.from_segments([], 1, tail=left))
+    return GistLayout.pack(documents)

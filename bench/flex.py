@@ -1,0 +1,75 @@
+"""FlexAttention (torch.nn.attention.flex_attention), compiled: the mask rule as a function of row and key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from gistkern import GistLayout
+
+__all__ = ["natural", "no_backward", "permuted", "why_not", "why_not_natural"]
+
+# making the block mask asks the rule about every pair of a row and a key, in one tensor of 8 bytes each
+LARGEST = 4 << 30
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., torch.Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # one compilation per shape
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def natural(layout: GistLayout) -> Callable[..., torch.Tensor]:
+    """Keys where they stand in the stream."""
+    begin, end, local = layout.gist_begin[0], layout.gist_end[0], layout.local_begin[0]
+    place = torch.full((layout.num_rows,), -1, dtype=torch.int32, device=layout.device)
+    place[layout.gather[0]] = torch.arange(layout.num_compact, dtype=torch.int32, device=layout.device)
+
+    def seen(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        own = (key >= local[row]) & (key <= row)
+        return own | ((place[key] >= begin[row]) & (place[key] < end[row]))
+
+    rows = layout.num_rows
+    mask = create_block_mask(seen, None, None, rows, rows, device=layout.device.type)
+    attend = _compiled()
+    return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def permuted(layout: GistLayout) -> Callable[..., torch.Tensor]:
+    """Keys as [gists, raw], which leaves whole blocks to skip; putting them so is part of the call."""
+    begin, end, local = layout.gist_begin[0], layout.gist_end[0], layout.local_begin[0]
+    gists, gather = layout.num_compact, layout.gather[0]
+
+    def seen(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        own = (key >= gists + local[row]) & (key <= gists + row)
+        return own | ((key >= begin[row]) & (key < end[row]))
+
+    mask = create_block_mask(seen, None, None, layout.num_rows, gists + layout.num_rows, device=layout.device.type)
+    attend = _compiled()
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = (torch.cat([t[:, :, gather], t], 2) for t in (k, v))
+        return attend(q, keys, values, block_mask=mask, enable_gqa=True)
+
+    return call
+
+
+def why_not(layout: GistLayout, heads: int) -> str:
+    """Whether its block mask can be made."""
+    size = 8 * layout.num_rows * (layout.num_rows + layout.num_compact)
+    return f"making its block mask would take {size / 2**30:.1f} GiB" if size > LARGEST else ""
+
+
+def why_not_natural(layout: GistLayout, heads: int) -> str:
+    """The same, and a token that is listed twice has no single place."""
+    if len(layout.gather[0].unique()) < layout.gather.shape[1]:
+        return "a token stands twice among the compact rows"
+    return why_not(layout, heads)
+
+
+def no_backward(layout: GistLayout) -> str:
+    """Why it cannot be differentiated."""
+    return "FlexAttention has no backward on CPU" if layout.device.type == "cpu" else ""

@@ -1,0 +1,98 @@
+"""What is measured on which device: the sizes of every section of docs/benchmarks.md, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.baselines import BASELINES
+from bench.case import OURS
+
+__all__ = ["GRIDS", "Grid"]
+
+SMOLLM2, LLAMA, SMALL = "SmolLM2-135M", "Llama-3-8B", "2 heads, D 64"
+EVERY = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical", "packed")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of one device.
+
+    Parameters
+    ----------
+    attention : tuple of (layout, rows, heads)
+        Forward, and forward with backward, beside all baselines.
+    growth_heads : str
+        Heads of the growth section; `growth` its rows for us, of which baselines get those up to `growth_baselines`.
+    decoding : tuple of (gist rows, tail rows, batch, heads)
+        The op alone.
+    models : tuple of (model, context, batches)
+        Whole models, decoding.
+    compressing : tuple of (model, tokens)
+        `compress` beside a prefill.
+    layouts : tuple of (layout, rows)
+        Construction beside the masks that a layout replaces.
+    memory : tuple of (case, names)
+        Peak memory of calls of a case, as `bench.memory.peak_bytes` takes it.
+    """
+
+    attention: tuple[tuple[str, int, str], ...]
+    growth_heads: str
+    growth: tuple[int, ...]
+    growth_baselines: int
+    decoding: tuple[tuple[int, int, int, str], ...]
+    models: tuple[tuple[str, int, tuple[int, ...]], ...]
+    compressing: tuple[tuple[str, int], ...]
+    layouts: tuple[tuple[str, int], ...]
+    memory: tuple[tuple[tuple[object, ...], tuple[str, ...]], ...]
+
+
+_BATCHES = (1, 4, 16, 64, 256)
+_DECODING = ((10, 16, 1), (10, 16, 16), (10, 16, 256), (256, 64, 1), (1024, 64, 16), (16384, 64, 1))
+_COMPRESSING = (OURS, "compress, one segment", "plain prefill")
+
+GRIDS = {
+    "cpu": Grid(
+        attention=(
+            ("512/8", 1024, SMOLLM2),
+            *((name, 4096, SMOLLM2) for name in EVERY),
+            ("512/8", 16384, SMOLLM2),
+            ("one segment", 2048, LLAMA),
+            ("512/8", 2048, LLAMA),
+        ),
+        growth_heads=SMALL,
+        growth=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
+        growth_baselines=16384,
+        decoding=tuple((*sizes, LLAMA) for sizes in _DECODING),
+        models=(
+            (SMOLLM2, 64, _BATCHES),
+            (SMOLLM2, 4096, _BATCHES),
+            ("Llama-3-8B, 2 of 32 layers", 4096, (1, 16)),
+        ),
+        compressing=tuple(("SmolLM2-135M, 4 of 30 layers", tokens) for tokens in (1024, 4096, 8192)),
+        layouts=(("64/4", 4096), ("512/8", 4096), ("512/8", 16384)),
+        memory=(
+            (("attention", "512/8", 8192, SMALL, "forward", "cpu"), (OURS, *BASELINES)),
+            (("attention", "512/8", 8192, SMALL, "both", "cpu"), (OURS, *BASELINES)),
+            (("compressing", "SmolLM2-135M, 4 of 30 layers", 4096, "cpu"), _COMPRESSING),
+        ),
+    ),
+    "cuda": Grid(
+        attention=(
+            *((name, rows, LLAMA) for rows in (4096, 16384) for name in EVERY),
+            *((name, 131072, LLAMA) for name in ("512/8", "hierarchical")),
+            ("512/8", 16384, SMOLLM2),
+        ),
+        growth_heads=LLAMA,
+        growth=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
+        growth_baselines=131072,
+        decoding=tuple((*sizes, LLAMA) for sizes in _DECODING),
+        models=((SMOLLM2, 64, _BATCHES), (SMOLLM2, 4096, _BATCHES), ("Llama-3-8B, 2 of 32 layers", 16384, _BATCHES)),
+        compressing=tuple(("Llama-3-8B, 2 of 32 layers", tokens) for tokens in (4096, 16384, 65536)),
+        layouts=(("64/4", 4096), ("512/8", 16384)),
+        memory=(
+            (("attention", "512/8", 16384, LLAMA, "forward", "cuda"), (OURS, *BASELINES)),
+            (("attention", "512/8", 16384, LLAMA, "both", "cuda"), (OURS, *BASELINES)),
+            (("compressing", "Llama-3-8B, 2 of 32 layers", 16384, "cuda"), _COMPRESSING),
+        ),
+    ),
+}

@@ -1,0 +1,172 @@
+"""Whole models: decoding from a GistCache and from transformers' DynamicCache, compressing beside a plain prefill.
+
+Weights are random: time and bytes depend on shapes alone. Both sides have the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from bench.case import OURS, Case
+from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
+
+__all__ = [
+    "FULL",
+    "LARGEST_CACHE",
+    "MODELS",
+    "PREFILL",
+    "cache_bytes",
+    "compressing_case",
+    "model_decoding_case",
+    "models",
+]
+
+GISTS, SEGMENT = 10, 512
+LARGEST_CACHE = 3 << 30  # bytes; a step copies the cache once more
+FULL = "DynamicCache"
+PREFILL = "plain prefill"
+_SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+_LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+# shapes as published with the models; fewer layers where all of them would take hours on a CPU
+MODELS = {
+    "SmolLM2-135M": _SMOLLM2 | {"num_hidden_layers": 30},
+    "SmolLM2-135M, 4 of 30 layers": _SMOLLM2 | {"num_hidden_layers": 4},
+    "Llama-3-8B, 2 of 32 layers": _LLAMA | {"num_hidden_layers": 2},
+}
+
+
+@lru_cache(maxsize=1)
+def models(name: str, device: str) -> tuple[GistHandle, LlamaForCausalLM]:
+    """The model patched for gists, and the same weights unpatched; both answer as they should, or this fails."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=131072, attn_implementation="sdpa")
+    full = LlamaForCausalLM(config).to(device, dtype).eval()
+    handle = patch_llama(copy.deepcopy(full), num_gist_tokens=GISTS, sink_tokens=0)
+    _check(handle, full)
+    return handle, full
+
+
+@torch.no_grad()
+def _check(handle: GistHandle, full: LlamaForCausalLM) -> None:
+    """What both caches give for the next token is what one forward over the whole text gives."""
+    gist = handle.model
+    ids = torch.randint(0, 1000, (1, 50), device=full.device)
+    context, question = ids[:, :44], ids[:, 44:]
+    rtol, atol = (1e-3, 1e-4) if full.dtype == torch.float32 else (5e-2, 5e-2)
+    cache = DynamicCache(config=full.config)
+    full(context, past_key_values=cache)
+    torch.testing.assert_close(
+        full(question, past_key_values=cache, logits_to_keep=1).logits,
+        full(ids, logits_to_keep=1).logits,
+        rtol=rtol,
+        atol=atol,
+    )
+    gists = torch.tensor([handle.gist_token_ids], device=full.device)
+    layout = GistLayout.from_segments([44], GISTS, tail=6, sink_tokens=0, device=full.device)
+    whole = gist(torch.cat([context, gists, question], 1), gist_layout=layout, use_cache=False, logits_to_keep=1)
+    compressed = compress(gist, context)
+    cached = gist(question, past_key_values=compressed, logits_to_keep=1)
+    torch.testing.assert_close(cached.logits, whole.logits, rtol=rtol, atol=atol)
+
+
+def cache_bytes(cache: GistCache | DynamicCache) -> int:
+    """Bytes of all keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@torch.no_grad()
+def model_decoding_case(name: str, context: int, batch: int, device: str = "cpu") -> tuple[Case, dict[str, int]]:
+    """One decoding step of a model whose context had `context` tokens, and the bytes that each cache holds.
+
+    The number of gist rows does not depend on the context's length, so a short one is compressed; the full cache
+    is filled with random rows.
+    """
+    handle, full = models(name, device)
+    gist = handle.model
+    token = torch.randint(0, 1000, (batch, 1), device=device)
+    short = compress(gist, torch.randint(0, 1000, (1, 16), device=device))
+    short.batch_repeat_interleave(batch)
+    size = _full_bytes(full, context, batch)
+    held = {OURS: cache_bytes(short), FULL: size, "rows": GISTS}
+    case = Case(device, {OURS: _step(gist, short, token)})
+    if size > LARGEST_CACHE:
+        case.not_measured[FULL] = f"its cache would take {size / 2**30:.1f} GiB"
+    else:
+        filled = _filled(full, context, batch)
+        assert cache_bytes(filled) == size
+        case.calls[FULL] = _step(full, filled, token)
+    return case, held
+
+
+def _full_bytes(full: LlamaForCausalLM, context: int, batch: int) -> int:
+    config = full.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return per_token * context * batch * full.dtype.itemsize
+
+
+def _filled(full: LlamaForCausalLM, context: int, batch: int) -> DynamicCache:
+    config = full.config
+    cache = DynamicCache(config=config)
+    shape = batch, config.num_key_value_heads, context, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        rows = torch.randn(shape, device=full.device).to(full.dtype)
+        cache.update(rows, rows.clone(), layer)
+    return cache
+
+
+def _step(model: LlamaForCausalLM, cache: Any, token: torch.Tensor) -> Any:
+    def step() -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cache.crop(-1)
+        return logits
+
+    return step
+
+
+@torch.no_grad()
+def compressing_case(name: str, tokens: int, device: str = "cpu") -> Case:
+    """`compress` in segments and as one segment, beside the plain prefill that fills a DynamicCache."""
+    handle, full = models(name, device)
+    gist = handle.model
+    ids = torch.randint(0, 1000, (1, tokens), device=device)
+
+    def prefill() -> DynamicCache:
+        cache = DynamicCache(config=full.config)
+        with torch.no_grad():
+            full(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    return Case(
+        device,
+        {
+            OURS: lambda: _compressed(gist, ids, SEGMENT),
+            "compress, one segment": lambda: _compressed(gist, ids, None),
+            PREFILL: prefill,
+        },
+    )
+
+
+def _compressed(gist: LlamaForCausalLM, ids: torch.Tensor, segment_length: int | None) -> GistCache:
+    with torch.no_grad():
+        return compress(gist, ids, segment_length=segment_length)

@@ -1,0 +1,216 @@
+"""docs/benchmarks.md from the report of bench.report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench import decoding
+from bench.baselines import BASELINES
+from bench.case import OURS
+from bench.markdown import table
+from bench.models import FULL, PREFILL
+from bench.targets import aims
+
+__all__ = ["page"]
+
+NONE = "not measured"
+
+_INTRO = """# Benchmarks
+
+Grade **measured**: `{command}` on {device} ({machine}{instructions}), {threads}, {versions}. Medians of {rounds} rounds
+(fewer where a row says so), smallest and largest in brackets. Within a round every call follows the other, in one
+process, and every number is a ratio of two of them: *2.0* in a column means that it takes twice as long as gistkern on
+the same inputs. Every baseline is checked equal to ours before anything is timed, except causal SDPA, which ignores the
+mask. What no one measured says "not measured", and below each table why.
+
+*Of peak* is the share of the speed of matrix products in the same rounds that a call reaches, counting the operations
+on the pairs that the mask lets see each other and no others; *of copy* the same for the bytes of keys and values,
+against a copy of 256 MiB (small caches are read from the processor's own, hence shares above 1)."""
+
+_ATTENTION = """## Attention
+
+One layer, batch size 1, fp32 on a CPU and bf16 on a GPU. Layouts: raw tokens per segment / gists per segment; *one
+segment* is a causal text without gists; *hierarchical* are segments of 256 with 8 gists and a summary of 10; *packed*
+are ragged documents in one row. Masks, indices and block masks are made once, outside the clock, as for all layers of
+a model."""
+
+_GROWTH = """## Growth with the rows
+
+Forward, {heads}: time as a multiple of ours for 512/8 at {first:,} rows. In 512/8 every segment sees the gists of all
+earlier ones, so its pairs grow faster than its rows; hierarchical segments do not see each other's."""
+
+_DECODING = """## Decoding: the op
+
+One query row per sample over gist rows and an uncompressed tail, {heads} heads. The baselines read one contiguous
+buffer of the same rows."""
+
+_MODELS = """## Decoding: the model
+
+One step of a whole model with random weights, over a GistCache of {rows} gist rows and over transformers' DynamicCache
+of the whole context (the same weights, unpatched, SDPA)."""
+
+_COMPRESSING = """## Compressing
+
+Reading a context: `compress` in segments of 512, as one segment, and the plain prefill that fills a DynamicCache.
+Ratios to `compress` in segments."""
+
+_LAYOUTS = """## Making the layout
+
+Once per batch, from the token ids: a `GistLayout`, a dense boolean mask, and FlexAttention's block mask."""
+
+_MEMORY = """## Peak memory
+
+Of one call above its inputs, in a process of its own; a mask that a baseline keeps counts."""
+
+
+def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """The page of a report; `pictures` are paths by section."""
+    threads = "one thread" if report["threads"] == 1 else f"{report['threads']} threads"
+    facts = {
+        **report,
+        "threads": threads,
+        "instructions": f", {report['instruction_set']} kernels" if report["instruction_set"] else "",
+        "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+    }
+    parts = [_INTRO.format(**facts), "## Aims", _aims(report)]
+    for name, section in _SECTIONS.items():
+        if report.get(name):
+            parts += section(report[name])
+            parts += [f"![{name}]({pictures[name]})"] if name in pictures else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _aims(report: Mapping[str, Any]) -> str:
+    said = {True: "met", False: "**missed**", None: NONE}
+    return table(["aim", "found", ""], [[aim.wanted, aim.found, said[aim.met]] for aim in aims(report)])
+
+
+def _attention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ["layout", "rows", "heads", "pass", "ours, of peak", *(b.title for b in BASELINES.values()), "rounds"]
+    lines = [
+        [
+            row["layout"],
+            f"{row['rows']:,}",
+            row["heads"],
+            "forward" if row["pass"] == "forward" else "with backward",
+            _spread(row["of_limit"][OURS]),
+            *(_slower(row, name) for name in BASELINES),
+            row["rounds"],
+        ]
+        for row in rows
+    ]
+    return [_ATTENTION, table(head, lines), *_reasons(rows, lambda row: f"{row['rows']:,} rows")]
+
+
+def _growth(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    sizes = sorted({row["rows"] for row in rows})
+    series = dict.fromkeys((row["layout"], row["name"]) for row in rows)
+    lines = []
+    for layout, name in series:
+        title = "gistkern" if name == OURS else BASELINES[name].title
+        cells = {r["rows"]: r for r in rows if (r["layout"], r["name"]) == (layout, name)}
+        lines.append([layout, title, *(_short(cells[size].get("time")) for size in sizes)])
+        if name == OURS:
+            first = cells[sizes[0]]["visible_pairs"]
+            pairs = [f"{cells[size]['visible_pairs'] / first:.1f}" for size in sizes]
+            lines.append([layout, "visible pairs, of those at the fewest rows", *pairs])
+    text = _GROWTH.format(heads=rows[0]["heads"], first=sizes[0])
+    named = [{**row, "not_measured": {row["name"]: row["not_measured"]}} for row in rows if "not_measured" in row]
+    head = ["layout", "", *(f"{size:,}" for size in sizes)]
+    return [text, table(head, lines), *_reasons(named, lambda row: f"{row['rows']:,} rows")]
+
+
+def _decoding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    sizes = ("gist rows", "tail rows", "batch")
+    head = [*sizes, "ours, of copy", "SDPA, of copy", *decoding.BASELINES.values()]
+    lines = [
+        [
+            *(f"{row[size]:,}" for size in sizes),
+            _spread(row["of_limit"][OURS]),
+            _spread(row["of_limit"].get("sdpa")),
+            *(_slower(row, name) for name in decoding.BASELINES),
+        ]
+        for row in rows
+    ]
+    return [_DECODING.format(heads=rows[0]["heads"]), table(head, lines), *_reasons(rows)]
+
+
+def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ["model", "context", "batch", "bytes, GistCache", "DynamicCache", "of it", "DynamicCache's time / ours"]
+    lines = [
+        [
+            row["model"],
+            f"{row['context']:,}",
+            row["batch"],
+            f"{row['gist bytes']:,}",
+            f"{row['full bytes']:,}",
+            f"1/{row['full bytes'] / row['gist bytes']:.0f}",
+            _slower(row, FULL),
+        ]
+        for row in rows
+    ]
+    return [_MODELS.format(rows=rows[0]["gist rows"]), table(head, lines), *_reasons(rows)]
+
+
+def _compressing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = ("compress, one segment", PREFILL)
+    lines = [[row["model"], f"{row['tokens']:,}", *(_slower(row, name) for name in names)] for row in rows]
+    return [_COMPRESSING, table(["model", "tokens", *names], lines), *_reasons(rows)]
+
+
+def _layouts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = ("dense mask", "block mask")
+    lines = [[row["layout"], f"{row['rows']:,}", *(_slower(row, name) for name in names)] for row in rows]
+    return [_LAYOUTS, table(["layout", "rows", *names], lines), *_reasons(rows)]
+
+
+def _memory(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        ours = next(r["peak bytes"] for r in rows if r["case"] == row["case"] and r["name"] == OURS)
+        title = "gistkern" if row["name"] == OURS else row["name"]
+        what = ", ".join(str(part) for part in row["case"][1:-1])
+        if "peak bytes" in row:
+            lines.append([what, title, f"{row['peak bytes']:,}", f"{row['peak bytes'] / max(ours, 1):.1f}"])
+        else:
+            lines.append([what, title, f"{NONE}: {row['not_measured']}", ""])
+    return [_MEMORY, table(["case", "", "bytes", "of ours"], lines)]
+
+
+_SECTIONS = {
+    "attention": _attention,
+    "growth": _growth,
+    "decoding": _decoding,
+    "models": _models,
+    "compressing": _compressing,
+    "layouts": _layouts,
+    "memory": _memory,
+}
+
+
+def _reasons(rows: Iterable[Mapping[str, Any]], where: Any = lambda row: "") -> list[str]:
+    """Why cells are empty, each reason once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row["not_measured"].items():
+            found.setdefault((name, reason), []).append(where(row))
+    lines = []
+    for (name, reason), places in found.items():
+        named = ", ".join(dict.fromkeys(place for place in places if place))
+        lines.append(f"- {name}: {reason}{f' ({named})' if named else ''}")
+    return ["Not measured:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _slower(row: Mapping[str, Any], name: str) -> str:
+    return _spread(row["slower_than_ours"].get(name))
+
+
+def _spread(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def _short(value: Mapping[str, float] | None) -> str:
+    return NONE if value is None else f"{value['median']:.1f}"

@@ -1,0 +1,114 @@
+"""Measure everything of bench/ in one process and write docs/benchmarks.json, benchmarks.md and their plots.
+
+    make bench-report                                  # on this CPU, one thread (about half an hour)
+    python -m bench.report --device cuda               # the same page for a GPU: docs/benchmarks-<its name>.*
+    python -m bench.report --section decoding          # a part of it, printed only
+    python -m bench.report --page docs/benchmarks.json # write the page again
+
+Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.grid import GRIDS
+from bench.page import page
+from bench.plots import draw
+from bench.sections import SECTIONS
+from gistkern import native
+
+__all__ = ["device_name", "main", "measure"]
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+# beside our own: whose speed the baselines depend on
+PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flashinfer-python")
+
+
+def measure(device: str, rounds: int, sections: list[str]) -> dict[str, Any]:
+    """The report of some sections, with what it was measured on."""
+    command = "make bench-report" if device == "cpu" else f"python -m bench.report --device {device}"
+    return {
+        "grade": "measured",
+        "command": command,
+        "device": device_name(device),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+        "instruction_set": native.instruction_set() if device == "cpu" else None,
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+        "rounds": rounds,
+        **{name: SECTIONS[name](GRIDS[device], device, rounds) for name in sections},
+    }
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's name."""
+    return torch.cuda.get_device_name() if device == "cuda" else _processor()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
+
+
+def _target(device: str) -> Path:
+    if device == "cpu":
+        return DOCS / "benchmarks.json"
+    slug = re.sub("[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return DOCS / f"benchmarks-{slug}.json"
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """The report, its page and its plots, beside each other."""
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    pictures = draw(report, path.parent / "pictures", path.stem)
+    path.with_suffix(".md").write_text(page(report, pictures), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=sorted(GRIDS))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; nothing is written")
+    parser.add_argument("--page", type=Path, metavar="REPORT.json", help="write a report's page and plots again")
+    given = parser.parse_args(arguments)
+    if given.page:
+        write(json.loads(given.page.read_text("utf-8")), given.page)
+        return
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    torch.set_num_threads(given.threads)
+    report = measure(given.device, given.rounds, given.section or list(SECTIONS))
+    if given.section:
+        print(page(report, {}))
+    else:
+        write(report, _target(given.device))
+
+
+if __name__ == "__main__":
+    main()

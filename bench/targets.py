@@ -1,0 +1,96 @@
+"""The aims of the benchmarks, and whether a report meets them: missed ones are named on the page, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.case import OURS
+
+__all__ = ["LINEAR", "Aim", "aims", "slope"]
+
+ROWS, LAYOUT = 16384, "512/8"
+DENSE_FORWARD, FLEX_FORWARD, DENSE_BOTH = 8.0, 4.0, 6.0
+LINEAR = 1.1  # exponent of cost against rows
+GROWTH_FROM, GROWTH_TO = 4096, 65536
+SHORT, LONG = 64, 4096
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What was wanted, what was found; `met` is None where it was not measured."""
+
+    wanted: str
+    found: str
+    met: bool | None
+
+
+def aims(report: Mapping[str, Any]) -> list[Aim]:
+    """All aims, in the order of the page's sections."""
+    return [
+        _slower(report, "forward", ("sdpa dense",), DENSE_FORWARD, "SDPA with a dense mask"),
+        _slower(report, "forward", ("flex", "flex permuted"), FLEX_FORWARD, "FlexAttention, the faster of its two"),
+        _slower(report, "both", ("sdpa dense",), DENSE_BOTH, "SDPA with a dense mask"),
+        *(_linear(report, layout) for layout in ("512/8", "hierarchical")),
+        _bytes(report),
+        _decoding(report, SHORT, "no slower", 1.0),
+        _decoding(report, LONG, "faster", 1.0),
+    ]
+
+
+def _slower(report: Mapping[str, Any], passes: str, names: tuple[str, ...], factor: float, title: str) -> Aim:
+    wanted = f"{passes} at {ROWS:,} rows of {LAYOUT}: {title} takes at least {factor:g} times our time"
+    for row in report.get("attention", []):
+        if (row["layout"], row["rows"], row["pass"]) == (LAYOUT, ROWS, passes):
+            ratios = [row["slower_than_ours"][name]["median"] for name in names if name in row["slower_than_ours"]]
+            if ratios:
+                return Aim(wanted, f"{min(ratios):.1f} times", min(ratios) >= factor)
+    return Aim(wanted, "not measured", None)
+
+
+def slope(points: Iterable[tuple[float, float]]) -> float:
+    """Exponent of a power law through points ``(rows, cost)``: least squares of the logarithms."""
+    logs = [(math.log(rows), math.log(cost)) for rows, cost in points]
+    x, y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    return sum((a - x) * (b - y) for a, b in logs) / sum((a - x) ** 2 for a, _ in logs)
+
+
+def _linear(report: Mapping[str, Any], layout: str) -> Aim:
+    wanted = f"forward of {layout}, {GROWTH_FROM:,} to {GROWTH_TO:,} rows: cost grows with rows ** {LINEAR:g} or less"
+    rows = [
+        row
+        for row in report.get("growth", [])
+        if row["layout"] == layout and row["name"] == OURS and GROWTH_FROM <= row["rows"] <= GROWTH_TO
+    ]
+    if len(rows) < 2:
+        return Aim(wanted, "not measured", None)
+    time = slope((row["rows"], row["time"]["median"]) for row in rows)
+    pairs = slope((row["rows"], row["visible_pairs"]) for row in rows)
+    return Aim(
+        wanted, f"rows ** {time:.2f}; the pairs that the mask shows grow with rows ** {pairs:.2f}", time <= LINEAR
+    )
+
+
+def _bytes(report: Mapping[str, Any]) -> Aim:
+    wanted = "a GistCache holds the bytes of its gist rows and no more"
+    rows = report.get("models", [])
+    if not rows:
+        return Aim(wanted, "not measured", None)
+    # the full cache's bytes per token, times the gist rows
+    met = all(row["gist bytes"] * row["context"] == row["full bytes"] * row["gist rows"] for row in rows)
+    return Aim(wanted, f"{'equal' if met else 'not equal'} in all {len(rows)} measured cases", met)
+
+
+def _decoding(report: Mapping[str, Any], context: int, what: str, least: float) -> Aim:
+    wanted = f"decoding after {context:,} tokens: {what} than with a DynamicCache, at every batch"
+    ratios = [
+        row["slower_than_ours"]["DynamicCache"]["median"]
+        for row in report.get("models", [])
+        if row["context"] == context and "DynamicCache" in row["slower_than_ours"]
+    ]
+    if not ratios:
+        return Aim(wanted, "not measured", None)
+    found = f"DynamicCache takes {min(ratios):.2f} to {max(ratios):.2f} times our time"
+    return Aim(wanted, found, min(ratios) >= least)

@@ -1,0 +1,333 @@
+"""The benchmarks: baselines that compute something else are refused, and what is measured is what is written."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
+
+from bench import baselines, check, flash_varlen, flex, report, sections, targets
+from bench.attention import PASSES, attention_case
+from bench.baselines import BASELINES, Baseline
+from bench.case import OURS, Case, measured
+from bench.compaction import compaction_case
+from bench.decoding import decoding_case
+from bench.grid import GRIDS, Grid
+from bench.layouts import layout_case
+from bench.memory import peak_bytes
+from bench.models import MODELS, compressing_case, model_decoding_case
+from bench.page import page
+from bench.segments import runs_of
+from bench.shapes import LAYOUTS, layout_of
+from bench.timing import interleaved, ratio
+from gistkern import GistLayout, gist_attention
+
+DOCS = Path(__file__).parents[1] / "docs"
+SMALL = "2 heads, D 64"
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+TINY = {
+    "vocab_size": 1000,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """Compiling FlexAttention takes minutes; its own Python path computes the same."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    return "tiny"
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_baseline_of_every_layout_is_checked_and_called(layout, passes):
+    case = attention_case(layout, 601, SMALL, passes)
+    assert set(case.calls) | set(case.not_measured) == {OURS, "matmul", *BASELINES}
+    assert {"sdpa dense", "eager", "causal"} < set(case.calls)
+    # 4 D per pair forward, 2.5 times that more with the backward
+    pairs = int(layout_of(layout, 601).dense().sum()) * 2
+    assert case.work == (4 if passes == "forward" else 14) * 64 * pairs
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("name", [name for name, baseline in BASELINES.items() if baseline.masked][:4])
+def test_a_baseline_that_sees_too_much_is_refused(monkeypatch, name, passes):
+    wrong = dataclasses.replace(BASELINES["causal"], masked=True)
+    monkeypatch.setitem(BASELINES, name, wrong)
+    with pytest.raises(AssertionError, match=f"{name}, output"):
+        attention_case("64/4", 200, SMALL, passes, only=[name])
+
+
+def test_a_wrong_gradient_is_refused(monkeypatch):
+    def plan(layout):
+        return lambda q, k, v: gist_attention(q, k, v.detach() + 0 * v, layout)
+
+    monkeypatch.setitem(BASELINES, "sdpa dense", Baseline("no gradient of v", plan))
+    attention_case("64/4", 200, SMALL, "forward", only=["sdpa dense"])
+    with pytest.raises(AssertionError, match="sdpa dense, dv"):
+        attention_case("64/4", 200, SMALL, "both", only=["sdpa dense"])
+
+
+def test_masks_that_do_not_fit_are_not_made(monkeypatch):
+    monkeypatch.setattr(baselines, "LARGEST", 1000)
+    monkeypatch.setattr(flex, "LARGEST", 1000)
+    case = attention_case("64/4", 200, SMALL)
+    assert set(case.calls) == {OURS, "sdpa per segment", "causal", "matmul"}
+    assert case.not_measured["sdpa dense"].startswith("its mask would take")
+    assert case.not_measured["eager"].startswith("its scores would take")
+    assert case.not_measured["flex permuted"].startswith("making its block mask would take")
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "sliding"])
+def test_runs_see_what_the_layout_says(layout):
+    whole = layout_of(layout, 700)
+    seen = torch.zeros_like(whole.dense()[0])
+    for run in runs_of(whole):
+        for row in range(run.begin, run.end):
+            seen[row, run.gist_begin : run.gist_end] = True
+            seen[row, whole.num_compact + run.local_begin : whole.num_compact + row + 1] = True
+    assert torch.equal(seen, whole.dense()[0])
+
+
+def test_runs_of_a_batch_are_refused():
+    layout = layout_of("64/4", 100)
+    with pytest.raises(ValueError, match="one batch row"):
+        runs_of(GistLayout.stack([layout, layout]))
+
+
+def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    """What flash_attn_varlen_func documents: sequences side by side, causal from the lower right corner."""
+    assert causal
+    bounds = (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
+    assert (bounds[0][-1], bounds[1][-1]) == (len(q), len(k))
+    lengths = [[b - a for a, b in itertools.pairwise(one)] for one in bounds]
+    assert (max(lengths[0]), max(lengths[1])) == (max_seqlen_q, max_seqlen_k)
+    out = []
+    pieces = q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1])
+    for rows, keys, values in zip(*pieces, strict=True):
+        mask = torch.ones(len(rows), len(keys), dtype=torch.bool).tril(len(keys) - len(rows))
+        one = (t.transpose(0, 1)[None] for t in (rows, keys, values))
+        out.append(F.scaled_dot_product_attention(*one, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "sliding"])
+def test_varlen_plans_attend_as_we_do(layout):
+    whole = layout_of(layout, 650)
+    q, k, v = torch.randn(1, 4, 650, 16), *torch.randn(2, 1, 2, 650, 16)
+    torch.testing.assert_close(flash_varlen.plan(whole, varlen)(q, k, v), gist_attention(q, k, v, whole))
+
+
+def test_gpu_packages_say_why_they_do_not_serve():
+    layout = layout_of("64/4", 100)
+    assert BASELINES["flash-attn 2"].why_not(layout, 4) == "flash_attn needs a GPU"
+    assert decoding_case(3, 2, 1, SMALL).not_measured == {"sdpa cuDNN": "needs a GPU", "flashinfer": "needs a GPU"}
+
+
+def test_decoding_counts_the_bytes_of_its_rows():
+    case = decoding_case(10, 6, 3, SMALL)
+    assert set(case.calls) == {OURS, "sdpa", "copy"}
+    assert case.work == 2 * 3 * 2 * (10 + 7) * 64 * 4  # k and v, samples, heads, rows, dims, fp32
+
+
+@pytest.mark.parametrize(("layout", "rows"), [("64/4", 300), ("512/8", 1100), ("one segment", 90)])
+def test_layouts_and_masks_are_the_same_rule(layout, rows):
+    assert set(layout_case(layout, rows).calls) == {OURS, "dense mask", "block mask"}
+
+
+def test_a_mask_of_another_rule_is_refused(monkeypatch):
+    monkeypatch.setattr("bench.layouts._dense", lambda ids: torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool))
+    with pytest.raises(AssertionError, match="another rule"):
+        layout_case("64/4", 100)
+
+
+def test_compaction_gathers_what_indexing_does():
+    case = compaction_case("64/4", 300, SMALL)
+    gists = layout_of("64/4", 300).num_compact
+    assert case.work == 2 * 2 * 2 * gists * 64 * 4  # read and write, k and v
+
+
+def test_models_hold_the_bytes_of_their_rows(tiny_model):
+    case, held = model_decoding_case(tiny_model, 300, 4)
+    row = 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, dims, fp32
+    assert held == {OURS: 4 * 10 * row, "DynamicCache": 4 * 300 * row, "rows": 10}
+    for call in case.calls.values():
+        first = call()
+        assert first.shape == (4, 1, 1000)
+        assert torch.equal(call(), first), "a step leaves its cache as it was"
+    assert set(compressing_case(tiny_model, 600).calls) == {OURS, "compress, one segment", "plain prefill"}
+
+
+def test_caches_that_do_not_fit_are_not_filled(tiny_model, monkeypatch):
+    monkeypatch.setattr("bench.models.LARGEST_CACHE", 1000)
+    case, _ = model_decoding_case(tiny_model, 300, 4)
+    assert set(case.calls) == {OURS}
+    assert case.not_measured["DynamicCache"].startswith("its cache would take")
+
+
+def test_rounds_are_interleaved_and_ratios_are_of_one_round():
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = interleaved(calls, 3)
+    assert called == ["a", "b"] * 4, "one warm-up round"
+    assert [len(one) for one in seconds.values()] == [3, 3]
+    found = ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 4.0]}, "a", "b", 10)
+    assert found == {"median": 20, "min": 10, "max": 30}
+
+
+def test_measured_names_the_slower_and_the_limit():
+    calls = {OURS: list, "other": list, "peak": list}
+    case = Case("cpu", calls, {"x": "why"}, "peak", 2, 4)
+    found = measured(case, 2)
+    assert set(found["slower_than_ours"]) == {"other"}
+    assert set(found["of_limit"]) == {OURS, "other"}
+    assert found["not_measured"] == {"x": "why"}
+
+
+def test_peak_memory_counts_a_mask_that_is_kept():
+    case = "attention", "512/8", 3000, SMALL, "forward", "cpu"
+    dense, ours = (peak_bytes(case, name) for name in ("sdpa dense", OURS))
+    assert dense - ours > 4 * 3000**2 * 0.9
+
+
+@pytest.fixture(scope="module")
+def small_report():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return _small_report(monkeypatch)
+
+
+def _small_report(monkeypatch):
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    grid = Grid(
+        attention=(("512/8", 600, SMALL), ("sliding", 900, SMALL)),
+        growth_heads=SMALL,
+        growth=(400, 800, 1600),
+        growth_baselines=800,
+        decoding=((10, 4, 2, SMALL),),
+        models=(("tiny", 300, (1, 2)),),
+        compressing=(("tiny", 600),),
+        layouts=(("64/4", 300),),
+        memory=((("attention", "64/4", 300, SMALL, "both", "cpu"), (OURS, "flex")),),
+    )
+    monkeypatch.setitem(GRIDS, "cpu", grid)
+    # a process of its own for each: test_peak_memory starts real ones
+    monkeypatch.setattr(sections, "peak_bytes", lambda case, name: 5 if name == OURS else "no backward on CPU")
+    return report.measure("cpu", 2, list(sections.SECTIONS))
+
+
+def test_a_report_becomes_a_page(small_report, tmp_path):
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "benchmarks.json"
+    report.write(small_report, path)
+    text = path.with_suffix(".md").read_text()
+    row = json.loads(path.read_text())["attention"][0]
+    dense = row["slower_than_ours"]["sdpa dense"]
+    assert f"| {dense['median']:.2f} ({dense['min']:.2f} to {dense['max']:.2f}) |" in text
+    assert "- sdpa per segment: the local window moves with every row (900 rows)" in text
+    assert "- flash-attn 2: flash_attn needs a GPU" in text
+    assert "- sdpa dense: only up to 800 rows (1,600 rows)" in text
+    assert "| 64/4, 300, 2 heads, D 64, both | flex | not measured: no backward on CPU |" in text
+    bytes_ = small_report["models"][1]
+    assert f"| {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} | 1/30 |" in text
+    pictures = sorted(picture.name for picture in (tmp_path / "docs" / "pictures").iterdir())
+    assert pictures == ["benchmarks-attention.png", "benchmarks-growth.png", "benchmarks-models.png"]
+    assert all(f"pictures/{name})" in text for name in pictures)
+    # 16K rows were not measured, so nothing is said about them
+    assert "takes at least 8 times our time | not measured | not measured |" in text
+
+
+def test_growth_is_relative_to_our_shortest(small_report):
+    first = small_report["growth"][0]
+    assert (first["name"], first["rows"]) == (OURS, 400)
+    assert first["time"] == {"median": 1, "min": 1, "max": 1}
+    assert first["visible_pairs"] == int(layout_of("512/8", 400).dense().sum())
+
+
+def aims_of(**parts):
+    return {aim.wanted: aim for aim in targets.aims(parts)}
+
+
+def test_aims_are_met_or_missed_by_what_was_measured():
+    def row(passes, **slower):
+        found = {name.replace("_", " "): {"median": value} for name, value in slower.items()}
+        return {"layout": "512/8", "rows": 16384, "pass": passes, "slower_than_ours": found}
+
+    rows = [row("forward", sdpa_dense=9.0, flex=5.0, flex_permuted=3.9), row("both", sdpa_dense=5.0)]
+    assert [aim.met for aim in aims_of(attention=rows).values()][:3] == [True, False, False]
+    growth = [
+        {"layout": "512/8", "name": OURS, "rows": 4096 * 2**i, "time": {"median": 3.0**i}, "visible_pairs": 2**i}
+        for i in range(6)
+    ]
+    found = list(aims_of(growth=growth).values())[3]
+    assert not found.met
+    assert found.found == f"rows ** {math.log2(3):.2f}; the pairs that the mask shows grow with rows ** 1.00"
+    models = [
+        {"context": 64, "gist rows": 10, "gist bytes": 10, "full bytes": 64},
+        {"context": 64, "gist rows": 10, "gist bytes": 11, "full bytes": 64},
+    ]
+    for one, time in zip(models, (1.2, 0.9), strict=True):
+        one["slower_than_ours"] = {"DynamicCache": {"median": time}}
+    held, short, long = list(aims_of(models=models).values())[5:]
+    assert (held.met, short.met, long.met) == (False, False, None)
+    assert short.found == "DynamicCache takes 0.90 to 1.20 times our time"
+
+
+def test_the_exponent_of_a_power_law():
+    assert targets.slope([(x, 7 * x**1.5) for x in (1, 2, 5, 10)]) == pytest.approx(1.5)
+
+
+def test_regressions_are_beyond_tolerance_and_spread():
+    recorded = {name: {"median": 10.0, "min": 7.0, "max": 12.0} for name in ("lost", "noisy", "kept", "gone")}
+    again = {name: {"max": best} for name, best in (("lost", 6.0), ("noisy", 7.5), ("kept", 9.0))}
+    assert check.regressions(recorded, again) == {"lost": (10.0, 6.0)}
+
+
+def test_the_guard_measures_again_and_says_what_has_regressed(small_report, tmp_path, capsys):
+    small_report = copy.deepcopy(small_report)
+    path = tmp_path / "recorded.json"
+    # nobody is a thousand times faster than a moment ago
+    for rows in (small_report["attention"], small_report["decoding"]):
+        for row in rows:
+            for value in row["slower_than_ours"].values():
+                value.update({key: number / 1000 for key, number in value.items()})
+    path.write_text(json.dumps(small_report))
+    with pytest.raises(SystemExit) as left:
+        check.main(["--recorded", str(path), "--rounds", "1"])
+    assert left.value.code == 0
+    assert "no row has regressed" in capsys.readouterr().out
+    for value in small_report["decoding"][0]["slower_than_ours"].values():
+        value.update({key: number * 1e9 for key, number in value.items()})
+    path.write_text(json.dumps(small_report | {"device": "another"}))
+    with pytest.raises(SystemExit) as left:
+        check.main(["--recorded", str(path), "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert left.value.code == 1
+    assert "decoding, 10 gist rows, 4 tail rows, batch 2: sdpa took" in out
+    assert "1 row(s) have regressed" in out
+    assert "recorded on another" in out
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("benchmarks*.json")), ids=lambda path: path.stem)
+def test_the_committed_page_is_that_of_its_report(path):
+    found = json.loads(path.read_text())
+    drawn = {name: f"pictures/{path.stem}-{name}.png" for name in ("growth", "attention", "models")}
+    assert path.with_suffix(".md").read_text() == page(found, drawn)
+    assert all((DOCS / name).exists() for name in drawn.values())
