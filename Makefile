@@ -46,7 +46,7 @@ $(EMULATED): $(STAMP) $(C_SOURCES)
 	$(BIN)/python csrc/build_extension.py --if-possible --cuda emulated --out $@
 
 demo: setup ## train the tiny preset on CPU, drop the context's cache, answer from the gist rows (~10 min)
-	$(BIN)/python examples/train_niah.py --preset $(PRESET) $(or $(ARGS),--overwrite)
+	$(BIN)/python examples/train_niah.py --preset $(PRESET) --threads 2 $(or $(ARGS),--overwrite)
 
 test: setup ## the whole test suite, the GPU kernels in Triton's interpreter included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)

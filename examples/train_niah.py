@@ -129,7 +129,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     parser.add_argument("--run", type=Path, help="output folder; runs/<preset> by default")
-    parser.add_argument("--threads", type=int, default=1, help="one is fastest for a model this small")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="two are faster than one on idle cores, and need OMP_WAIT_POLICY=PASSIVE on busy ones",
+    )
     parser.add_argument("--model", help="of a recipe: folder or hub name of its base model, instead of its own")
     parser.add_argument("--tokenizer", help="of a recipe: folder or hub name; by default the model's")
     parser.add_argument("--dry-run", action="store_true", help="of a recipe: step through it at tiny dimensions")
