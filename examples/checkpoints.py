@@ -23,7 +23,7 @@ from models import Model, read
 from optimizer import Optimizers
 from presets import Preset, preset
 
-__all__ = ["Progress", "latest", "load_model", "load_progress", "save"]
+__all__ = ["Progress", "latest", "load_model", "load_progress", "newest", "recipe_of", "save"]
 
 KEEP = 2
 
@@ -75,6 +75,19 @@ def _all(run: Path) -> list[Path]:
 def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     return (_all(run) or [None])[-1]
+
+
+def newest(path: Path) -> Path:
+    """A checkpoint's folder, or a run's newest, be it of a preset or of transformers' Trainer; ValueError if none."""
+    found = max(path.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]), default=path)
+    if not any((found / name).exists() for name in ("progress.json", "adapter_config.json")):
+        raise ValueError(f"{path} holds no checkpoint: pass a folder that train_niah.py wrote")
+    return found
+
+
+def recipe_of(path: Path) -> Path | None:
+    """recipe.json of a run of configs/, from the run's folder or that of an adapter in it; None for a preset."""
+    return next((file for folder in (path, path.parent) if (file := folder / "recipe.json").exists()), None)
 
 
 def load_model(path: Path, trainable: bool = False) -> tuple[PreTrainedModel, GistHandle, Tokenizer]:

@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from compare_layouts import BUDGETS, GRID, Budget, Configuration, draw_batch
 from compare_page import write_page
-from evaluation import GistReader, answer_samples
+from evaluation import answer_samples
 from gistkern import GistHandle
 from gistkern.training import Curriculum, GistDataCollator
 from haystack import LANGUAGES
 from metrics import digit_accuracy, parsed, rows_of, wilson
 from niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
 from optimizer import Optimizers
+from readers import GistReader
 from results import environment, write_json
 
 __all__ = ["capacity", "collect", "main", "run_one", "train"]

@@ -13,30 +13,29 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from checkpoints import latest, load_model, load_progress
-from evaluation import BATCH, FullReader, GistReader, answer_samples, build_report, evaluate_run
+from checkpoints import newest, recipe_of
+from evaluation import BATCH, answer_samples, build_report, evaluate_run
 from global_tasks import GlobalSample
 from measure import side_by_side
 from metrics import rows_of
-from models import full_context
 from niah import Sample
-from presets import Preset
+from opened import SWAPPED, Opened, open_preset
 from report import write_report
 from samples import read_samples
 from throughput import BATCHES
 
 __all__ = ["main"]
 
-SWAPPED = 20
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint folder, or a run's folder")
+    parser.add_argument("--model", help="of a recipe's adapter: folder or hub name of its base model, if not its own")
     parser.add_argument("--dataset", type=Path, nargs="+", help="JSON lines of niah.py or global_tasks.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers and the report")
     parser.add_argument("--limit", type=int, help="evaluate so many samples of each dataset only")
@@ -56,45 +55,57 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            checkpoint = _snapshot(given.checkpoint, Path(folder))
-            settings = load_progress(checkpoint).settings
+            opened = _open(_snapshot(given.checkpoint, Path(folder)), given.checkpoint, given.model)
             if given.dataset is None:
-                evaluate_run(checkpoint, settings, given.output)
+                evaluate_run(opened, given.output)
             else:
                 samples = [sample for path in given.dataset for sample in read_samples(path, given.limit)]
-                _evaluate(checkpoint, settings, samples, given)
+                _evaluate(opened, samples, given)
         except ValueError as error:
             parser.error(str(error))
 
 
-def _evaluate(checkpoint: Path, settings: Preset, samples: list[Sample], given: argparse.Namespace) -> None:
-    model, _, tokenizer = load_model(checkpoint)
-    model.eval()
-    reader = GistReader(model, tokenizer, settings.segments, given.new_tokens)
+def _open(snapshot: Path, path: Path, model: str | None) -> Opened:
+    if recipe_of(path) is None:
+        if model is not None:
+            raise ValueError(f"--model is for adapters of a recipe, {path} is of a preset")
+        return open_preset(snapshot)
+    from llama3 import open_trained  # brings the Trainer
+
+    return open_trained(snapshot, model, recipe_of(path))
+
+
+def _evaluate(opened: Opened, samples: list[Sample], given: argparse.Namespace) -> None:
+    reader = opened.reader(given.new_tokens)
     options = {"batch": given.batch, "overwrite": given.overwrite}
     answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
-    longest = max(samples, key=lambda sample: sample.tokens)
     passkeys = [sample for sample in samples if not isinstance(sample, GlobalSample)]
     probe = sorted(passkeys, key=lambda sample: -sample.tokens)[:SWAPPED]
-    measured = side_by_side(checkpoint, tokenizer, longest, settings.segments, BATCHES) if given.measure else None
-    report = build_report(checkpoint, settings.name, reader, answers, probe, measured)
+    report = build_report(opened, reader, answers, probe, _measured(opened, samples) if given.measure else None)
     if given.full:
-        full = FullReader(full_context(checkpoint, settings).eval(), tokenizer, given.new_tokens)
         stream = given.output / "answers-full.jsonl"
-        report["full_context"] = rows_of(answer_samples(full, samples, stream=stream, show="full context", **options))
+        full = answer_samples(
+            opened.full_reader(given.new_tokens), samples, stream=stream, show="full context", **options
+        )
+        report["full_context"] = rows_of(full)
     write_report(report, given.output)
+
+
+def _measured(opened: Opened, samples: list[Sample]) -> dict[str, Any]:
+    if opened.preset is None:
+        raise ValueError("--measure loads presets only: leave it out for an adapter of a recipe")
+    longest = max(samples, key=lambda sample: sample.tokens)
+    return side_by_side(opened.preset[0], opened.tokenizer, longest, opened.compression, BATCHES)
 
 
 def _snapshot(path: Path, folder: Path) -> Path:
     """A copy of the checkpoint: training deletes old ones, and an evaluation may take longer than it keeps them."""
     while True:
-        checkpoint = latest(path) or path
-        if not (checkpoint / "progress.json").exists():
-            raise ValueError(f"{path} holds no checkpoint: pass a folder that train_niah.py wrote")
+        checkpoint = newest(path)
         try:
             return shutil.copytree(checkpoint, folder / checkpoint.name, ignore=shutil.ignore_patterns("optimizer*"))
         except (shutil.Error, FileNotFoundError):
-            if (latest(path) or path) == checkpoint:
+            if newest(path) == checkpoint:
                 raise
             shutil.rmtree(folder / checkpoint.name, ignore_errors=True)  # deleted meanwhile, for a newer one
 

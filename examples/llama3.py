@@ -29,12 +29,14 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from checkpoints import newest, recipe_of
 from gistkern import GistHandle, patch_llama
 from gistkern.training import Curriculum, GistDataCollator, GistTrainer
 from gistkern.training.recipe import CurriculumSection, Recipe, read_recipe
 from niah import Haystack, train_tokenizer
+from opened import Opened
 
-__all__ = ["PasskeyDataset", "load_base", "load_trained", "make_trainer", "tiny", "train_from_config"]
+__all__ = ["PasskeyDataset", "load_base", "load_trained", "make_trainer", "open_trained", "tiny", "train_from_config"]
 
 DRY_STEPS = 4
 TINY = {
@@ -124,11 +126,7 @@ def load_base(
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
     quantization = recipe.quantization
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=getattr(torch, recipe.model.dtype),
-        quantization_config=None if quantization is None else quantization.config(),
-    )
+    model = load_plain(recipe, source)
     if recipe.model.resize_vocabulary:
         # the new rows are never read, so they need no good start
         model.resize_token_embeddings(model.config.vocab_size + recipe.gists.num_gist_tokens, mean_resizing=False)
@@ -138,10 +136,60 @@ def load_base(
     return model, handle, tokenizer
 
 
+def load_plain(recipe: Recipe, source: str) -> PreTrainedModel:
+    """The base model as it is, quantised as the recipe says."""
+    quantization = recipe.quantization
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=getattr(torch, recipe.model.dtype),
+        quantization_config=None if quantization is None else quantization.config(),
+    )
+
+
 def load_trained(recipe: Recipe, adapter: str | Path, source: str) -> tuple[PeftModel, GistHandle]:
     """A trained adapter on its base model, for evaluation; the tokenizer is the one saved with the adapter."""
     base, handle, _ = load_base(recipe, source, str(adapter))
     return PeftModel.from_pretrained(base, adapter).eval(), handle
+
+
+def open_trained(adapter: Path, source: str | None = None, recipe_file: Path | None = None) -> Opened:
+    """An adapter of a recipe's run, the last or any checkpoint, ready to be evaluated.
+
+    Parameters
+    ----------
+    adapter : Path
+        Its folder.
+    source : str, optional
+        Of the base model; that of the recipe, or of the dry run, by default.
+    recipe_file : Path, optional
+        The run's recipe.json, for an adapter that was copied away from its run.
+    """
+    file = recipe_file or recipe_of(adapter)
+    if file is None:
+        raise ValueError(f"{adapter} belongs to no run of a recipe: no recipe.json in it or above it")
+    recipe, dry = read_recipe(file), file.parent / "tiny-model"
+    source = source or (str(dry) if dry.exists() else recipe.model.name)
+    model, handle = load_trained(recipe, adapter, source)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    # a curriculum can end early: the Trainer knows how many steps there were
+    state = next(one for one in (adapter, newest(file.parent)) if (one / "trainer_state.json").exists())
+    steps = json.loads((state / "trainer_state.json").read_text())["global_step"]
+    return Opened(
+        about={
+            "preset": file.parent.name,
+            "checkpoint": adapter.name,
+            "seed": recipe.training.seed,
+            "training": {"steps": steps},
+        },
+        model=model,
+        handle=handle,
+        tokenizer=tokenizer.backend_tokenizer,
+        full=lambda: load_plain(recipe, source),
+        grid=tuple((row.language, row.tokens, row.samples, row.filler, row.wordings) for row in recipe.evaluation.rows),
+        asked_by="question",
+        compression={},
+        start=tokenizer("")["input_ids"],
+    )
 
 
 class PasskeyDataset(Dataset):
@@ -191,11 +239,13 @@ def tiny(recipe: Recipe) -> Recipe:
         "vocab_size": train_tokenizer().get_vocab_size(),
     }
     stages = recipe.curriculum.stages
+    asked = tuple(replace(row, tokens=120, samples=3) for row in recipe.evaluation.rows)
     short = tuple(replace(stage, steps=DRY_STEPS // len(stages), tokens=(96, 112)) for stage in stages)
     return replace(
         recipe,
         model=replace(recipe.model, architecture=architecture),
         curriculum=CurriculumSection(short, patience=1.0),
+        evaluation=replace(recipe.evaluation, rows=asked),
         training=replace(recipe.training, warmup_steps=0, save_steps=DRY_STEPS // 2, gradient_accumulation_steps=2),
     )
 

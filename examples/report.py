@@ -51,11 +51,10 @@ def markdown(report: dict[str, Any]) -> str:
     if report.get("side_by_side"):
         lines += ["", *_side_by_side(report["side_by_side"])]
     if cost := report.get("training"):
-        lines += [
-            "",
-            f"Trained: {cost['steps']:,} steps, {cost['tokens']:,} rows of token streams, "
-            f"{cost['cpu_seconds'] / 60:,.1f} CPU minutes.",
-        ]
+        parts = [f"{cost['steps']:,} steps"]
+        parts += [f"{cost['tokens']:,} rows of token streams"] if "tokens" in cost else []
+        parts += [f"{cost['cpu_seconds'] / 60:,.1f} CPU minutes"] if "cpu_seconds" in cost else []
+        lines += ["", f"Trained: {', '.join(parts)}."]
     lines += ["", f"Evaluated: {_provenance(report)}."]
     return "\n".join(lines) + "\n"
 

@@ -30,6 +30,7 @@ from evaluation import evaluate_run
 from gistkern.training import Curriculum
 from gistkern.training.log_file import entries_before
 from models import build
+from opened import open_preset
 from optimizer import Optimizers
 from presets import PRESETS, RECIPES, Preset, preset
 from task import answer_logits, haystacks, make_batch
@@ -144,10 +145,10 @@ def main(arguments: list[str] | None = None) -> None:
         if given.preset in RECIPES:
             if given.leak or given.seed is not None:
                 raise ValueError(f"{given.preset} is a recipe: its file sets the seed, and it has no --leak")
-            from llama3 import train_from_config  # brings the Trainer, which nothing else needs
+            from llama3 import open_trained, train_from_config  # brings the Trainer, which nothing else needs
 
             run = given.run or Path("runs") / given.preset
-            train_from_config(
+            adapter = train_from_config(
                 RECIPES[given.preset],
                 run,
                 given.model,
@@ -156,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
                 overwrite=given.overwrite,
                 dry_run=given.dry_run,
             )
+            evaluate_run(open_trained(adapter, given.model), run)
             return
         if given.model or given.tokenizer or given.dry_run:
             raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(RECIPES))})")
@@ -164,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite)
     except ValueError as error:
         parser.error(str(error))
-    evaluate_run(checkpoint, settings, run)
+    evaluate_run(open_preset(checkpoint), run)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ wrong type are errors, so that no setting is lost to a typing mistake.
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CurriculumSection",
     "DataSection",
+    "EvaluationRow",
+    "EvaluationSection",
     "GistSection",
     "LoraSection",
     "ModelSection",
@@ -109,6 +112,28 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class EvaluationRow:
+    """So many held-out questions about contexts of so many tokens."""
+
+    language: Literal["en", "ko"]
+    tokens: int
+    samples: int
+    filler: Literal["templates", "prose"]
+    wordings: Literal["training", "held_out"]
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """What the trained model is asked."""
+
+    rows: tuple[EvaluationRow, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("no rows: give at least one")
+
+
+@dataclass(frozen=True)
 class CurriculumSection:
     """Arguments of `gistkern.training.Curriculum`; they also say how many steps a run has."""
 
@@ -166,12 +191,13 @@ class Recipe:
     data: DataSection
     curriculum: CurriculumSection
     training: TrainingSection
+    evaluation: EvaluationSection
     quantization: QuantizationSection | None = None
     objectives: Objectives = field(default_factory=Objectives)
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+    """The recipe in a YAML file, or in the JSON that a run keeps of it.
 
     Raises
     ------
@@ -179,7 +205,9 @@ def read_recipe(path: str | Path) -> Recipe:
         If a key is unknown (the closest known one is named), missing or given twice, or a value has the wrong type.
     """
     try:
-        found = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)  # a SafeLoader
+        text = Path(path).read_text("utf-8")
+        # JSON's 1e-05 is a text to YAML
+        found = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader=_Loader)  # a SafeLoader
         return _section(Recipe, found, "")
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -13,10 +13,10 @@ import torch
 import compare
 import compare_page
 from compare_layouts import BUDGETS, CAPACITY, GIST_COUNTS, GRID, LAYOUTS, Configuration, draw_batch
-from evaluation import GistReader
 from gistkern.training import GistDataCollator, Stage
 from haystack import LANGUAGES
 from niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
+from readers import GistReader
 
 SMOKE = BUDGETS["smoke"]
 

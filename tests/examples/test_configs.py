@@ -10,9 +10,12 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import eval_niah
 import gistkern
+import niah
+import train_niah
 from gistkern.training.recipe import read_recipe
-from llama3 import PasskeyDataset, load_trained, make_trainer, tiny, train_from_config
+from llama3 import PasskeyDataset, load_trained, make_trainer, open_trained, tiny, train_from_config
 from presets import RECIPES
 
 OURS, THEIRS = RECIPES["llama3-8b"], RECIPES["llama3-8b-poc"]
@@ -151,6 +154,54 @@ def test_dry_run(path, dry_runs):
     assert len(handle.gist_token_ids) == 10
     assert handle.gist_token_ids[0] == 1024, "in the tokenizer's order, behind its own tokens"
     assert model.config.vocab_size == 1024 + (10 if path is THEIRS else 0)
+
+
+def test_evaluation_follows_training(tmp_path):
+    run = tmp_path / "run"
+    train_niah.main(["--preset", "llama3-8b", "--dry-run", "--run", str(run)])
+    report = json.loads((run / "report.json").read_text())
+    assert (report["preset"], report["checkpoint"], report["training"]) == ("run", "adapter", {"steps": 4})
+    assert [(row["language"], row["wordings"], row["n"]) for row in report["rows"]] == [
+        ("en", "training", 3),
+        ("ko", "training", 3),
+        ("en", "held_out", 3),
+        ("ko", "held_out", 3),
+    ]
+    assert {row["gist_tokens"] for row in report["rows"]} == {11}, "ten gists and a sink"
+    assert report["swap"]["n"] == 20
+    assert "Trained: 4 steps." in (run / "report.md").read_text()
+
+
+def test_any_checkpoint_of_a_run_can_be_evaluated(dry_runs, tmp_path, capsys):
+    run, path = dry_runs[OURS], tmp_path / "samples.jsonl"
+    niah.main(["--tokens", "120", "--samples", "2", "--out", str(path)])
+    ask = ["--dataset", str(path), "--output", str(tmp_path / "out"), "--checkpoint"]
+    eval_niah.main([*ask, str(run / "checkpoint-2"), "--full"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["checkpoint"], report["training"]) == ("checkpoint-2", {"steps": 2})
+    (full,) = report["full_context"]
+    assert (full["gist_tokens"], full["n"]) == (120, 2)
+    eval_niah.main([*ask, str(run), "--overwrite"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["checkpoint"] == "checkpoint-4", "the newest"
+    with pytest.raises(SystemExit):
+        eval_niah.main([*ask, str(run), "--overwrite", "--measure"])
+    assert "--measure loads presets only" in capsys.readouterr().err
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    with pytest.raises(ValueError, match="belongs to no run of a recipe"):
+        open_trained(alone)
+
+
+def test_what_the_tokenizer_puts_in_front_is_read_first(dry_runs):
+    """As in training; the context's length does not count it."""
+    opened = open_trained(dry_runs[OURS] / "adapter")
+    (sample,) = niah.dataset(opened.tokenizer, "en", 120, 1)
+    start = opened.tokenizer.encode(" Monday").ids
+    plain, begun = opened.reader(), replace(opened, start=start).reader()
+    cache = begun.compress([sample])
+    assert cache.get_seq_length() == len(start) + plain.compress([sample]).get_seq_length()
+    said = plain.compress([replace(sample, context=" Monday" + sample.context)])
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, said.layers, strict=True))
+    assert plain.digest != begun.digest
 
 
 def test_an_interrupted_run_resumes_to_the_same_adapter(dry_runs, tmp_path):

@@ -11,10 +11,11 @@ import gistkern
 import global_tasks
 import throughput
 from checkpoints import Progress, load_model, save
-from evaluation import FullReader, GistReader, answer_samples, swap_test
+from evaluation import answer_samples, swap_test
 from models import tiny_llama
 from niah import dataset, train_tokenizer
 from presets import preset
+from readers import FullReader, GistReader
 
 SETTINGS = preset("smoke")
 

@@ -13,11 +13,11 @@ import models
 import smollm2
 import train_niah
 from checkpoints import latest, load_model, load_progress
-from evaluation import GistReader
 from gistkern.training import Stage
 from models import build, tiny_llama
 from niah import dataset, train_tokenizer
 from presets import preset
+from readers import GistReader
 from task import answer_logits, haystacks, make_batch
 
 SETTINGS = dataclasses.replace(

@@ -21,6 +21,7 @@ import train_niah
 from checkpoints import latest
 from evaluation import evaluate_run
 from models import tiny_llama
+from opened import open_preset
 from presets import preset
 from task import answer_logits, haystacks, make_batch
 
@@ -188,6 +189,6 @@ def test_leak_preset_trains_and_reports_both_sides(tmp_path, monkeypatch):
     settings = preset("smoke", leak=True)
     checkpoint = train_niah.train(settings, 0, tmp_path / settings.name)
     assert checkpoint.name == "checkpoint-000008"  # twice the first stage
-    report = evaluate_run(checkpoint, settings, tmp_path)
+    report = evaluate_run(open_preset(checkpoint), tmp_path)
     assert [row["language"] for row in report["context_visible"]] == ["en", "ko"]
     assert "With the context still in sight (ko, n=50)" in (tmp_path / "report.md").read_text()
