@@ -1,0 +1,48 @@
+"""Gist attention of one shard: gather the compact rows of all ranks, then call the ordinary op."""
+
+from __future__ import annotations
+
+import torch
+
+from gistkern.attention import gist_attention
+from gistkern.distributed.collectives import Group, gather_compact, with_halo
+from gistkern.distributed.shards import ContextShard
+
+__all__ = ["parallel_attention"]
+
+
+def parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shard: ContextShard,
+    group: Group,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Output of a shard's rows, each rank calling this with its own.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``[B, Hq, N_r, D]``: queries of the shard's rows.
+    k, v : Tensor
+        ``[B, Hkv, N_r, D]``.
+    shard : ContextShard
+        This rank's, of `split_layout` on the layout of the whole context.
+    group : ProcessGroup
+        One rank per shard, in their order.
+    scale, backend
+        As `gistkern.gist_attention`.
+
+    Returns
+    -------
+    Tensor
+        Like `q`. Gradients of k and v hold what all ranks' rows contribute.
+    """
+    gist_k, gist_v = gather_compact(k, v, shard, group)
+    k, v = with_halo(k, v, shard, group)
+    out = gist_attention(q, k, v, shard.layout, past_key=gist_k, past_value=gist_v, scale=scale, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -1,0 +1,97 @@
+"""The two exchanges of gist context parallelism, differentiable: compact rows from all ranks, a halo from one.
+
+Every rank calls them in the same order, forward and backward, as with any collective.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from gistkern.compaction import gather_rows
+from gistkern.distributed.shards import ContextShard
+from gistkern.distributed.traffic import record
+
+__all__ = ["Group", "gather_compact", "with_halo"]
+
+Group: TypeAlias = dist.ProcessGroup
+
+
+def gather_compact(
+    k: torch.Tensor, v: torch.Tensor, shard: ContextShard, group: Group
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compact rows ``[B, Hkv, G, D]`` of the whole context, from the k and v ``[B, Hkv, N_r, D]`` of all shards."""
+    own = torch.stack([gather_rows(t, shard.own) for t in (k, v)])
+    ranks = _AllGather.apply(own, group)  # [R, 2, B, H, W, D]
+    rows = ranks.movedim(0, 3).flatten(3, 4)  # [2, B, H, R * W, D]
+    return gather_rows(rows[0], shard.place), gather_rows(rows[1], shard.place)
+
+
+def with_halo(k: torch.Tensor, v: torch.Tensor, shard: ContextShard, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v with the rows in front that the shard needs of the rank before; the next one gets its own."""
+    if not any(shard.halos):
+        return k, v
+    halo = _Halo.apply(torch.stack([k, v]), shard.halos, group)
+    return torch.cat([halo[0], k], 2), torch.cat([halo[1], v], 2)
+
+
+class _AllGather(torch.autograd.Function):
+    """``[R, ...]``: every rank's tensor. Backward sums the gradients of this rank's over all (reduce-scatter)."""
+
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.group, ctx.dtype = group, rows.dtype
+        ranks = dist.get_world_size(group)
+        gathered = rows.new_empty((ranks * len(rows), *rows.shape[1:]))
+        dist.all_gather_single(gathered, rows.contiguous(), group=group)
+        record("gists", (ranks - 1) * rows.nbytes)
+        return gathered.unflatten(0, (ranks, -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        # 16-bit partial sums would lose what the kernels keep
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        mine = torch.empty_like(wide[0])
+        dist.reduce_scatter_single(mine, wide.flatten(0, 1), group=ctx.group)
+        record("gist gradients", (len(wide) - 1) * mine.nbytes)
+        return mine.to(ctx.dtype), None
+
+
+class _Halo(torch.autograd.Function):
+    """The last rows of the rank before, as many as this one needs; backward gives their gradients back."""
+
+    @staticmethod
+    def forward(ctx, rows, halos, group):
+        ctx.halos, ctx.group, ctx.shape = halos, group, rows.shape
+        rank = dist.get_rank(group)
+        needed = halos[rank]
+        asked = halos[rank + 1] if rank + 1 < len(halos) else 0
+        send = rows[..., rows.shape[-2] - asked :, :]
+        halo = rows.new_empty((*rows.shape[:-2], needed, rows.shape[-1]))
+        _swap(send, rank + 1, halo, rank - 1, group)
+        record("halo", halo.nbytes)
+        return halo
+
+    @staticmethod
+    def backward(ctx, grad):
+        rank = dist.get_rank(ctx.group)
+        asked = ctx.halos[rank + 1] if rank + 1 < len(ctx.halos) else 0
+        received = grad.new_empty((*ctx.shape[:-2], asked, ctx.shape[-1]))
+        _swap(grad, rank - 1, received, rank + 1, ctx.group)
+        record("halo gradients", received.nbytes)
+        own = grad.new_zeros(ctx.shape)
+        own[..., own.shape[-2] - asked :, :] = received
+        return own, None, None
+
+
+def _swap(send: torch.Tensor, to: int, receive: torch.Tensor, source: int, group: Group) -> None:
+    """Send to one neighbour while receiving from the other; nothing where there is nothing."""
+    steps = []
+    if send.numel():
+        steps.append(dist.P2POp(dist.isend, send.contiguous(), dist.get_global_rank(group, to), group))
+    if receive.numel():
+        steps.append(dist.P2POp(dist.irecv, receive, dist.get_global_rank(group, source), group))
+    for work in dist.batch_isend_irecv(steps) if steps else ():
+        work.wait()

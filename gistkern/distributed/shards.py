@@ -1,0 +1,172 @@
+"""Cut one long context into shards, one per rank: which rows, which gist rows they owe the others, what they see.
+
+A shard's rows keep their two intervals. Gist intervals are over the compact rows of the *whole* context, which every
+rank gathers (collectives.py) and gets as `past` rows; local rows that begin before the shard (a sliding window, a
+segment longer than a shard) come from the rank before as `tail` rows. So a shard is an ordinary layout for the ordinary
+op.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from gistkern.layout import GistLayout
+
+__all__ = ["ContextShard", "row_work", "split_layout"]
+
+_ROWS = ("gist_begin", "gist_end", "is_gist", "stream_position", "gist_first_position")
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """What one rank does of a context.
+
+    Parameters
+    ----------
+    rank, begin, end : int
+        The shard's rows of the context are ``[begin, end)``.
+    halos : tuple of int
+        Local rows that each rank needs from the one before it.
+    layout : GistLayout
+        Of the shard's rows: ``past`` all compact rows of the context, ``tail`` the rank's halo.
+    own : Tensor
+        int64 ``[B, W]``: the shard's rows that fill compact rows, -1 where it has fewer than `W`.
+    place : Tensor
+        int64 ``[B, G]``: where each compact row stands among all ranks' ``own`` rows, one rank after the other.
+    work : float
+        Cost of the shard's rows, as `row_work` counts it.
+    """
+
+    rank: int
+    begin: int
+    end: int
+    halos: tuple[int, ...]
+    layout: GistLayout
+    own: torch.Tensor
+    place: torch.Tensor
+    work: float
+
+    def take(self, rows: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The shard's rows of a tensor of the whole context."""
+        return rows.narrow(dim, self.begin, self.end - self.begin)
+
+
+def row_work(layout: GistLayout, row_cost: float = 0.0) -> torch.Tensor:
+    """float64 ``[N]``: pairs that each row sees, over the batch, plus `row_cost` for each real row.
+
+    `row_cost` is what everything but attention costs a row (projections, MLP), in pairs.
+    """
+    own = layout.row_index() + 1 - layout.local_begin
+    pairs = (layout.gist_end - layout.gist_begin).clamp(min=0) + own.clamp(min=0)
+    return (pairs.double() + row_cost * layout.is_real()).sum(0)
+
+
+def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple[ContextShard, ...]:
+    """Shards of equal work, cut between segments where that is possible.
+
+    Parameters
+    ----------
+    layout : GistLayout
+        Of the whole context, without rows of earlier calls; a batch is cut at the same rows for all samples.
+    parts : int
+        Ranks.
+    row_cost : float
+        As `row_work`.
+
+    Raises
+    ------
+    ValueError
+        If the layout continues another call, has fewer rows than `parts`, or a segment spans more than two shards.
+    """
+    if layout.past or layout.tail:
+        raise ValueError("a context is split from its first row on: this layout has past or tail rows")
+    if not 1 <= parts <= layout.num_rows:
+        raise ValueError(f"{layout.num_rows} rows cannot be split into {parts} shards")
+    work = row_work(layout, row_cost)
+    cuts = [0, *_cuts(layout, work, parts), layout.num_rows]
+    halos = tuple(max(0, begin - int(layout.local_begin[:, begin].min())) for begin in cuts[:-1])
+    for rank, halo in enumerate(halos):
+        before = cuts[rank] - cuts[rank - 1] if rank else 0
+        if halo > before:
+            raise ValueError(
+                f"row {cuts[rank]} sees {halo} local rows before it, more than the {before} of one shard: "
+                f"use shorter segments or windows, or fewer than {parts} ranks"
+            )
+    own, place = _exchange(layout.gather, cuts)
+    return tuple(
+        ContextShard(
+            rank=rank,
+            begin=begin,
+            end=end,
+            halos=halos,
+            layout=_shard(layout, begin, end, halos[rank]),
+            own=own[rank],
+            place=place,
+            work=float(work[begin:end].sum()),
+        )
+        for rank, (begin, end) in enumerate(itertools.pairwise(cuts))
+    )
+
+
+def _cuts(layout: GistLayout, work: torch.Tensor, parts: int) -> list[int]:
+    """First rows of all shards but the first."""
+    total = work.cumsum(0).cpu()
+    row = layout.row_index()
+    # before these rows no later one sees a local row
+    free = ((layout.local_begin >= row).all(0)[1:].nonzero().flatten() + 1).tolist()
+    found: list[int] = []
+    for part in range(1, parts):
+        least = found[-1] + 1 if found else 1
+        most = layout.num_rows - (parts - part)
+        goal = float(total[-1]) * part / parts
+
+        def distance(cut: int, goal: float = goal) -> float:
+            return abs(float(total[cut - 1]) - goal)
+
+        between = [cut for cut in free if least <= cut <= most]
+        best = min(between, key=distance, default=None)
+        if best is None or distance(best) > float(total[-1]) / parts / 2:
+            best = min(max(int(torch.searchsorted(total, goal)) + 1, least), most)
+        found.append(best)
+    return found
+
+
+def _shard(layout: GistLayout, begin: int, end: int, halo: int) -> GistLayout:
+    rows: dict[str, Any] = {name: getattr(layout, name)[:, begin:end].contiguous() for name in _ROWS}
+    none = torch.zeros_like(layout.keep_begin)
+    return replace(
+        layout,
+        **rows,
+        local_begin=(layout.local_begin[:, begin:end] - (begin - halo)).contiguous(),
+        gather=layout.gather[:, :0],
+        past=layout.num_compact,
+        tail=halo,
+        # shards are not cached
+        keep_begin=none,
+        keep_end=none,
+        keep_local=torch.full_like(none, halo + end - begin),
+    )
+
+
+def _exchange(gather: torch.Tensor, cuts: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """For each rank the rows that it owes, padded to the most that one does, and where all compact rows then stand."""
+    bounds = torch.tensor(cuts[1:], device=gather.device)
+    rank = torch.bucketize(gather, bounds, right=True)  # of every compact row; -1 counts to rank 0
+    real = gather >= 0
+    owed = [real & (rank == one) for one in range(len(bounds))]
+    width = max(1, int(torch.stack([one.sum(1) for one in owed]).max())) if gather.numel() else 1
+    place = torch.zeros_like(gather)
+    own = []
+    for one, mine in enumerate(owed):
+        index = mine.cumsum(1) - 1
+        rows = gather.new_full((len(gather), width), -1)
+        sample, column = mine.nonzero(as_tuple=True)
+        rows[sample, index[sample, column]] = gather[sample, column] - cuts[one]
+        place = torch.where(mine, one * width + index, place)
+        own.append(rows)
+    return own, place
