@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gistkern.layout import GistLayout
@@ -88,15 +89,9 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
     if not 1 <= parts <= layout.num_rows:
         raise ValueError(f"{layout.num_rows} rows cannot be split into {parts} shards")
     work = row_work(layout, row_cost)
-    cuts = [0, *_cuts(layout, work, parts), layout.num_rows]
-    halos = tuple(max(0, begin - int(layout.local_begin[:, begin].min())) for begin in cuts[:-1])
-    for rank, halo in enumerate(halos):
-        before = cuts[rank] - cuts[rank - 1] if rank else 0
-        if halo > before:
-            raise ValueError(
-                f"row {cuts[rank]} sees {halo} local rows before it, more than the {before} of one shard: "
-                f"use shorter segments or windows, or fewer than {parts} ranks"
-            )
+    reach = layout.local_begin.min(0).values.cpu().numpy()  # the first local row that any sample's row sees
+    cuts = [0, *_cuts(reach, work.cumsum(0).cpu().numpy(), parts), layout.num_rows]
+    halos = tuple(max(0, begin - int(reach[begin])) for begin in cuts[:-1])
     own, place = _exchange(layout.gather, cuts)
     return tuple(
         ContextShard(
@@ -113,26 +108,27 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
     )
 
 
-def _cuts(layout: GistLayout, work: torch.Tensor, parts: int) -> list[int]:
-    """First rows of all shards but the first."""
-    total = work.cumsum(0).cpu()
-    row = layout.row_index()
-    # before these rows no later one sees a local row
-    free = ((layout.local_begin >= row).all(0)[1:].nonzero().flatten() + 1).tolist()
+def _cuts(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
+    """First rows of all shards but the first, each where the work that is left is shared evenly by the ranks left.
+
+    A row that sees no local row before itself is preferred, up to half a shard's work away.
+    """
     found: list[int] = []
     for part in range(1, parts):
-        least = found[-1] + 1 if found else 1
-        most = layout.num_rows - (parts - part)
-        goal = float(total[-1]) * part / parts
-
-        def distance(cut: int, goal: float = goal) -> float:
-            return abs(float(total[cut - 1]) - goal)
-
-        between = [cut for cut in free if least <= cut <= most]
-        best = min(between, key=distance, default=None)
-        if best is None or distance(best) > float(total[-1]) / parts / 2:
-            best = min(max(int(torch.searchsorted(total, goal)) + 1, least), most)
-        found.append(best)
+        before = found[-1] if found else 0
+        done = total[before - 1] if before else 0.0
+        share = (total[-1] - done) / (parts - part + 1)
+        cuts = np.arange(before + 1, len(reach) - (parts - part) + 1)
+        # a halo comes from one rank, so it must not reach past the shard before
+        cuts = cuts[reach[cuts] >= before]
+        if not len(cuts):
+            raise ValueError(
+                f"no row after {before} can begin shard {part} of {parts}: its local rows must lie in one other shard. "
+                "Use shorter segments or windows, or fewer ranks"
+            )
+        distance = np.abs(total[cuts - 1] - done - share)
+        free = np.where(reach[cuts] >= cuts, distance, np.inf)
+        found.append(int(cuts[(free if free.min() <= share / 2 else distance).argmin()]))
     return found
 
 

@@ -7,6 +7,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from gistkern.attention import gist_attention
+from gistkern.distributed.attention import parallel_attention
 
 __all__ = ["NAME", "register"]
 
@@ -25,8 +26,12 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     layout, backend = gist_call.layout, gist_call.backend
     if torch.is_autocast_enabled(value.device.type):  # the rotation promotes queries and keys to fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
+    if gist_call.parallel is not None:
+        shard, group = gist_call.parallel.shard, gist_call.parallel.group
+        out = parallel_attention(query, key, value, shard, group, scale=scaling, backend=backend)
+        return out.transpose(1, 2), None
     past_key, past_value = (t[:, :, : layout.past] if layout.past else None for t in (key, value))
-    out: torch.Tensor = gist_attention(  # type: ignore[assignment]
+    out = gist_attention(  # type: ignore[assignment]
         query,
         key[:, :, layout.past :],
         value[:, :, layout.past :],

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
+from gistkern.hf.context_parallel import Parallel, shard_of, split_labels, whole_loss
 from gistkern.hf.fingerprint import check_cache, check_positions
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
@@ -28,6 +29,7 @@ class GistCall:
 
     layout: GistLayout
     backend: str
+    parallel: Parallel | None = None
 
 
 def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -36,11 +38,18 @@ def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
     labels = arguments.get("labels")
     if labels is not None:
         arguments["labels"] = labels.masked_fill(handle.is_gist(labels), -100)
+    if handle.context_parallel is not None:
+        if arguments.get("logits_to_keep"):
+            raise ValueError("logits_to_keep counts from a context's end: leave it out under context_parallel")
+        arguments = _parallel(handle, arguments)
+        split_labels(arguments, arguments["gist_parallel"].shard)
     return (), arguments
 
 
 def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
     """No gist token is ever generated, also where a padded vocabulary has logits for their ids."""
+    if handle.context_parallel is not None and output.loss is not None:
+        output.loss = whole_loss(output.loss, handle.context_parallel)
     logits = output.logits
     end = min(handle.first_id + handle.num_ids, logits.shape[-1])
     if handle.first_id < end:
@@ -62,32 +71,17 @@ def generate(handle: GistHandle, original, *args, **kwargs):
 def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Replace ids by embeddings, and add layout, positions and cache to the inner model's arguments."""
     arguments = _bind(module, args, kwargs)
-    layout = arguments.pop("gist_layout", None)
-    ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
-    if (ids is None) == (embeds is None):
-        raise ValueError("pass exactly one of input_ids and inputs_embeds")
-    if arguments.get("output_attentions"):
-        raise ValueError("output_attentions is not available: the attention matrix is never formed")
-    if embeds is None:
-        is_gist = handle.is_gist(ids)
+    if handle.context_parallel is not None:
+        if "gist_parallel" not in arguments:  # the inner model was called by itself
+            arguments = _parallel(handle, arguments)
+        return (), _shard_call(handle, arguments)
+    ids, embeds, layout = _inputs(arguments)
+    is_gist = _is_gist(handle, ids, embeds, layout)
+    if ids is not None:
         embeds = embed(handle, ids, is_gist)
-    elif layout is None:
-        is_gist = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    else:
-        is_gist = layout.is_gist
     handle.check_settings()
     cache = _cache(handle, module, arguments, is_gist.shape[0])
-    valid = _padding(arguments.get("attention_mask"), is_gist, None if cache is None else cache.state)
-    state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
-    if layout is None:
-        plan = plan_call(state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens)
-        if cache is None:
-            _check_positions(arguments, plan, is_gist.shape)
-    else:
-        positions = _given_positions(handle, arguments, layout, is_gist, state)
-        if valid is not None and not torch.equal(valid, layout.is_real()):
-            raise ValueError("attention_mask and gist_layout disagree about padding: pass the layout alone")
-        plan = plan_layout(state, layout, positions, is_gist)
+    plan = _plan(handle, arguments, layout, is_gist, cache)
     if cache is not None:
         cache.begin(plan)
     arguments.update(
@@ -100,6 +94,84 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         gist_call=GistCall(plan.layout, handle.backend),
     )
     return (), arguments
+
+
+def _inputs(arguments: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None, GistLayout | None]:
+    """Ids or embeddings, and the layout if one is given; taken out of the arguments."""
+    ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
+    if (ids is None) == (embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if arguments.get("output_attentions"):
+        raise ValueError("output_attentions is not available: the attention matrix is never formed")
+    return ids, embeds, arguments.pop("gist_layout", None)
+
+
+def _is_gist(
+    handle: GistHandle, ids: torch.Tensor | None, embeds: torch.Tensor | None, layout: GistLayout | None
+) -> torch.Tensor:
+    if ids is not None:
+        return handle.is_gist(ids)
+    assert embeds is not None
+    return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if layout is None else layout.is_gist
+
+
+def _plan(
+    handle: GistHandle,
+    arguments: dict[str, Any],
+    layout: GistLayout | None,
+    is_gist: torch.Tensor,
+    cache: GistCache | None,
+) -> CallPlan:
+    """Layout and positions of the call's own rows, behind what the cache holds."""
+    valid = _padding(arguments.get("attention_mask"), is_gist, None if cache is None else cache.state)
+    state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
+    if layout is None:
+        plan = plan_call(state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens)
+        if cache is None:
+            _check_positions(arguments, plan, is_gist.shape)
+        return plan
+    positions = _given_positions(handle, arguments, layout, is_gist, state)
+    if valid is not None and not torch.equal(valid, layout.is_real()):
+        raise ValueError("attention_mask and gist_layout disagree about padding: pass the layout alone")
+    return plan_layout(state, layout, positions, is_gist)
+
+
+def _parallel(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of this rank's shard, of those of the whole context."""
+    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
+        raise ValueError(
+            "a model patched with context_parallel reads whole contexts and caches none: pass use_cache=False, and "
+            "compress or generate with a model patched without it"
+        )
+    ids, embeds, layout = _inputs(arguments)
+    is_gist = _is_gist(handle, ids, embeds, layout)
+    plan = _plan(handle, arguments, layout, is_gist, None)
+    assert handle.context_parallel is not None
+    parallel = shard_of(plan.layout, handle.context_parallel, handle.row_cost, ids)
+    take = parallel.shard.take
+    return {
+        **{name: value for name, value in arguments.items() if name != "attention_mask"},
+        **({} if ids is None else {"input_ids": take(ids)}),
+        **({} if embeds is None else {"inputs_embeds": take(embeds)}),
+        "position_ids": take(plan.position_ids),
+        "use_cache": False,
+        "gist_parallel": parallel,
+    }
+
+
+def _shard_call(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `before_inner` adds, for a shard."""
+    parallel = arguments.pop("gist_parallel")
+    ids, embeds, _ = _inputs(arguments)
+    if ids is not None:
+        embeds = embed(handle, ids, handle.is_gist(ids))
+    handle.check_settings()
+    layout = parallel.shard.layout
+    return arguments | {
+        "inputs_embeds": embeds,
+        "attention_mask": layout.is_real(),
+        "gist_call": GistCall(layout, handle.backend, parallel),
+    }
 
 
 def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):

@@ -13,12 +13,15 @@ from gistkern import backends
 from gistkern.hf import call
 from gistkern.hf.adapters import adapter_for, inner_model
 from gistkern.hf.attention_function import NAME, register
+from gistkern.hf.context_parallel import group_of, row_cost
 from gistkern.hf.embedding import GistEmbedding
 from gistkern.hf.saved import agreed_settings, load_rows
 from gistkern.positions import SCHEMES, check_scheme
 from gistkern.schemes import check_count
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["GistHandle", "handle_of", "patch_llama"]
@@ -35,6 +38,7 @@ def patch_llama(
     sink_tokens: int = 1,
     backend: str = "auto",
     num_segment_gist_tokens: int = 0,
+    context_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> GistHandle:
     """Teach a Llama, Mistral, Qwen2 or Qwen3 model gist tokens, in place.
 
@@ -61,6 +65,10 @@ def patch_llama(
     num_segment_gist_tokens : int
         Extra gist tokens that close the segments of a hierarchical compression, whose summary the
         `num_gist_tokens` then are. 0 for none.
+    context_parallel : ProcessGroup or DeviceMesh, optional
+        Ranks that share each context (docs/distributed.md): all are called with the whole of it, each computes its
+        shard's rows and logits, and `loss` is the whole context's on every rank. Average gradients over the group, as
+        DDP and FSDP do.
 
     Returns
     -------
@@ -107,7 +115,7 @@ def patch_llama(
         raise ValueError("the model is patched already: use model.gistkern_handle, or unpatch it first")
     saved = getattr(model.config, "gistkern", None)
     settings = given if saved is None else agreed_settings(saved, given, _DEFAULTS)
-    return GistHandle(model, tokenizer, backend, saved, **settings)
+    return GistHandle(model, tokenizer, backend, saved, **settings, context_parallel=context_parallel)
 
 
 def handle_of(model: Any) -> GistHandle:
@@ -128,6 +136,8 @@ class GistHandle:
         Ids of the tokens that close a context; `segment_gist_token_ids` those of hierarchical segments.
     model, inner : nn.Module
         The patched model and its inner model.
+    context_parallel : ProcessGroup or None
+        Ranks that share each context.
     """
 
     def __init__(
@@ -141,10 +151,13 @@ class GistHandle:
         positions: str,
         sink_tokens: int,
         num_segment_gist_tokens: int,
+        context_parallel: Any = None,
     ) -> None:
         self.model = model
         self.inner = inner_model(model)
         self.backend = backend
+        self.context_parallel = None if context_parallel is None else group_of(context_parallel)
+        self.row_cost = 0.0 if context_parallel is None else row_cost(self.inner)
         self.positions, self.sink_tokens = positions, sink_tokens
         self.num_ids = num_gist_tokens + num_segment_gist_tokens
         self.first_id = _first_id(tokenizer, self.num_ids, model.config.vocab_size, saved)

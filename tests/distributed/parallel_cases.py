@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from gistkern import GistLayout
+from gistkern import GistLayout, patch_llama
 from gistkern.testing import make_inputs
 
 HERE = Path(__file__).parent
@@ -60,6 +61,49 @@ def layout_of(name):
 
 def op_inputs(layout):
     return make_inputs(layout, heads=4, kv_heads=2, head_dim=16, dtype=torch.float64)
+
+
+def model_of(context_parallel=None):
+    """A tiny Llama in fp64; its vocabulary is 50 words."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return patch_llama(
+        LlamaForCausalLM(config).double(), num_gist_tokens=3, positions="gist_first", context_parallel=context_parallel
+    )
+
+
+def contexts(handle, seed, padded=False):
+    """Two contexts of several segments and a tail; ids, mask and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for lengths in ((20, 9, 31, 14, 22, 8), (15, 26, 12, 30, 9, 12)):
+        segments = [torch.randint(50, (length,), generator=generator).tolist() for length in lengths]
+        rows.append([token for segment in segments[:-1] for token in (*segment, *handle.gist_token_ids)] + segments[-1])
+    ids = torch.tensor(rows)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :17] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :40] = -100  # the first shard has few labels of its own
+    return ids, mask, labels
+
+
+def losses_and_gradients(handle, batches):
+    """Mean loss of batches in one process, its gradients by name, and the first batch's logits."""
+    model = handle.model
+    outputs = [model(ids, attention_mask=mask, labels=labels, use_cache=False) for ids, mask, labels in batches]
+    loss = torch.stack([output.loss for output in outputs]).mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, outputs[0].logits.detach()
 
 
 def launch(script, processes, *arguments):

@@ -1,42 +1,86 @@
 """Two and four processes compute what one does: outputs and gradients, at the op and in models."""
 
+import json
+
 import pytest
 import torch
-from parallel_cases import LAYOUTS, launch, layout_of, op_inputs
+from parallel_cases import LAYOUTS, contexts, launch, layout_of, losses_and_gradients, model_of, op_inputs
 from safetensors.torch import load_file
 
 from gistkern import gist_attention
 from gistkern.distributed import split_layout
 
 pytestmark = [pytest.mark.xdist_group("context parallel"), pytest.mark.timeout(600)]
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+LOSS = {"rtol": 1e-5, "atol": 1e-7}  # transformers takes the logits of a loss to fp32
+
+
+class Ranks:
+    """What each rank of a launch wrote."""
+
+    def __init__(self, folder, processes):
+        self.folder, self.processes = folder, processes
+
+    def __call__(self, name):
+        return [load_file(self.folder / f"{name}-{rank}.safetensors") for rank in range(self.processes)]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
-    """What each rank of a launch wrote."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     launch("worker.py", request.param, folder)
-    return [load_file(folder / f"op-{rank}.safetensors") for rank in range(request.param)]
+    return Ranks(folder, request.param)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_op_equals_one_process(ranks, name):
     layout = layout_of(name)
     inputs = op_inputs(layout)
-    out = gist_attention(inputs.q, inputs.k, inputs.v, layout)
-    whole = dict(
-        zip(
-            ("out", "dq", "dk", "dv"),
-            (out, *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out)),
-            strict=True,
-        )
-    )
-    for shard, found in zip(split_layout(layout, len(ranks)), ranks, strict=True):
+    leaves = inputs.q, inputs.k, inputs.v
+    out = gist_attention(*leaves, layout)
+    whole = dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, leaves, inputs.grad_out)), strict=True))
+    for shard, found in zip(split_layout(layout, ranks.processes), ranks("op"), strict=True):
         for key, value in whole.items():
-            torch.testing.assert_close(
-                found[f"{name}/{key}"],
-                shard.take(value, 2),
-                rtol=1e-12,
-                atol=1e-13,
-                msg=lambda text, key=key: f"{key}: {text}",
-            )
+            torch.testing.assert_close(found[f"{name}/{key}"], shard.take(value, 2), **CLOSE, msg=key)
+
+
+def assert_gradients(found, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"grad/{name}"], value, **LOSS, msg=name)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_equals_one_process(ranks, padded):
+    handle = model_of()
+    loss, gradients, logits = losses_and_gradients(handle, [contexts(handle, 0, padded)])
+    assert len(gradients) == len(list(handle.model.parameters()))
+    every = ranks(f"model-{padded}")
+    for found in every:
+        torch.testing.assert_close(found["loss"], loss, **LOSS)
+        assert_gradients(found, gradients)
+    shards = [found["logits"] for found in every]
+    assert len({len(shard[0]) for shard in shards}) > 1 or ranks.processes == 2, "shards of unequal rows were met"
+    torch.testing.assert_close(torch.cat(shards, 1), logits, **CLOSE)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_it_composes_with_data_parallel_training(ranks, wrap):
+    """A mesh of two replicas of data by two shards of context."""
+    if ranks.processes != 4:
+        pytest.skip("a mesh of two by two has four processes")
+    handle = model_of()
+    batches = [contexts(handle, seed) for seed in range(2)]
+    _, gradients, _ = losses_and_gradients(handle, batches)
+    for rank, found in enumerate(ranks(wrap)):
+        alone, _, _ = losses_and_gradients(model_of(), [batches[rank // 2]])
+        torch.testing.assert_close(found["loss"], alone, **LOSS)
+        assert_gradients(found, gradients)
+
+
+def test_what_would_go_wrong_silently_is_refused(ranks):
+    for rank in range(ranks.processes):
+        different, cached, kept, unknown = json.loads((ranks.folder / f"refusals-{rank}.json").read_text())
+        assert "were called with different contexts" in different
+        assert "caches none: pass use_cache=False" in cached
+        assert "logits_to_keep counts from a context's end" in kept
+        assert "process group or a DeviceMesh of one dimension" in unknown

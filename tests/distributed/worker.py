@@ -1,13 +1,19 @@
 """One rank of the tests: runs every case that test_context_parallel.py compares with a single process."""
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_cases import LAYOUTS, layout_of, op_inputs
+from parallel_cases import LAYOUTS, contexts, layout_of, model_of, op_inputs
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from gistkern import patch_llama
 from gistkern.distributed import count_traffic, gist_bytes, parallel_attention, split_layout
 
 
@@ -29,10 +35,79 @@ def op_case(name, group):
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def model_case(group, padded):
+    """Loss, averaged gradients and this shard's logits of one batch over all ranks."""
+    handle = model_of(group)
+    ids, mask, labels = contexts(handle, 0, padded)
+    with count_traffic() as traffic:
+        output = handle.model(ids, attention_mask=mask, labels=labels, use_cache=False)
+    assert set(traffic.received) <= {"gists", "halo"}
+    output.loss.backward()
+    found = {"loss": output.loss.detach(), "logits": output.logits.detach()}
+    for name, parameter in handle.model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(grad, group=group)
+        found[f"grad/{name}"] = grad / dist.get_world_size(group)
+    return found
+
+
+def wrapped_case(mesh, wrap):
+    """Loss and gradients of two replicas of data, each over the ranks of `cp`, averaged by DDP or FSDP2."""
+    handle = model_of(mesh["cp"])
+    batch = contexts(handle, mesh["dp"].get_local_rank())
+    # data parallel over everyone: the ranks of a context bring the shards of one gradient
+    model = DistributedDataParallel(handle.model) if wrap == "ddp" else fully_shard(handle.model)
+    ids, mask, labels = batch
+    loss = model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, parameter in handle.model.named_parameters():
+        grad = parameter.grad
+        if isinstance(grad, DTensor):
+            grad = grad.full_tensor()
+        found[f"grad/{name}"] = grad.detach().clone()
+    return found
+
+
+def refusals(group):
+    """What is said to calls that would go wrong silently."""
+    handle = model_of(group)
+    ids, *_ = contexts(handle, dist.get_rank(group))
+    said = []
+    for arguments in (
+        {"input_ids": ids},
+        {"input_ids": ids, "use_cache": True},
+        {"input_ids": ids, "logits_to_keep": 1},
+    ):
+        try:
+            handle.model(**{"use_cache": False, **arguments})
+        except ValueError as error:
+            said.append(str(error))
+    try:
+        handle.unpatch()
+        patch_llama(handle.model, context_parallel="cp")
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
+def save(folder, name, tensors):
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}-{dist.get_rank()}.safetensors"
+    )
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    for padded in (False, True):
+        save(folder, f"model-{padded}", model_case(dist.group.WORLD, padded))
+    if processes == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+        for wrap in ("ddp", "fsdp"):
+            save(folder, wrap, wrapped_case(mesh, wrap))
+    (folder / f"refusals-{rank}.json").write_text(json.dumps(refusals(dist.group.WORLD)))
     tensors = {f"{name}/{key}": value for name in LAYOUTS for key, value in op_case(name, dist.group.WORLD).items()}
-    save_file(tensors, folder / f"op-{rank}.safetensors")
+    save(folder, "op", tensors)
     dist.destroy_process_group()
