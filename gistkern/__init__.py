@@ -15,6 +15,8 @@ _EXPORTS = {
     "GistHandle": "gistkern.hf.patch",
     "compress": "gistkern.compressing",
     "GistCache": "gistkern.cache",
+    "compress_corpus": "gistkern.corpus.compressing",
+    "GistStore": "gistkern.corpus.store",
     "KeyValueRows": "gistkern.pool",
     "gist_compact": "gistkern.pool",
     "gist_decode": "gistkern.pool",
@@ -24,9 +26,11 @@ __all__ = [
     "GistCache",
     "GistHandle",
     "GistLayout",
+    "GistStore",
     "KeyValueRows",
     "__version__",
     "compress",
+    "compress_corpus",
     "gist_attention",
     "gist_compact",
     "gist_decode",
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from gistkern.attention import gist_attention
     from gistkern.cache import GistCache
     from gistkern.compressing import compress
+    from gistkern.corpus.compressing import compress_corpus
+    from gistkern.corpus.store import GistStore
     from gistkern.hf.patch import GistHandle, patch_llama
     from gistkern.layout import GistLayout
     from gistkern.pool import KeyValueRows, gist_compact, gist_decode

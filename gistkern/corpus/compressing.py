@@ -1,0 +1,229 @@
+"""`compress_corpus`: many documents, several processes, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from gistkern.compressing import check_segments, compress
+from gistkern.corpus.index import write_index
+from gistkern.corpus.journal import Journal
+from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
+from gistkern.corpus.rows import CompressedDocument, from_cache
+from gistkern.corpus.shard_file import FORMAT, Shard, replace_file, shard_path, write_shard
+from gistkern.corpus.store import GistStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SETTINGS", "compress_corpus"]
+
+SETTINGS = "corpus.json"
+
+
+def compress_corpus(
+    model: PreTrainedModel,
+    documents: Documents,
+    out_dir: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    segment_length: int | None = None,
+    segment_overlap: int = 0,
+    batch_tokens: int = 16384,
+    chunk_documents: int = 256,
+    rank: int | None = None,
+    ranks: int | None = None,
+    progress: bool = True,
+) -> GistStore:
+    """Compress documents into a store on disk. The same call goes on where a killed one was.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Patched by `gistkern.patch_llama`.
+    documents : mapping or iterable
+        Texts or token ids by name, or one after the other (called "0", "1", ...; a pair names its document). The same
+        ones in every process and every time; each process reads through all and works on its own.
+    out_dir : path
+        The store's folder. A chunk of documents is one safetensors file, corpus.json says how it was made.
+    tokenizer : PreTrainedTokenizerBase, optional
+        For texts; it adds its special tokens.
+    segment_length, segment_overlap
+        As `gistkern.compress`.
+    batch_tokens : int
+        Tokens compressed together, padding included.
+    chunk_documents : int
+        Documents of one file. A chunk is one process's: take fewer where processes would have none.
+    rank, ranks : int, optional
+        This process and how many there are; by default those of torchrun, or one alone.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    GistStore
+        With all documents if this process was the last to finish.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched, a document is empty, a text comes without tokenizer, names come twice, or the
+        folder holds another corpus, other settings or another model's rows.
+    RuntimeError
+        If another process works on the same chunk.
+    """
+    from gistkern.hf.fingerprint import fingerprint
+    from gistkern.hf.patch import handle_of
+
+    handle = handle_of(model)
+    check_segments(segment_length, segment_overlap)
+    rank, ranks = _ranks(rank, ranks)
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "fingerprint": fingerprint(handle.inner),
+        "positions": handle.positions,
+        "segment_length": segment_length,
+        "segment_overlap": segment_overlap,
+        "batch_tokens": batch_tokens,
+        "chunk_documents": chunk_documents,
+    }
+    _agree(folder, settings, rank)
+    segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
+    encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
+    number = -1
+    total = len(documents) if isinstance(documents, Sized) else None
+    with tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar:
+        for number, chunk in enumerate(chunks_of(documents, chunk_documents)):
+            if number % ranks == rank:
+                _compress_chunk(model, read_chunk(chunk, encode), folder, number, segments, settings, bar)
+            else:
+                bar.update(len(chunk))
+    _finish(folder, number + 1, rank)
+    return GistStore(folder)
+
+
+def _compress_chunk(
+    model: PreTrainedModel,
+    documents: list[Document],
+    folder: Path,
+    chunk: int,
+    segments: dict[str, Any],
+    settings: dict[str, Any],
+    bar: tqdm,
+) -> None:
+    path = shard_path(folder, chunk)
+    if path.exists():
+        _check_documents(Shard(path), documents)
+        path.with_suffix(".journal").unlink(missing_ok=True)  # of a process that was killed here
+        bar.update(len(documents))
+        return
+    journal = Journal(path.with_suffix(".journal"))
+    batches = batches_of(documents, settings["batch_tokens"])
+    tokens, started = 0, time.perf_counter()
+    try:
+        for number, places in enumerate(batches):
+            batch = [documents[place] for place in places]
+            if number in journal.done:
+                _check_record(journal, number, batch)
+            else:
+                compressed = from_cache(compress(model, *_padded(batch, model.device), **segments))
+                journal.add(number, _record(batch, compressed))
+                tokens += sum(len(one.ids) for one in batch)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
+            bar.update(len(batch))
+        ordered: list[CompressedDocument | None] = [None] * len(documents)
+        for number, places in enumerate(batches):
+            for place, document in zip(places, _documents(journal.done[number]), strict=True):
+                ordered[place] = document
+        write_shard(path, documents, [one for one in ordered if one is not None], settings)
+    except BaseException:
+        journal.close()
+        raise
+    journal.close(delete=True)
+
+
+def _padded(batch: list[Document], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = [torch.tensor(one.ids) for one in batch]
+    mask = [torch.ones(len(one), dtype=torch.long) for one in ids]
+    pad = torch.nn.utils.rnn.pad_sequence
+    both = (pad(rows, batch_first=True, padding_side="left").to(device) for rows in (ids, mask))
+    return tuple(both)  # type: ignore[return-value]
+
+
+def _record(batch: list[Document], compressed: list[CompressedDocument]) -> dict[str, torch.Tensor]:
+    return {
+        "rows": torch.cat([one.rows for one in compressed]),
+        "numbers": torch.tensor([[len(one.rows), one.seen, one.tail_position] for one in compressed]),
+        "digests": torch.tensor([list(bytes.fromhex(one.digest)) for one in batch], dtype=torch.uint8),
+    }
+
+
+def _documents(record: dict[str, torch.Tensor]) -> list[CompressedDocument]:
+    lengths, seen, positions = record["numbers"].T.tolist()
+    pieces = record["rows"].split(lengths)
+    return [CompressedDocument(*one) for one in zip(pieces, seen, positions, strict=True)]
+
+
+def _check_record(journal: Journal, number: int, batch: list[Document]) -> None:
+    found = [bytes(row.tolist()).hex() for row in journal.done[number]["digests"]]
+    if found != [one.digest for one in batch]:
+        raise ValueError(
+            f"{journal.path} was begun with other documents (batch {number}): pass the same ones in the same order, "
+            "or another out_dir"
+        )
+
+
+def _check_documents(shard: Shard, documents: list[Document]) -> None:
+    for name, digest, document in zip(shard.names, shard.header["documents"], documents, strict=False):
+        if (name, digest) != (document.name, document.digest):
+            raise ValueError(
+                f"{shard.path} holds document {name!r} where {document.name!r} was given"
+                + (", with another content" if name == document.name else "")
+                + ": pass the same documents in the same order, or another out_dir"
+            )
+    if len(shard.names) != len(documents):
+        raise ValueError(
+            f"{shard.path} holds {len(shard.names)} documents, {len(documents)} were given: pass the same ones"
+        )
+
+
+def _ranks(rank: int | None, ranks: int | None) -> tuple[int, int]:
+    if (rank is None) != (ranks is None):
+        raise ValueError("pass both rank and ranks, or neither")
+    if rank is None or ranks is None:
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank must lie in 0..{ranks - 1}, got {rank}")
+    return rank, ranks
+
+
+def _agree(folder: Path, settings: dict[str, Any], rank: int) -> None:
+    """Write the settings, or compare with those that are there."""
+    path = folder / SETTINGS
+    wanted = {"format": FORMAT, **settings}
+    if not path.exists():
+        if any(folder.glob("chunk-*")):
+            raise ValueError(f"{folder} holds files of a store but no {SETTINGS}: pass another out_dir")
+        temporary = folder / f".{SETTINGS}.{rank}.tmp"
+        temporary.write_text(json.dumps(wanted, indent=1))
+        replace_file(temporary, path)  # several processes write the same
+    found = json.loads(path.read_text())
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        said = ", ".join(f"{name} {found.get(name)!r}, not {wanted[name]!r}" for name in different)
+        raise ValueError(f"{folder} was begun with {said}: pass the same, or another out_dir")
+
+
+def _finish(folder: Path, chunks: int, rank: int) -> None:
+    """Write the index if no chunk is missing: the last process does, or every one that finds it so."""
+    paths = [shard_path(folder, chunk) for chunk in range(chunks)]
+    if chunks and all(path.exists() for path in paths):
+        write_index(folder, [Shard(path).names for path in paths], rank)

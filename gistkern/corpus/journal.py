@@ -1,0 +1,81 @@
+"""Batches of a chunk that is not finished yet, appended as they come: a kill loses the batch in work and no other.
+
+A record is its length (8 bytes), its SHA-256 (32) and a safetensors blob. What a kill tore at the end is cut off when
+the journal is opened again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+__all__ = ["Journal"]
+
+_HEAD = 8 + 32
+
+
+class Journal:
+    """Records of one chunk, by batch.
+
+    Parameters
+    ----------
+    path : Path
+        The file; it is locked for as long as the journal is open.
+
+    Attributes
+    ----------
+    done : dict of int to dict of str to Tensor
+        Whole records, by the number of their batch.
+
+    Raises
+    ------
+    RuntimeError
+        If another process writes the same journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process's lock is gone
+        except OSError as error:
+            self._file.close()
+            raise RuntimeError(
+                f"{path} is being written by another process: give every process its own rank, or wait"
+            ) from error
+        self.done = self._recover()
+
+    def _recover(self) -> dict[int, dict[str, torch.Tensor]]:
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        self._file.seek(0)
+        end = 0
+        while len(head := self._file.read(_HEAD)) == _HEAD:
+            blob = self._file.read(int.from_bytes(head[:8], "little"))
+            if hashlib.sha256(blob).digest() != head[8:]:
+                break
+            end = self._file.tell()
+            tensors = load(blob)
+            found[int(tensors.pop("batch"))] = tensors
+        self._file.truncate(end)
+        return found
+
+    def add(self, batch: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Append a record; it is on disk when this returns."""
+        blob = save({**tensors, "batch": torch.tensor(batch)})
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(len(blob).to_bytes(8, "little") + hashlib.sha256(blob).digest() + blob)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done[batch] = dict(tensors)
+
+    def close(self, delete: bool = False) -> None:
+        """Let the lock go, and with `delete` the file."""
+        if delete:
+            self.path.unlink()
+        self._file.close()

@@ -1,0 +1,82 @@
+"""Which documents are compressed together: the same batches however often a run is started again, by however many.
+
+Documents are taken in chunks of consecutive ones; a chunk is one file of the store, and one process's. Within a chunk
+batches hold documents of about the same length. So what a batch computes, bit for bit, follows from the documents and
+the settings alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+__all__ = ["Document", "Documents", "batches_of", "chunks_of", "read_chunk"]
+
+Content: TypeAlias = "str | Sequence[int]"
+Documents: TypeAlias = "Mapping[str, Content] | Iterable[Content | tuple[str, Content]]"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document's name and token ids."""
+
+    name: str
+    ids: tuple[int, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of the ids: a document that has changed is another one."""
+        return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
+
+
+def chunks_of(documents: Documents, size: int) -> Iterator[list[tuple[str, Content]]]:
+    """Lists of `size` consecutive names and contents; documents without a name are called by their number."""
+    pairs = iter(documents.items()) if isinstance(documents, Mapping) else map(_named, itertools.count(), documents)
+    while chunk := list(itertools.islice(pairs, size)):
+        yield chunk
+
+
+def _named(number: int, document: Any) -> tuple[str, Content]:
+    if isinstance(document, tuple) and len(document) == 2 and isinstance(document[0], str):
+        return document
+    return str(number), document
+
+
+def read_chunk(chunk: Sequence[tuple[str, Content]], encode: Callable[[str], Sequence[int]] | None) -> list[Document]:
+    """The documents of a chunk as ids.
+
+    Raises
+    ------
+    ValueError
+        If a text comes without a tokenizer, a document is empty, or a name is not a string or comes twice.
+    """
+    found: dict[str, Document] = {}
+    for name, content in chunk:
+        if not isinstance(name, str):
+            raise ValueError(f"names of documents must be strings, got {name!r}")
+        if name in found:
+            raise ValueError(f"two documents are called {name!r}: names must differ")
+        if isinstance(content, str):
+            if encode is None:
+                raise ValueError(f"document {name!r} is a text: pass a tokenizer, or token ids")
+            content = encode(content)
+        ids = tuple(int(one) for one in content)
+        if not ids:
+            raise ValueError(f"document {name!r} is empty: leave it out")
+        found[name] = Document(name, ids)
+    return list(found.values())
+
+
+def batches_of(documents: Sequence[Document], batch_tokens: int) -> list[list[int]]:
+    """Places of documents in batches of at most `batch_tokens` tokens, padding included (a longer one stands alone)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(documents)), key=lambda one: (-len(documents[one].ids), one)):
+        # longest first: the first of a batch says how long its rows are
+        if batches and (len(batches[-1]) + 1) * len(documents[batches[-1][0]].ids) <= batch_tokens:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches

@@ -1,0 +1,104 @@
+"""One file of a store: a chunk's documents, their names and checksums, as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gistkern.corpus.plan import Document
+from gistkern.corpus.rows import CompressedDocument
+
+__all__ = ["FORMAT", "Shard", "replace_file", "shard_path", "write_shard"]
+
+FORMAT = "gistkern-corpus-1"
+
+
+def shard_path(folder: Path, chunk: int) -> Path:
+    """The file of a chunk."""
+    return folder / f"chunk-{chunk:08d}.safetensors"
+
+
+def write_shard(
+    path: Path, documents: Sequence[Document], compressed: Sequence[CompressedDocument], settings: dict[str, Any]
+) -> None:
+    """Write a chunk's file in one step."""
+    lengths = torch.tensor([0, *(len(one.rows) for one in compressed)])
+    numbers = torch.tensor([[one.seen, one.tail_position] for one in compressed])
+    header = {
+        "format": FORMAT,
+        **settings,
+        "names": [one.name for one in documents],
+        "documents": [one.digest for one in documents],
+        "sha256": [_checksum(one) for one in compressed],
+    }
+    tensors = {
+        "rows": torch.cat([one.rows for one in compressed]),
+        "offsets": lengths.cumsum(0),
+        "numbers": numbers,
+    }
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"gistkern": json.dumps(header)})
+    replace_file(temporary, path)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Put a written file in its place; both the bytes and the name are on disk when this returns."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _checksum(document: CompressedDocument) -> str:
+    digest = hashlib.sha256(f"{document.seen} {document.tail_position} {tuple(document.rows.shape)}".encode())
+    digest.update(document.rows.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Shard:
+    """A file of a store, memory-mapped: opening reads its header, `read` one document's rows.
+
+    Raises
+    ------
+    ValueError
+        If the file is torn or none of a store; naming the file, and from `read` the document.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        try:
+            self._file = safe_open(self.path, "pt").__enter__()
+            self.header: dict[str, Any] = json.loads((self._file.metadata() or {}).get("gistkern", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{self.path} is torn or no safetensors file ({error})") from error
+        if self.header.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is no file of a {FORMAT} store (found {self.header.get('format')!r})")
+        self.names: list[str] = self.header["names"]
+        self._offsets = self._file.get_tensor("offsets").tolist()
+        self._numbers = self._file.get_tensor("numbers").tolist()
+
+    def read(self, place: int) -> CompressedDocument:
+        """The document at a place, checked."""
+        begin, end = self._offsets[place : place + 2]
+        document = CompressedDocument(self._file.get_slice("rows")[begin:end], *self._numbers[place])
+        if _checksum(document) != self.header["sha256"][place]:
+            raise ValueError(
+                f"document {self.names[place]!r} in {self.path} is damaged: its checksum does not match. "
+                "Delete the file and compress the corpus again: only this chunk is redone"
+            )
+        return document

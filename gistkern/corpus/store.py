@@ -1,0 +1,142 @@
+"""`GistStore`: compressed documents by name, read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gistkern.cache import GistCache
+from gistkern.corpus.index import hash_of, read_index
+from gistkern.corpus.rows import CompressedDocument, to_cache
+from gistkern.corpus.shard_file import Shard, shard_path
+
+__all__ = ["GistStore"]
+
+_OPEN_FILES = 64
+
+
+class GistStore:
+    """Compressed documents in a folder that `gistkern.compress_corpus` wrote.
+
+    Opening reads the index only, or where there is none (a corpus still in work) the headers of the files that are
+    there; documents are memory-mapped and checked one by one.
+
+    Parameters
+    ----------
+    folder : path
+        Of the store.
+    device : torch.device or str
+        Where caches are wanted.
+
+    Attributes
+    ----------
+    damaged : list of str
+        What is wrong with files that could not be opened without an index; the rest is there.
+
+    Examples
+    --------
+    ::
+
+        store = GistStore("corpus/")
+        cache = store.batch(["a", "b"])                     # ragged: each sample has its own rows
+        model.generate(questions, past_key_values=cache)
+    """
+
+    def __init__(self, folder: str | os.PathLike, device: torch.device | str = "cpu") -> None:
+        self.folder, self.device = Path(folder), device
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self.damaged: list[str] = []
+        self._index = read_index(self.folder)
+        self._scanned: dict[str, tuple[int, int]] = {} if self._index is not None else self._scan()
+
+    def __len__(self) -> int:
+        return len(self._scanned) if self._index is None else len(self._index["hashes"])
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in the order of the corpus."""
+        for path in sorted(self.folder.glob("chunk-*.safetensors")):
+            yield from self._shard(_number(path)).names
+
+    def __getitem__(self, name: str) -> GistCache:
+        """One document's cache; KeyError if there is none of that name, ValueError if it is damaged."""
+        return self.batch([name])
+
+    def batch(self, names: Iterable[str]) -> GistCache:
+        """A ragged batch of documents, in that order; a name may come several times.
+
+        Raises
+        ------
+        KeyError
+            If a name is unknown.
+        ValueError
+            If a file is torn or foreign, a document damaged, or no name is given; the message names file and document.
+        """
+        found = [self._read(name) for name in names]
+        if not found:
+            raise ValueError("no names: a batch has at least one document")
+        headers = {(shard.header["positions"], shard.header["fingerprint"]) for shard, _ in found}
+        if len(headers) > 1:
+            raise ValueError(f"files of different models are mixed in {self.folder}: {sorted(headers)}")
+        return to_cache([document for _, document in found], *headers.pop(), device=self.device)
+
+    def _read(self, name: str) -> tuple[Shard, CompressedDocument]:
+        place = self._find(name)
+        if place is None:
+            raise KeyError(f"no document {name!r} in {self.folder}")
+        try:
+            shard = self._shard(place[0])
+        except ValueError as error:
+            raise ValueError(f"document {name!r} cannot be read: {error}") from error
+        return shard, shard.read(place[1])
+
+    def _find(self, name: str) -> tuple[int, int] | None:
+        """Chunk and place of a document."""
+        if self._index is None:
+            return self._scanned.get(name)
+        hashes, wanted = self._index["hashes"], hash_of(name)
+        at = int(np.searchsorted(hashes, wanted))
+        while at < len(hashes) and hashes[at] == wanted:
+            chunk, place = int(self._index["chunks"][at]), int(self._index["places"][at])
+            try:
+                known = self._shard(chunk).names
+            except ValueError:
+                return chunk, place  # reading it says what is wrong
+            if place < len(known) and known[place] == name:
+                return chunk, place
+            at += 1
+        return None
+
+    def _shard(self, chunk: int) -> Shard:
+        if chunk not in self._open:
+            self._open[chunk] = Shard(shard_path(self.folder, chunk))
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(chunk)
+        return self._open[chunk]
+
+    def _scan(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for path in sorted(self.folder.glob("chunk-*.safetensors")):
+            try:
+                names = Shard(path).names
+            except ValueError as error:
+                self.damaged.append(str(error))
+                warnings.warn(f"left out: {error}", stacklevel=3)
+                continue
+            found |= {name: (_number(path), place) for place, name in enumerate(names)}
+        return found
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.split("-")[1])

@@ -1,0 +1,326 @@
+"""Corpora: what is stored is what compress gives, nothing finished is lost or redone, damage is named."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from corpus_cases import documents, patched
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import gistkern
+from gistkern import GistStore, compress, compress_corpus
+from gistkern.corpus import compressing
+from gistkern.corpus.__main__ import main
+from gistkern.corpus.plan import batches_of, chunks_of, read_chunk
+
+HERE = Path(__file__).parent
+SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def handle():
+    return patched()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return documents(21)
+
+
+@pytest.fixture
+def store(handle, corpus, tmp_path):
+    return compress_corpus(handle.model, corpus, tmp_path / "store", **SMALL)
+
+
+def rows(cache, sample=0):
+    own = int(cache.gist_rows[sample])
+    return torch.stack([torch.stack([layer.keys, layer.values])[:, sample, :, -own:] for layer in cache.layers])
+
+
+@pytest.mark.parametrize("segments", [{}, {"segment_length": 16}, {"segment_length": 16, "segment_overlap": 4}])
+@pytest.mark.parametrize("options", [{}, {"positions": "gist_first", "sink_tokens": 2}, {"num_segment_gist_tokens": 2}])
+def test_documents_come_back_as_compress_gives_them(tmp_path, corpus, segments, options):
+    handle = patched(**options)
+    if not segments and "num_segment_gist_tokens" in options:
+        pytest.skip("a hierarchical model needs segments")
+    store = compress_corpus(handle.model, corpus, tmp_path, **SMALL, **segments)
+    assert len(store) == len(corpus)
+    assert list(store) == list(corpus)
+    question = torch.tensor([[3, 4, 5]])
+    for name, ids in corpus.items():
+        cache, alone = store[name], compress(handle.model, torch.tensor([ids]), **segments)
+        torch.testing.assert_close(rows(cache), rows(alone), rtol=1e-4, atol=1e-5)  # batches round otherwise
+        assert (cache.positions, cache.fingerprint) == (alone.positions, alone.fingerprint)
+        assert cache.get_seq_length() == alone.get_seq_length()
+        said = [handle.model(question, past_key_values=one).logits for one in (cache, alone)]
+        torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_ragged_and_generate(handle, store, corpus):
+    names = ["doc-3", "doc-0", "doc-20", "doc-3"]
+    questions = torch.tensor([[3, 4], [5, 6], [7, 8], [9, 10]])
+    together = handle.model.generate(questions, past_key_values=store.batch(names), max_new_tokens=4, do_sample=False)
+    for name, question, said in zip(names, questions, together, strict=True):
+        alone = compress(handle.model, torch.tensor([corpus[name]]))
+        expected = handle.model.generate(question[None], past_key_values=alone, max_new_tokens=4, do_sample=False)
+        assert torch.equal(said, expected[0])
+
+
+def test_a_batch_of_documents_of_different_rows(tmp_path):
+    """Segment-wise, long documents own more rows."""
+    handle, corpus = patched(), documents(6, 5, 90, seed=1)
+    store = compress_corpus(handle.model, corpus, tmp_path, segment_length=20, **SMALL)
+    cache = store.batch(corpus)
+    expected = [len(range(0, len(ids), 20)) * 3 + 1 for ids in corpus.values()]  # gists, and a sink
+    assert cache.gist_rows.tolist() == expected
+    assert len(set(expected)) > 2
+    for sample, name in enumerate(corpus):
+        assert torch.equal(rows(cache, sample), rows(store[name]))
+
+
+def test_the_store_does_not_depend_on_how_many_processes_wrote_it(handle, corpus, store, tmp_path):
+    for rank in (2, 0, 1):
+        shared = compress_corpus(handle.model, corpus, tmp_path / "shared", rank=rank, ranks=3, **SMALL)
+    assert sorted(path.name for path in shared.folder.iterdir()) == sorted(p.name for p in store.folder.iterdir())
+    for path in store.folder.iterdir():
+        assert (shared.folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_nothing_is_compressed_twice(handle, corpus, store, monkeypatch):
+    monkeypatch.setattr(compressing, "compress", None)
+    again = compress_corpus(handle.model, corpus, store.folder, **SMALL)
+    assert list(again) == list(corpus)
+
+
+def start(out, notes, rank):
+    command = [sys.executable, str(HERE / "worker.py"), str(out), str(notes), str(rank), "2"]
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.timeout(400)
+def test_two_thousand_documents_two_processes_one_killed(tmp_path):
+    out, notes = tmp_path / "store", tmp_path / "notes"
+    first, second = start(out, notes, 0), start(out, notes, 1)
+    # the second has finished a file and is in the middle of another one
+    deadline = time.time() + 200
+    while not (_odd(out, "safetensors") and any(path.stat().st_size > 5000 for path in _odd(out, "journal"))):
+        assert time.time() < deadline
+        assert second.poll() is None
+        time.sleep(0.005)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    assert first.wait(timeout=200) == 0
+    partial = GistStore(out)
+    assert 0 < len(partial) < 2000
+    assert not (out / "index.safetensors").exists()
+    half = notes.read_text().splitlines()
+    assert start(out, notes, 1).wait(timeout=200) == 0
+    begun = notes.read_text().splitlines()
+    corpus = documents(2000)
+    chunks = [read_chunk(chunk, None) for chunk in chunks_of(corpus, 128)]
+    batches = sum(len(batches_of(chunk, 1500)) for chunk in chunks)
+    assert len(half) < batches
+    assert len(set(begun)) == batches
+    assert len(begun) - batches <= 1, "only the batch that was killed is begun twice"
+    store = GistStore(out)
+    assert list(store) == list(corpus)
+    assert not list(out.glob("*.journal"))
+    alone = compress_corpus(
+        patched().model, corpus, tmp_path / "alone", batch_tokens=1500, chunk_documents=128, progress=False
+    )
+    for path in alone.folder.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def _odd(out, ending):
+    return [path for path in out.glob(f"chunk-*.{ending}") if int(path.stem.split("-")[1]) % 2]
+
+
+def test_a_torn_record_is_done_again(handle, corpus, tmp_path, monkeypatch):
+    calls, real = itertools.count(), compressing.compress
+
+    def dies(*arguments, **segments):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **segments)
+
+    monkeypatch.setattr(compressing, "compress", dies)
+    folder = tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        compress_corpus(handle.model, corpus, folder, **{**SMALL, "batch_tokens": 60})
+    (journal,) = folder.glob("*.journal")
+    whole = journal.read_bytes()
+    for cut in (whole[:-1], whole[:-300], whole + b"half a rec", whole[:-3] + b"xyz"):
+        journal.write_bytes(cut)
+        done = compressing.Journal(journal)
+        assert journal.read_bytes() == whole[: journal.stat().st_size], "whole records alone are left"
+        assert len(done.done) == (3 if cut.startswith(whole) else 2)
+        with pytest.raises(RuntimeError, match="written by another process"):
+            compressing.Journal(journal)
+        done.close()
+    monkeypatch.setattr(compressing, "compress", real)
+    store = compress_corpus(handle.model, corpus, folder, **{**SMALL, "batch_tokens": 60})
+    for name, ids in corpus.items():
+        alone = compress(handle.model, torch.tensor([ids]))
+        torch.testing.assert_close(rows(store[name]), rows(alone), rtol=1e-4, atol=1e-5)
+
+
+# ---- damage
+
+
+def test_damage_is_named_and_the_rest_loads(store, corpus):
+    path = store.folder / "chunk-00000001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-500] ^= 1  # a bit of the rows of one of its last documents
+    path.write_bytes(content)
+    again, said = GistStore(store.folder), {}
+    for name in corpus:
+        try:
+            assert again[name].gist_rows.tolist() == [4]
+        except ValueError as error:
+            said[name] = str(error)
+    ((name, message),) = said.items()
+    assert f"document {name!r} in {path} is damaged" in message
+    assert name in [f"doc-{number}" for number in range(8, 16)]
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -200])
+def test_a_truncated_file_is_named_and_the_rest_loads(store, corpus, kept):
+    path = store.folder / "chunk-00000001.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    again = GistStore(store.folder)
+    assert again["doc-0"].gist_rows.tolist() == again["doc-20"].gist_rows.tolist() == [4]
+    with pytest.raises(ValueError, match=r"document 'doc-9' cannot be read: .*chunk-00000001.safetensors is torn"):
+        again["doc-9"]
+    (store.folder / "index.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"left out: .*chunk-00000001"):
+        scanned = GistStore(store.folder)
+    assert len(scanned) == len(corpus) - 8
+    assert len(scanned.damaged) == 1
+    assert scanned["doc-20"].gist_rows.tolist() == [4]
+
+
+def test_foreign_files(store, handle, tmp_path):
+    path = store.folder / "chunk-00000001.safetensors"
+    compress(handle.model, torch.tensor([[1, 2, 3]])).save(path)
+    with pytest.raises(ValueError, match=r"'doc-9' cannot be read: .* is no file of a gistkern-corpus-1 store"):
+        GistStore(store.folder)["doc-9"]
+    other = compress_corpus(patched(seed=5).model, documents(21), tmp_path / "other", **SMALL)
+    shutil.copy(other.folder / path.name, path)
+    with pytest.raises(ValueError, match="files of different models are mixed"):
+        GistStore(store.folder).batch(["doc-0", "doc-9"])
+    with pytest.raises(ValueError, match="written by another model"):
+        handle.model(torch.tensor([[1]]), past_key_values=GistStore(store.folder)["doc-9"])
+
+
+def test_a_torn_index_is_named(store):
+    path = store.folder / "index.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"index.safetensors is torn or no index .* delete it"):
+        GistStore(store.folder)
+
+
+# ---- what is refused
+
+
+def test_unknown_names_and_folders(store, tmp_path):
+    assert "doc-3" in store
+    assert "doc-99" not in store
+    with pytest.raises(KeyError, match="no document 'doc-99'"):
+        store["doc-99"]
+    with pytest.raises(ValueError, match="no names"):
+        store.batch([])
+    with pytest.raises(ValueError, match="is no folder"):
+        GistStore(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda corpus: {**corpus, "doc-3": [1, 2]}, "'doc-3' where 'doc-3' was given, with another content"),
+        (lambda corpus: {name: corpus[name] for name in reversed(corpus)}, "'doc-0' where 'doc-20' was given"),
+        (lambda corpus: {**corpus, "more": [1]}, "holds 5 documents, 6 were given"),
+    ],
+)
+def test_other_documents_in_the_same_folder(handle, store, corpus, change, message):
+    with pytest.raises(ValueError, match=message):
+        compress_corpus(handle.model, change(corpus), store.folder, **SMALL)
+
+
+def test_other_settings_in_the_same_folder(handle, store, corpus):
+    with pytest.raises(ValueError, match="was begun with segment_length None, not 7"):
+        compress_corpus(handle.model, corpus, store.folder, segment_length=7, **SMALL)
+    with pytest.raises(ValueError, match="was begun with fingerprint"):
+        compress_corpus(patched(seed=1).model, corpus, store.folder, **SMALL)
+    (store.folder / "corpus.json").unlink()
+    with pytest.raises(ValueError, match=r"files of a store but no corpus.json"):
+        compress_corpus(handle.model, corpus, store.folder, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "message"),
+    [
+        (["a text"], {}, "document '0' is a text: pass a tokenizer"),
+        ([[1], []], {}, "document '1' is empty"),
+        ([("a", [1]), ("a", [2])], {}, "two documents are called 'a'"),
+        ([[1]] * 9 + [("3", [2])], {}, "two documents are called '3', in chunks 0 and 1"),
+        ({3: [1]}, {}, "names of documents must be strings"),
+        ([[1]], {"rank": 1}, "pass both rank and ranks"),
+        ([[1]], {"rank": 2, "ranks": 2}, "rank must lie in 0..1"),
+        ([[1]], {"segment_overlap": 3}, "segment_overlap must be less than segment_length"),
+    ],
+)
+def test_bad_input(handle, tmp_path, corpus, options, message):
+    with pytest.raises(ValueError, match=message):
+        compress_corpus(handle.model, corpus, tmp_path, **SMALL, **options)
+
+
+def test_batches_hold_no_more_than_they_may():
+    found = read_chunk(list(documents(50).items()), None)
+    batches = batches_of(found, 200)
+    assert sorted(itertools.chain(*batches)) == list(range(50))
+    for batch in batches:
+        lengths = [len(found[place].ids) for place in batch]
+        assert max(lengths) * len(lengths) <= 200
+    assert batches_of(found, 10) == [[place] for place in sorted(range(50), key=lambda one: -len(found[one].ids))]
+
+
+# ---- the command line
+
+
+def test_the_command_line(tmp_path, capsys):
+    handle = patched()
+    handle.model.save_pretrained(tmp_path / "model")
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *"abcdefghij"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
+    lines = tmp_path / "documents.jsonl"
+    lines.write_text('{"id": "x", "text": "a b c"}\n\n{"id": 7, "text": "j i"}\n')
+    given = ["--model", str(tmp_path / "model"), "--documents", str(lines), "--out", str(tmp_path / "store")]
+    main(given)
+    assert "2 documents in" in capsys.readouterr().out
+    store = gistkern.GistStore(tmp_path / "store")
+    assert list(store) == ["x", "7"]
+    expected = compress(handle.model, torch.tensor([[1, 2, 3]]))
+    torch.testing.assert_close(rows(store["x"]), rows(expected), rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "store" / "corpus.json").read_text())["segment_length"] is None
+    lines.write_text('{"id": "x"}\n')
+    with pytest.raises(SystemExit):
+        main([*given[:-1], str(tmp_path / "other")])
+    assert "line 1 is no document (KeyError('text'))" in capsys.readouterr().err
+    handle.unpatch()
+    handle.model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path / "plain"), *given[2:]])
+    assert "has no trained gist rows" in capsys.readouterr().err

@@ -1,0 +1,27 @@
+"""One process of the test that kills one: compresses its share slowly and notes every batch that it begins.
+
+python worker.py OUT NOTES RANK RANKS
+"""
+
+import sys
+import time
+
+from corpus_cases import documents, patched
+
+from gistkern import compress_corpus
+from gistkern.corpus import compressing
+
+out, notes, rank, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+compress = compressing.compress
+
+
+def noted(model, ids, mask, **segments):
+    with open(notes, "a") as file:
+        file.write(f"{tuple(ids.shape)} {ids.sum().item()}\n")
+    time.sleep(0.03)
+    return compress(model, ids, mask, **segments)
+
+
+compressing.compress = noted
+options = {"batch_tokens": 1500, "chunk_documents": 128, "progress": False}
+compress_corpus(patched().model, documents(2000), out, rank=rank, ranks=ranks, **options)
