@@ -20,8 +20,8 @@ from tqdm import tqdm
 from answers import AnswerFile
 from gistkern import GistHandle
 from measure import side_by_side
-from metrics import Answer, digit_accuracy, outcome, parsed, rows_of
-from niah import KEY_DIGITS, Sample
+from metrics import Answer, judged, parsed, rows_of, task_of
+from niah import Sample
 from opened import Opened
 from presets import Preset
 from readers import GistReader, Reader
@@ -76,9 +76,10 @@ def answer_samples(
     file = AnswerFile(stream, reader.digest, digests, overwrite)
     with tqdm(total=len(samples), initial=len(file.done), desc=show, disable=not show, unit="sample") as bar:
         for group in _batches({d: s for d, s in by_digest.items() if d not in file.done}, batch):
-            read = reader.read([by_digest[digest] for digest in group])
+            asked = [by_digest[digest] for digest in group]
             file.add(
-                _answer(reader, digest, by_digest[digest], *said) for digest, said in zip(group, read, strict=True)
+                judged(sample, *said, model=reader.digest, digest=digest)
+                for digest, sample, said in zip(group, asked, reader.read(asked), strict=True)
             )
             exact = sum(answer.exact for answer in file.done.values()) / len(file.done)
             bar.update(len(group))
@@ -90,37 +91,10 @@ def _batches(samples: dict[str, Sample], size: int) -> Iterator[list[str]]:
     """Digests in batches of one task and length, so that neither padding nor the answer's length is shared."""
     groups: dict[tuple[str, int], list[str]] = {}
     for digest, sample in samples.items():
-        groups.setdefault((_task(sample), sample.tokens), []).append(digest)
+        groups.setdefault((task_of(sample), sample.tokens), []).append(digest)
     for group in groups.values():
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]
-
-
-def _task(sample: Sample) -> str:
-    return getattr(sample, "task", "passkey")
-
-
-def _answer(reader: Reader, digest: str, sample: Sample, said: str, rows: int, size: int, row_bytes: int) -> Answer:
-    return Answer(
-        model=reader.digest,
-        digest=digest,
-        id=sample.id,
-        task=_task(sample),
-        language=sample.language,
-        tokens=sample.tokens,
-        filler=sample.filler,
-        wordings=sample.wordings,
-        keys=len(sample.keys),
-        depth=sample.depth,
-        answer=sample.answer,
-        chance=getattr(sample, "chance", 10.0**-KEY_DIGITS),
-        said=said,
-        outcome=outcome(said, sample.answer, sample.context, getattr(sample, "choices", ())),
-        digits=digit_accuracy(said, sample.answer),
-        rows=rows,
-        bytes=size,
-        full_bytes=sample.tokens * row_bytes,
-    )
 
 
 def swap_test(reader: GistReader, samples: Sequence[Sample]) -> dict[str, Any]:

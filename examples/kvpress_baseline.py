@@ -38,8 +38,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from answers import AnswerFile
 from global_tasks import GlobalSample
-from metrics import Answer, digit_accuracy, outcome, rows_of
-from niah import KEY_DIGITS, Sample
+from metrics import judged, rows_of
+from niah import Sample
 from results import environment, write_json
 from samples import read_samples
 
@@ -242,31 +242,9 @@ def _run(given: argparse.Namespace, command: str) -> None:
     for digest, sample in tqdm(by_digest.items(), unit="context"):
         missing = [budget for budget, file in files.items() if digest not in file.done]
         for budget, said, size, full_bytes in reader.read(sample, missing) if missing else ():
-            files[budget].add([_answer(who[budget], digest, sample, said, budget[1], size, full_bytes)])
+            row_bytes = full_bytes // sample.tokens
+            files[budget].add([judged(sample, said, budget[1], size, row_bytes, model=who[budget], digest=digest)])
         write_json(given.output / "report.json", {**about, "rows": _rows(files)})
-
-
-def _answer(model: str, digest: str, sample: Sample, said: str, rows: int, size: int, full_bytes: int) -> Answer:
-    return Answer(
-        model=model,
-        digest=digest,
-        id=sample.id,
-        task="passkey",
-        language=sample.language,
-        tokens=sample.tokens,
-        filler=sample.filler,
-        wordings=sample.wordings,
-        keys=len(sample.keys),
-        depth=sample.depth,
-        answer=sample.answer,
-        chance=10.0**-KEY_DIGITS,
-        said=said,
-        outcome=outcome(said, sample.answer, sample.context),
-        digits=digit_accuracy(said, sample.answer),
-        rows=rows,
-        bytes=size,
-        full_bytes=full_bytes,
-    )
 
 
 def _rows(files: Mapping[Budget, AnswerFile]) -> list[dict[str, Any]]:

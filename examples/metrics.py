@@ -8,9 +8,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from niah import KEY_DIGITS
+from niah import KEY_DIGITS, Sample
 
-__all__ = ["GROUP", "OUTCOMES", "Answer", "digit_accuracy", "numbers_in", "outcome", "parsed", "rows_of", "wilson"]
+__all__ = [
+    "GROUP",
+    "OUTCOMES",
+    "Answer",
+    "digit_accuracy",
+    "judged",
+    "numbers_in",
+    "outcome",
+    "parsed",
+    "rows_of",
+    "task_of",
+    "wilson",
+]
 
 OUTCOMES = ("exact", "hallucinated_context", "hallucinated_invented", "abstained")
 
@@ -52,6 +64,35 @@ class Answer:
     def exact(self) -> bool:
         """Whether the answer is the right one."""
         return self.outcome == "exact"
+
+
+def judged(sample: Sample, said: str, rows: int, size: int, row_bytes: int, *, model: str, digest: str) -> Answer:
+    """What was said to a sample, read from `rows` cached rows that take `size` bytes, one row `row_bytes`."""
+    return Answer(
+        model=model,
+        digest=digest,
+        id=sample.id,
+        task=task_of(sample),
+        language=sample.language,
+        tokens=sample.tokens,
+        filler=sample.filler,
+        wordings=sample.wordings,
+        keys=len(sample.keys),
+        depth=sample.depth,
+        answer=sample.answer,
+        chance=getattr(sample, "chance", 10.0**-KEY_DIGITS),
+        said=said,
+        outcome=outcome(said, sample.answer, sample.context, getattr(sample, "choices", ())),
+        digits=digit_accuracy(said, sample.answer),
+        rows=rows,
+        bytes=size,
+        full_bytes=sample.tokens * row_bytes,
+    )
+
+
+def task_of(sample: Sample) -> str:
+    """Name of the task that a sample is of."""
+    return getattr(sample, "task", "passkey")
 
 
 def parsed(said: str, choices: Sequence[str] = ()) -> str | None:

@@ -71,7 +71,10 @@ def files(*patterns):
 TRANSFORMERS_LIVES_IN = {"cache.py", "compressing.py", "cache_file.py", "doctor.py"}
 
 
-@pytest.mark.parametrize("path", files("gistkern/*.py", "gistkern/backends/*.py", "kernels/*.py"), ids=lambda p: p.name)
+LAYERED = ("gistkern/*.py", "gistkern/backends/*.py", "gistkern/distributed/*.py", "kernels/*.py")
+
+
+@pytest.mark.parametrize("path", files(*LAYERED), ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_layers(path):
     imported = imports_of(path)
     if path.name not in TRANSFORMERS_LIVES_IN | {"__init__.py"}:
@@ -99,7 +102,16 @@ def test_examples_use_public_names_only(path):
     assert not {name for name in imports_of(path) if name.startswith("gistkern")} - public
 
 
-SMALL = ("gistkern/**/*.py", "kernels/*.py", "examples/*.py", "setup.py", "csrc/**/*.py", "csrc/**/*.h", "csrc/**/*.c*")
+SMALL = (
+    "gistkern/**/*.py",
+    "kernels/*.py",
+    "examples/*.py",
+    "bench/*.py",
+    "setup.py",
+    "csrc/**/*.py",
+    "csrc/**/*.h",
+    "csrc/**/*.c*",
+)
 
 
 @pytest.mark.parametrize("path", files(*SMALL), ids=str)

@@ -1,17 +1,10 @@
-"""Layouts, inputs and launches of the tests of context parallelism, the same in every process."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Layouts, inputs and models of the tests of context parallelism, the same in every process."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gistkern import GistLayout, patch_llama
 from gistkern.testing import make_inputs
-
-HERE = Path(__file__).parent
 
 
 def _segments():
@@ -104,21 +97,3 @@ def losses_and_gradients(handle, batches):
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), gradients, outputs[0].logits.detach()
-
-
-def launch(script, processes, *arguments):
-    """Run a script under torchrun and fail with what it said."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [*torchrun, str(HERE / script), *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        _, said = process.communicate(timeout=500)
-    finally:
-        process.terminate()  # torchrun takes its workers along, which a kill would leave behind
-    assert process.returncode == 0, said[-4000:]

@@ -1,10 +1,12 @@
 """Two and four processes compute what one does: outputs and gradients, at the op and in models."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from parallel_cases import LAYOUTS, contexts, launch, layout_of, losses_and_gradients, model_of, op_inputs
+from launching import launch
+from parallel_cases import LAYOUTS, contexts, layout_of, losses_and_gradients, model_of, op_inputs
 from safetensors.torch import load_file
 
 from gistkern import gist_attention
@@ -28,7 +30,7 @@ class Ranks:
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    launch("worker.py", request.param, folder)
+    launch(Path(__file__).with_name("worker.py"), request.param, folder)
     return Ranks(folder, request.param)
 
 

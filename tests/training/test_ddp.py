@@ -1,17 +1,14 @@
 """Two processes under torchrun train as one: same losses, same weights, each its own data, one writer."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ddp_worker import CASES, GLOBAL_BATCH, train
+from launching import launch
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
 # one launch serves all tests; it takes seconds, but three processes import transformers, on a busy machine for minutes
 pytestmark = [pytest.mark.xdist_group("ddp"), pytest.mark.timeout(600)]
 
@@ -22,20 +19,7 @@ def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     for case in CASES:
         (folder / case).mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [*torchrun, str(HERE / "ddp_worker.py"), str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        _, said = process.communicate(timeout=500)
-    finally:
-        process.terminate()  # torchrun takes its workers along, which a kill would leave behind
-    assert process.returncode == 0, said[-4000:]
+    launch(Path(__file__).with_name("ddp_worker.py"), 2, folder)
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
