@@ -103,14 +103,8 @@ def test_examples_use_public_names_only(path):
 
 
 SMALL = (
-    "gistkern/**/*.py",
-    "kernels/*.py",
-    "examples/*.py",
-    "bench/*.py",
-    "setup.py",
-    "csrc/**/*.py",
-    "csrc/**/*.h",
-    "csrc/**/*.c*",
+    *("gistkern/**/*.py", "kernels/*.py", "examples/*.py", "bench/*.py", "setup.py", "csrc/**/*.py"),
+    *("csrc/**/*.h", "csrc/**/*.c*"),
 )
 
 
