@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,9 +57,10 @@ def depth_map(reports: Mapping[str, Rows], path: Path) -> bool:
 
 
 def accuracy_against_ratio(reports: Mapping[str, Rows], path: Path) -> None:
-    """Exact match against compression ratio with 95 % intervals, a line per report and kind of question."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, rows in reports.items():
+    """Exact match against compression ratio with 95 % intervals: a colour per kind of question, a marker per report."""
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    kinds = list(dict.fromkeys(label(row) for rows in reports.values() for row in rows))
+    for (name, rows), marker in zip(reports.items(), itertools.cycle("os^Dvp"), strict=False):
         for kind in dict.fromkeys(label(row) for row in rows):
             line = sorted((row for row in rows if label(row) == kind), key=lambda row: row["ratio"])
             exact = [row["exact"] for row in line]
@@ -68,7 +70,9 @@ def accuracy_against_ratio(reports: Mapping[str, Rows], path: Path) -> None:
                 [row["ratio"] for row in line],
                 exact,
                 yerr=[[max(0.0, one) for one in below], [max(0.0, one) for one in above]],
-                marker="o",
+                marker=marker,
+                fillstyle="none",
+                color=f"C{kinds.index(kind)}",
                 capsize=3,
                 label=f"{name}: {kind}",
             )
