@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 __all__ = ["Traffic", "count_traffic", "gist_bytes", "record", "ring_bytes"]
 
 
-@dataclass
+@dataclass(eq=False)  # nested counts are told apart by identity
 class Traffic:
     """Bytes that this rank received, by kind: ``"gists"``, ``"gist gradients"``, ``"halo"``, ``"halo gradients"``."""
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
-from gistkern.hf.context_parallel import Parallel, shard_of, split_labels, whole_loss
+from gistkern.hf.context_parallel import Parallel, check_same, shard_of, split_labels, whole_loss
 from gistkern.hf.fingerprint import check_cache, check_positions
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
@@ -39,8 +39,12 @@ def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
     if labels is not None:
         arguments["labels"] = labels.masked_fill(handle.is_gist(labels), -100)
     if handle.context_parallel is not None:
-        if arguments.get("logits_to_keep"):
-            raise ValueError("logits_to_keep counts from a context's end: leave it out under context_parallel")
+        keep = arguments.get("logits_to_keep")
+        if keep is not None and not (isinstance(keep, int) and keep == 0):
+            raise ValueError(
+                "logits_to_keep names rows of the whole context, a rank has its shard's: leave it out under "
+                "context_parallel (the losses of gistkern.training pass it)"
+            )
         arguments = _parallel(handle, arguments)
         split_labels(arguments, arguments["gist_parallel"].shard)
     return (), arguments
@@ -147,7 +151,9 @@ def _parallel(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
     is_gist = _is_gist(handle, ids, embeds, layout)
     plan = _plan(handle, arguments, layout, is_gist, None)
     assert handle.context_parallel is not None
-    parallel = shard_of(plan.layout, handle.context_parallel, handle.row_cost, ids)
+    labels = arguments.get("shift_labels", arguments.get("labels"))
+    check_same(plan.layout, handle.context_parallel, ids=ids, embeds=embeds, labels=labels)
+    parallel = shard_of(plan.layout, handle.context_parallel, handle.row_cost)
     take = parallel.shard.take
     return {
         **{name: value for name, value in arguments.items() if name != "attention_mask"},

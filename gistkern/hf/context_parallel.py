@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gistkern.layout import GistLayout
 
-__all__ = ["Parallel", "group_of", "row_cost", "shard_of", "split_labels", "whole_loss"]
+__all__ = ["Parallel", "check_same", "group_of", "row_cost", "shard_of", "split_labels", "whole_loss"]
 
 
 @dataclass(frozen=True)
@@ -51,32 +51,54 @@ def row_cost(inner: torch.nn.Module) -> float:
     return 2 * weights / (4 * head_dim * config.num_attention_heads)
 
 
-def shard_of(layout: GistLayout, group: Group, cost: float, ids: torch.Tensor | None) -> Parallel:
-    """This rank's shard of a whole context.
-
-    Raises
-    ------
-    ValueError
-        If the ranks of the group were called with different contexts.
-    """
-    _check_same(layout, group, ids)
+def shard_of(layout: GistLayout, group: Group, cost: float) -> Parallel:
+    """This rank's shard of a whole context."""
     ranks = dist.get_world_size(group)
     return Parallel(split_layout(layout, ranks, cost)[dist.get_rank(group)], group)
 
 
-def _check_same(layout: GistLayout, group: Group, ids: torch.Tensor | None) -> None:
-    """One small exchange per call, so that ranks that were fed differently do not train on a mixture."""
-    given = ids if ids is not None else layout.is_gist.long()
-    weight = torch.arange(1, given.numel() + 1, device=given.device)
-    sums = [given.shape[0], given.shape[1], (given.flatten() * weight).sum(), layout.gist_end.sum()]
-    mine = torch.stack([torch.as_tensor(one, device=given.device).long() for one in sums])
-    everyone = mine.new_empty(dist.get_world_size(group) * len(mine))
-    dist.all_gather_single(everyone, mine, group=group)
-    if not bool((everyone.unflatten(0, (-1, len(mine))) == mine).all()):
+def check_same(
+    layout: GistLayout,
+    group: Group,
+    *,
+    ids: torch.Tensor | None,
+    embeds: torch.Tensor | None,
+    labels: torch.Tensor | None,
+) -> None:
+    """Raise ValueError, on every rank, unless all were called with the same context and labels.
+
+    One small exchange per call, so that ranks that were fed differently neither train on a mixture nor wait for
+    each other in a collective that one of them never reaches.
+    """
+    given = {
+        "input_ids": ids,
+        "inputs_embeds": embeds,
+        "labels": labels,
+        "gist_layout": torch.cat([layout.gist_begin, layout.gist_end, layout.local_begin], 1),
+        "positions": torch.cat([layout.stream_position, layout.gist_first_position], 1),
+    }
+    device = layout.device
+    sums = torch.stack([_sum(tensor, device) for tensor in given.values()])
+    everyone = sums.new_empty(dist.get_world_size(group) * len(sums))
+    dist.all_gather_single(everyone, sums, group=group)
+    same = (everyone.unflatten(0, (-1, len(sums))) == sums).all(0).tolist()
+    if not all(same):
+        different = ", ".join(name for name, equal in zip(given, same, strict=True) if not equal)
         raise ValueError(
-            "the ranks of a context_parallel group were called with different contexts: each needs the whole of the "
-            "same one (a sampler that gives every rank its own data must divide by the group's size)"
+            f"the ranks of a context_parallel group were called with different {different}: each needs the whole of "
+            "the same context (a sampler that gives every rank its own data must divide by the group's size)"
         )
+
+
+def _sum(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """A number that other contents, shapes or places would change; -1 for none."""
+    if tensor is None:
+        return torch.tensor(-1, device=device)
+    flat = tensor.detach().flatten()
+    if flat.is_floating_point():
+        flat = flat.double().view(torch.int64)
+    weight = torch.arange(1, flat.numel() + 1, device=device)
+    return (flat.long() * weight).sum() + len(tensor)
 
 
 def split_labels(arguments: dict[str, Any], shard: ContextShard) -> None:

@@ -81,8 +81,13 @@ def test_it_composes_with_data_parallel_training(ranks, wrap):
 
 def test_what_would_go_wrong_silently_is_refused(ranks):
     for rank in range(ranks.processes):
-        different, cached, kept, unknown = json.loads((ranks.folder / f"refusals-{rank}.json").read_text())
-        assert "were called with different contexts" in different
+        ids, *labels, embeds, cached, kept, first, several, unknown = json.loads(
+            (ranks.folder / f"refusals-{rank}.json").read_text()
+        )
+        assert "were called with different input_ids: each needs the whole" in ids
+        assert len(labels) == 2
+        assert all("with different labels: each" in one for one in labels)
+        assert "with different inputs_embeds: each" in embeds
         assert "caches none: pass use_cache=False" in cached
-        assert "logits_to_keep counts from a context's end" in kept
+        assert all("logits_to_keep names rows of the whole context" in one for one in (kept, first, several))
         assert "process group or a DeviceMesh of one dimension" in unknown

@@ -5,7 +5,8 @@ import torch
 from parallel_cases import LAYOUTS, layout_of
 
 from gistkern import GistLayout
-from gistkern.distributed import row_work, split_layout
+from gistkern.distributed import count_traffic, row_work, split_layout
+from gistkern.distributed.traffic import record
 from gistkern.layout_checks import check_intervals
 
 
@@ -71,3 +72,13 @@ def test_what_cannot_be_split_is_refused():
         split_layout(GistLayout.from_segments([2], 1), 4)
     with pytest.raises(ValueError, match="no row after 202 can begin shard 2 of 4"):
         split_layout(GistLayout.from_segments([400], 4), 4)
+
+
+def test_counts_of_traffic_nest():
+    with count_traffic() as outer:
+        record("gists", 5)
+        with count_traffic() as inner:
+            record("gists", 2)
+        record("halo", 1)
+    assert (inner.received, inner.total) == ({"gists": 2}, 2)
+    assert (outer.received, outer.total) == ({"gists": 7, "halo": 1}, 8)

@@ -72,12 +72,19 @@ def wrapped_case(mesh, wrap):
 def refusals(group):
     """What is said to calls that would go wrong silently."""
     handle = model_of(group)
-    ids, *_ = contexts(handle, dist.get_rank(group))
+    rank = dist.get_rank(group)
+    ids, _, labels = contexts(handle, rank)
+    same, *_ = contexts(handle, 0)
     said = []
     for arguments in (
         {"input_ids": ids},
+        {"input_ids": same, "labels": labels if rank else None},
+        {"input_ids": same, "labels": same.roll(rank, 1)},
+        {"inputs_embeds": torch.randn(*ids.shape, 32, dtype=torch.float64) + rank},
         {"input_ids": ids, "use_cache": True},
         {"input_ids": ids, "logits_to_keep": 1},
+        {"input_ids": ids, "logits_to_keep": torch.tensor([0])},
+        {"input_ids": ids, "logits_to_keep": torch.tensor([3, 4])},
     ):
         try:
             handle.model(**{"use_cache": False, **arguments})
