@@ -13,12 +13,13 @@ import torch
 from tqdm import tqdm
 
 from gistkern.compressing import check_segments, compress
-from gistkern.corpus.index import write_index
+from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
 from gistkern.corpus.rows import CompressedDocument, from_cache
 from gistkern.corpus.shard_file import FORMAT, Shard, replace_file, shard_path, write_shard
 from gistkern.corpus.store import GistStore
+from gistkern.schemes import check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,12 +85,18 @@ def compress_corpus(
 
     handle = handle_of(model)
     check_segments(segment_length, segment_overlap)
+    check_count("batch_tokens", batch_tokens, least=1)
+    check_count("chunk_documents", chunk_documents, least=1)
+    if handle.segment_gist_token_ids and segment_length is None:
+        raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     rank, ranks = _ranks(rank, ranks)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "fingerprint": fingerprint(handle.inner),
         "positions": handle.positions,
+        "sink_tokens": handle.sink_tokens,
+        "gist_tokens": [len(handle.gist_token_ids), len(handle.segment_gist_token_ids)],
         "segment_length": segment_length,
         "segment_overlap": segment_overlap,
         "batch_tokens": batch_tokens,
@@ -107,7 +114,7 @@ def compress_corpus(
             else:
                 bar.update(len(chunk))
     _finish(folder, number + 1, rank)
-    return GistStore(folder)
+    return GistStore(folder, model.device)
 
 
 def _compress_chunk(
@@ -125,6 +132,7 @@ def _compress_chunk(
         path.with_suffix(".journal").unlink(missing_ok=True)  # of a process that was killed here
         bar.update(len(documents))
         return
+    (folder / INDEX).unlink(missing_ok=True)  # of a corpus that was complete before
     journal = Journal(path.with_suffix(".journal"))
     batches = batches_of(documents, settings["batch_tokens"])
     tokens, started = 0, time.perf_counter()
@@ -225,5 +233,10 @@ def _agree(folder: Path, settings: dict[str, Any], rank: int) -> None:
 def _finish(folder: Path, chunks: int, rank: int) -> None:
     """Write the index if no chunk is missing: the last process does, or every one that finds it so."""
     paths = [shard_path(folder, chunk) for chunk in range(chunks)]
+    if more := sorted({path.name for path in folder.glob("chunk-*.safetensors")} - {path.name for path in paths}):
+        raise ValueError(
+            f"{folder} holds {more[0]}, behind the last of the {chunks} chunks that were given: pass all documents "
+            "that it was begun with, or another out_dir"
+        )
     if chunks and all(path.exists() for path in paths):
         write_index(folder, [Shard(path).names for path in paths], rank)

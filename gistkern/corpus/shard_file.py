@@ -52,6 +52,9 @@ def write_shard(
 
 def replace_file(temporary: Path, path: Path) -> None:
     """Put a written file in its place; both the bytes and the name are on disk when this returns."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)  # safetensors writes private files
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -65,8 +65,11 @@ class GistStore:
 
     def __iter__(self) -> Iterator[str]:
         """Names, in the order of the corpus."""
-        for path in sorted(self.folder.glob("chunk-*.safetensors")):
-            yield from self._shard(_number(path)).names
+        if self._index is None:
+            yield from self._scanned
+            return
+        for chunk in np.unique(self._index["chunks"]).tolist():
+            yield from self._shard(chunk).names
 
     def __getitem__(self, name: str) -> GistCache:
         """One document's cache; KeyError if there is none of that name, ValueError if it is damaged."""

@@ -207,6 +207,7 @@ def test_a_truncated_file_is_named_and_the_rest_loads(store, corpus, kept):
         scanned = GistStore(store.folder)
     assert len(scanned) == len(corpus) - 8
     assert len(scanned.damaged) == 1
+    assert list(scanned) == [name for name in corpus if name not in {f"doc-{number}" for number in range(8, 16)}]
     assert scanned["doc-20"].gist_rows.tolist() == [4]
 
 
@@ -250,6 +251,10 @@ def test_unknown_names_and_folders(store, tmp_path):
         (lambda corpus: {**corpus, "doc-3": [1, 2]}, "'doc-3' where 'doc-3' was given, with another content"),
         (lambda corpus: {name: corpus[name] for name in reversed(corpus)}, "'doc-0' where 'doc-20' was given"),
         (lambda corpus: {**corpus, "more": [1]}, "holds 5 documents, 6 were given"),
+        (
+            lambda corpus: dict(list(corpus.items())[:8]),
+            "holds chunk-00000001.safetensors, behind",
+        ),
     ],
 )
 def test_other_documents_in_the_same_folder(handle, store, corpus, change, message):
@@ -260,6 +265,8 @@ def test_other_documents_in_the_same_folder(handle, store, corpus, change, messa
 def test_other_settings_in_the_same_folder(handle, store, corpus):
     with pytest.raises(ValueError, match="was begun with segment_length None, not 7"):
         compress_corpus(handle.model, corpus, store.folder, segment_length=7, **SMALL)
+    with pytest.raises(ValueError, match="was begun with sink_tokens 1, not 2"):
+        compress_corpus(patched(sink_tokens=2).model, corpus, store.folder, **SMALL)
     with pytest.raises(ValueError, match="was begun with fingerprint"):
         compress_corpus(patched(seed=1).model, corpus, store.folder, **SMALL)
     (store.folder / "corpus.json").unlink()
@@ -283,6 +290,36 @@ def test_other_settings_in_the_same_folder(handle, store, corpus):
 def test_bad_input(handle, tmp_path, corpus, options, message):
     with pytest.raises(ValueError, match=message):
         compress_corpus(handle.model, corpus, tmp_path, **SMALL, **options)
+
+
+def test_a_hierarchical_model_needs_segments(tmp_path):
+    with pytest.raises(ValueError, match="pass segment_length"):
+        compress_corpus(patched(num_segment_gist_tokens=2).model, [[1, 2]], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["batch_tokens", "chunk_documents"])
+def test_counts_are_positive(handle, tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        compress_corpus(handle.model, [[1, 2]], tmp_path / "store", **{name: 0})
+
+
+def test_a_corpus_that_grows_has_no_index_of_its_first_part(handle, corpus, tmp_path):
+    first = dict(list(corpus.items())[:16])
+    compress_corpus(handle.model, first, tmp_path, **SMALL)
+    assert (tmp_path / "index.safetensors").exists()
+    more = compress_corpus(handle.model, documents(32), tmp_path, **SMALL, rank=0, ranks=2)
+    assert not (tmp_path / "index.safetensors").exists(), "the other process is not through"
+    assert "doc-17" in more
+    assert "doc-25" not in more
+    whole = compress_corpus(handle.model, documents(32), tmp_path, **SMALL, rank=1, ranks=2)
+    assert list(whole) == list(documents(32))
+
+
+def test_others_may_read_the_files(store):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in store.folder.iterdir()}
+    assert set(modes.values()) == {modes["corpus.json"]}
+    assert modes["corpus.json"] != 0o600
 
 
 def test_batches_hold_no_more_than_they_may():
