@@ -14,7 +14,7 @@ declares, importing it takes the packages below; accelerate and peft it does not
 (examples/smollm2.py writes the folder of the model.) The protocol is that of evaluation.py: each context is
 compressed before its question is seen, then the answer is decoded greedily from the rows that were kept; the question
 keeps its place behind the whole context. The output folder gets a file of answers per method and budget as they come,
-and report.json after every context: the same command goes on where a killed one was.
+and report.json and report.md after every context: the same command goes on where a killed one was.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from answers import AnswerFile
 from global_tasks import GlobalSample
 from metrics import judged, rows_of
 from niah import Sample
-from results import environment, write_json
+from results import environment, environment_line, table, write_json
 from samples import read_samples
 
-__all__ = ["METHODS", "Reader", "draw_samples", "main", "make_press"]
+__all__ = ["METHODS", "Reader", "draw_samples", "main", "make_press", "page"]
 
 FULL = "full"
 METHODS = {
@@ -244,7 +244,36 @@ def _run(given: argparse.Namespace, command: str) -> None:
         for budget, said, size, full_bytes in reader.read(sample, missing) if missing else ():
             row_bytes = full_bytes // sample.tokens
             files[budget].add([judged(sample, said, budget[1], size, row_bytes, model=who[budget], digest=digest)])
-        write_json(given.output / "report.json", {**about, "rows": _rows(files)})
+        report = {**about, "rows": _rows(files)}
+        write_json(given.output / "report.json", report)
+        (given.output / "report.md").write_text(page(report), encoding="utf-8")
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    head = ("method", "rows kept", "ratio", "n", "exact match", "95 % interval", "digits", "wrong number", "abstained")
+    lines = [
+        (
+            "full cache" if row["method"] == FULL else report["methods"][row["method"]],
+            f"{row['gist_tokens']:,}",
+            f"{row['ratio']:.0f}x",
+            row["n"],
+            f"{row['exact']:.0%}",
+            f"{row['wilson_low']:.1%} to {row['wilson_high']:.1%}",
+            f"{row['digit']:.0%}",
+            f"{row['hallucinated']:.0%}",
+            f"{row['abstained']:.0%}",
+        )
+        for row in report["rows"]
+    ]
+    parts = [
+        f"# Eviction on the same questions: {report['model']['name']}",
+        f"Grade **measured**: `{report['command']}` on {environment_line(report['environment'])}.",
+        f"The model as it is, without adapters or training; {report['protocol']}. Rows are kept per layer and head. "
+        "Digits: a guess has 10 % of them. Metrics: docs/metrics.md.",
+        "\n".join(table(head, lines)),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _rows(files: Mapping[Budget, AnswerFile]) -> list[dict[str, Any]]:

@@ -182,6 +182,9 @@ def test_report_counts_the_answers_that_were_written(folder, tmp_path):
     assert row["exact"] == pytest.approx(4 / 6)
     # Wilson's interval of 4 of 6, worked out from its formula with z = 1.96
     assert (row["wilson_low"], row["wilson_high"]) == pytest.approx((0.3000, 0.9032), abs=1e-4)
+    text = (tmp_path / "report.md").read_text()
+    assert "| StreamingLLMPress: the first 4 tokens and the last ones | 10 | 15x | 6 | 67% | 30.0% to 90.3% |" in text
+    assert "| full cache | 150 | 1x | 6 |" in text
 
 
 def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
