@@ -30,7 +30,10 @@ from gistkern import GistLayout, gist_attention
 
 DOCS = Path(__file__).parents[1] / "docs"
 SMALL = "2 heads, D 64"
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.xdist_group("bench"),  # one report serves several tests
+]
 
 
 TINY = {

