@@ -10,6 +10,7 @@ from typing import Any
 from bench.aot_cuda import CUDA_KERNELS
 from bench.aot_kernels import ARCHS, PLAIN
 from bench.machine_code import FORMS
+from bench.markdown import left_aligned
 from gistkern.kernels.chips import chip_named
 
 __all__ = ["page"]
@@ -103,7 +104,7 @@ def _exceptions(bad: list[dict[str, Any]], total: int) -> str:
         [row["kernel"], row["arch"], row["head_dim"], "; ".join(row["problems"]), row.get("reason", "**none**")]
         for row in bad
     ]
-    return "\n".join(lines) + "\n" + _table(["kernel", "arch", "D", "problem", "reason"], cells)
+    return "\n".join(lines) + "\n" + left_aligned(["kernel", "arch", "D", "problem", "reason"], cells)
 
 
 def _chip(arch: str, rows: list[dict[str, Any]]) -> str:
@@ -114,7 +115,7 @@ def _chip(arch: str, rows: list[dict[str, Any]]) -> str:
     title = f"### {arch} ({chip.example})\n\n" + (f"{_COLUMNS_AMD}\n\n" if amd else "")
     head = ["kernel", "D", "tile", "warps", "stages", "registers", "spills", "stack", "shared KiB"]
     head += ["tensor core", "loop", "async copies", "waves" if amd else "blocks"]
-    return title + _table(head, [_cells(row) for row in rows])
+    return title + left_aligned(head, [_cells(row) for row in rows])
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
@@ -159,7 +160,7 @@ def _cuda(rows: list[dict[str, Any]]) -> str:
                 lines.setdefault((kernel, row["arch"], row["function"]), []).append(row)
     head = ["kernel", "arch", "D", *FORMS, "one turn", "per column", *_COMPARED]
     cells = [_cuda_cells(same) for same in lines.values()]
-    return "## What the CUDA kernels' code is made of\n\n" + _CUDA + "\n\n" + _table(head, cells)
+    return "## What the CUDA kernels' code is made of\n\n" + _CUDA + "\n\n" + left_aligned(head, cells)
 
 
 def _cuda_cells(rows: list[dict[str, Any]]) -> list[Any]:
@@ -183,7 +184,7 @@ def _comparison(kernel: str, rows: list[dict[str, Any]]) -> str:
     if not cells:
         return ""
     head = ["arch", "D", "tile", "all", "ours : plain", *_COMPARED, "mask"]
-    return f"### {_NAMES[kernel]}\n\n" + _table(head, cells)
+    return f"### {_NAMES[kernel]}\n\n" + left_aligned(head, cells)
 
 
 def _loop_cells(ours: dict[str, Any], plain: dict[str, Any]) -> list[str]:
@@ -197,8 +198,3 @@ def _loop_cells(ours: dict[str, Any], plain: dict[str, Any]) -> list[str]:
         *classes,
         str(a["instructions"] - total),
     ]
-
-
-def _table(head: list[str], cells: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.markdown import left_aligned
+
 __all__ = ["BOTH_TARGET", "FORWARD_TARGET", "page"]
 
 FORWARD_TARGET, BOTH_TARGET = 0.75, 0.65
@@ -53,24 +55,19 @@ def page(report: dict[str, Any]) -> str:
     keys = ["forward of peak", "sdpa forward of peak", "both of peak", "sdpa both of peak"]
     keys += ["forward, sdpa / ours", "both, sdpa / ours"]
     rows = [[r["layout"], r["rows"], r["heads"], *(_spread(r[key]) for key in keys)] for r in report["training"]]
-    parts.append(_table(head, rows))
+    parts.append(left_aligned(head, rows))
     if report["growth"]:
         rows = [[r["rows"], _spread(r["time per row"]), f"{r['visible pairs per row']:.2f}"] for r in report["growth"]]
-        parts += [_GROWTH, _table(["rows", "time per row", "visible pairs per row"], rows)]
+        parts += [_GROWTH, left_aligned(["rows", "time per row", "visible pairs per row"], rows)]
     if report["decoding"]:
         sizes = ["gist rows", "tail rows", "batch"]
         rows = [
             [*(r[s] for s in sizes), _spread(r["of copy bandwidth"]), _spread(r["sdpa / ours"])]
             for r in report["decoding"]
         ]
-        parts += [_DECODING, _table([*sizes, "of copy bandwidth", "SDPA / ours"], rows)]
+        parts += [_DECODING, left_aligned([*sizes, "of copy bandwidth", "SDPA / ours"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def _spread(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -12,8 +12,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,9 @@ import torch
 from tqdm import tqdm
 
 from bench.cpu_page import page
+from bench.limits import copy, matmul
 from bench.shapes import HEADS, layout_of
+from bench.timing import interleaved, ratio
 from bench.work import visible_pairs
 from gistkern import GistLayout, native
 from gistkern.backends import cpu, sdpa
@@ -44,36 +44,6 @@ GROWTH = [4096, 8192, 16384, 32768, 65536]
 # cached gist rows, tail rows, batch
 DECODING = [(10, 16, 1), (10, 16, 16), (256, 64, 1), (1024, 64, 16), (16384, 64, 1)]
 SHAPES = HEADS | {"8 heads, D 64": (8, 8, 64), "8 heads, D 128": (8, 8, 128)}
-SGEMM_SIZE, COPY_BYTES = 1024, 256 << 20
-
-
-def medians(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the calls of a round follow each other, so that they share its noise."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(-warmup, rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], above: str, below: str, factor: float = 1.0) -> dict[str, float]:
-    """Median, smallest and largest of ``factor * above / below`` over the rounds."""
-    ratios = [factor * a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def sgemm(times: int) -> Callable[[], Any]:
-    """Products of square fp32 matrices by torch's library, whose speed stands for the machine's peak."""
-    a, b, c = (torch.randn(SGEMM_SIZE, SGEMM_SIZE) for _ in range(3))
-
-    def products() -> None:
-        for _ in range(times):
-            torch.mm(a, b, out=c)
-
-    return products
 
 
 def training_row(name: str, rows: int, heads: str, rounds: int) -> dict[str, Any]:
@@ -93,16 +63,16 @@ def training_row(name: str, rows: int, heads: str, rounds: int) -> dict[str, Any
     for mine, other in zip(backward(cpu, ours)(), backward(sdpa, theirs)(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
     flops = 4 * dim * visible_pairs(layout) * query_heads
-    products = max(1, round(flops / (2 * SGEMM_SIZE**3)))  # about as many operations as the forward
-    gemms = flops / (2 * SGEMM_SIZE**3) / products
+    products, done = matmul(flops, "cpu", q.dtype)
+    gemms = flops / done
     calls = {
-        "sgemm": sgemm(products),
+        "sgemm": products,
         "forward": lambda: cpu.forward(*call),
         "sdpa forward": lambda: sdpa.forward(*call),
         "backward": backward(cpu, ours),
         "sdpa backward": backward(sdpa, theirs),
     }
-    seconds = medians(calls, rounds)
+    seconds = interleaved(calls, rounds)
     for both, one in (("both", "backward"), ("sdpa both", "sdpa backward")):
         before = "forward" if both == "both" else "sdpa forward"
         seconds[both] = [a + b for a, b in zip(seconds[before], seconds[one], strict=True)]
@@ -129,7 +99,7 @@ def growth_rows(rounds: int) -> list[dict[str, Any]]:
         call = (q, k, v, *gist, layout.gist_begin, layout.gist_end, layout.local_begin, 0.125)
         calls[str(rows)] = lambda call=call: cpu.forward(*call)
         per_row[rows] = visible_pairs(layout) / rows
-    seconds = medians(calls, rounds)
+    seconds = interleaved(calls, rounds)
     first = str(GROWTH[0])
     return [
         {
@@ -152,19 +122,19 @@ def decoding_row(gists: int, tail: int, batch: int, rounds: int) -> dict[str, An
     call = (q, k, v, gist_k, gist_v, layout.gist_begin, layout.gist_end, layout.local_begin, dim**-0.5)
     torch.testing.assert_close(cpu.forward(*call), sdpa.forward(*call), rtol=1e-4, atol=1e-5)
     cached = sum(t.nbytes for t in call[1:5])
-    source, target = (torch.empty(COPY_BYTES // 4).fill_(1.0) for _ in range(2))
+    copied, moved = copy("cpu")
     calls = {
-        "copy": lambda: target.copy_(source),
+        "copy": copied,
         "ours": lambda: cpu.forward(*call),
         "sdpa": lambda: sdpa.forward(*call),
     }
-    seconds = medians(calls, rounds)
+    seconds = interleaved(calls, rounds)
     # a copy reads and writes; decoding only reads
     return {
         "gist rows": gists,
         "tail rows": tail,
         "batch": batch,
-        "of copy bandwidth": ratio(seconds, "copy", "ours", cached / (2 * COPY_BYTES)),
+        "of copy bandwidth": ratio(seconds, "copy", "ours", cached / moved),
         "sdpa / ours": ratio(seconds, "sdpa", "ours"),
     }
 

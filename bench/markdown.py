@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import floor, log10
 from typing import Any
 
-__all__ = ["bullets", "per_card", "significant", "table"]
+__all__ = ["bullets", "left_aligned", "per_card", "significant", "table"]
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -22,6 +22,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: int 
     """A Markdown table; the columns after the first few are right-aligned."""
     rule = ["---" if index < text_columns else "---:" for index in range(len(head))]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in (head, rule, *rows))
+
+
+def left_aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table without a right-aligned column."""
+    return table(head, rows, len(head))
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ def finished(call: Call, device: str) -> Call:
     return waits
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int, device: str = "cpu", warmup: int = 1) -> Seconds:
+def interleaved(calls: Mapping[str, Call], rounds: int, device: str = "cpu", warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each call in each round, in the order of the rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     timed = {name: finished(call, device) for name, call in calls.items()}

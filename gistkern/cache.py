@@ -21,6 +21,14 @@ class GistLayer(DynamicLayer):
 
     is_compileable = False
 
+    @classmethod
+    def holding(cls, keys: torch.Tensor, values: torch.Tensor) -> GistLayer:
+        """A layer that has these rows already."""
+        layer = cls()
+        layer.keys, layer.values = keys, values
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        return layer
+
     def update(self, key_states, value_states, plan: CallPlan, **kwargs):
         """Return all rows that this call may see; keep those that later calls may see."""
         if not self.is_initialized:
@@ -241,8 +249,4 @@ class GistCache(Cache):
 
 
 def _copy_layer(layer: GistLayer, function) -> GistLayer:
-    copy = GistLayer()
-    if layer.is_initialized:
-        copy.keys, copy.values = function(layer.keys), function(layer.values)
-        copy.dtype, copy.device, copy.is_initialized = copy.keys.dtype, copy.keys.device, True
-    return copy
+    return GistLayer.holding(function(layer.keys), function(layer.values)) if layer.is_initialized else GistLayer()

@@ -77,10 +77,8 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.d
         **{name: tensors[f"state.{name}"].to(device) for name in _STATE_TENSORS}, **header["state"]
     )
     for index in range(header["layers"]):
-        layer = GistLayer()
-        layer.keys, layer.values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
-        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        cache.layers.append(layer)
+        keys, values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
+        cache.layers.append(GistLayer.holding(keys, values))
     if model is not None:
         from gistkern.hf.fingerprint import check_cache
 

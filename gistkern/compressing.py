@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from gistkern.hf.patch import GistHandle
 
-__all__ = ["compress"]
+__all__ = ["check_segments", "compress", "left_padded"]
 
 # raw tokens per model call of a hierarchical compression: enough to fill the machine, small beside a context
 CALL_TOKENS = 4096
@@ -115,7 +115,7 @@ def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch
     gists = samples[0][0].new_tensor(handle.gist_token_ids)
     for index in range(max(len(segments) for segments in samples)):
         pieces = [torch.cat([segments[index], gists]) if index < len(segments) else gists[:0] for segments in samples]
-        ids, valid = _left_padded(pieces)
+        ids, valid = left_padded(pieces)
         plan = plan_call(
             _state(cache, ids),
             handle.is_gist(ids) & valid,
@@ -137,7 +137,7 @@ def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[list[torch
             torch.cat([ends[:0], *(part for segment in segments[first : first + step] for part in (segment, ends))])
             for segments in samples
         ]
-        _run_independent(handle, cache, *_left_padded(pieces))
+        _run_independent(handle, cache, *left_padded(pieces))
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
     sinks = ends.new_tensor([min(len(segments[0]), handle.sink_tokens) for segments in samples])
     _sinks_last(cache, _state(cache, ends), sinks)
@@ -208,7 +208,7 @@ def _state(cache: GistCache, ids: torch.Tensor) -> CacheState:
     return CacheState.empty(len(ids), ids.device) if cache.state is None else cache.state
 
 
-def _left_padded(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids ``[B, N]`` (0 as padding) and the mask of the real ones."""
     ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_side="left")
     count = torch.tensor([len(piece) for piece in pieces], device=ids.device)

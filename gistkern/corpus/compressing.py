@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from gistkern.compressing import check_segments, compress
+from gistkern.compressing import check_segments, compress, left_padded
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
@@ -142,28 +142,22 @@ def _compress_chunk(
             if number in journal.done:
                 _check_record(journal, number, batch)
             else:
-                compressed = from_cache(compress(model, *_padded(batch, model.device), **segments))
+                ids, mask = left_padded([torch.tensor(one.ids, device=model.device) for one in batch])
+                compressed = from_cache(compress(model, ids, mask, **segments))
                 journal.add(number, _record(batch, compressed))
                 tokens += sum(len(one.ids) for one in batch)
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
             bar.update(len(batch))
-        ordered: list[CompressedDocument | None] = [None] * len(documents)
-        for number, places in enumerate(batches):
-            for place, document in zip(places, _documents(journal.done[number]), strict=True):
-                ordered[place] = document
-        write_shard(path, documents, [one for one in ordered if one is not None], settings)
+        compressed_at = {
+            place: document
+            for number, places in enumerate(batches)
+            for place, document in zip(places, _documents(journal.done[number]), strict=True)
+        }
+        write_shard(path, documents, [compressed_at[place] for place in range(len(documents))], settings)
     except BaseException:
         journal.close()
         raise
     journal.close(delete=True)
-
-
-def _padded(batch: list[Document], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = [torch.tensor(one.ids) for one in batch]
-    mask = [torch.ones(len(one), dtype=torch.long) for one in ids]
-    pad = torch.nn.utils.rnn.pad_sequence
-    both = (pad(rows, batch_first=True, padding_side="left").to(device) for rows in (ids, mask))
-    return tuple(both)  # type: ignore[return-value]
 
 
 def _record(batch: list[Document], compressed: list[CompressedDocument]) -> dict[str, torch.Tensor]:

@@ -69,8 +69,6 @@ def to_cache(
         length=max(numbers["seen"]),
     )
     for index in range(shape[0]):
-        layer = GistLayer()
-        layer.keys, layer.values = (rows[:, :, index, kind].transpose(1, 2).contiguous() for kind in range(2))
-        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        cache.layers.append(layer)
+        keys, values = (rows[:, :, index, kind].transpose(1, 2).contiguous() for kind in range(2))
+        cache.layers.append(GistLayer.holding(keys, values))
     return cache
