@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers and the report")
     parser.add_argument("--limit", type=int, help="evaluate so many samples of each dataset only")
     parser.add_argument(
-        "--full", action="store_true", help="ask the same questions with the whole context in sight too"
+        "--full",
+        type=int,
+        nargs="?",
+        const=sys.maxsize,
+        default=0,
+        metavar="N",
+        help="ask the first N questions (all without N) of each dataset with the whole context in sight too",
     )
     parser.add_argument(
         "--measure", action="store_true", help="time and memory on the longest context, full cache beside"
@@ -57,10 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             opened = _open(_snapshot(given.checkpoint, Path(folder)), given.checkpoint, given.model)
             if given.dataset is None:
-                evaluate_run(opened, given.output)
+                _refuse_options_of_datasets(given)
+                evaluate_run(opened, given.output, full=given.full, overwrite=given.overwrite)
             else:
-                samples = [sample for path in given.dataset for sample in read_samples(path, given.limit)]
-                _evaluate(opened, samples, given)
+                _evaluate(opened, given)
         except ValueError as error:
             parser.error(str(error))
 
@@ -75,7 +82,17 @@ def _open(snapshot: Path, path: Path, model: str | None) -> Opened:
     return open_trained(snapshot, model, recipe_of(path))
 
 
-def _evaluate(opened: Opened, samples: list[Sample], given: argparse.Namespace) -> None:
+def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
+    for option, default in (("limit", None), ("measure", False), ("new_tokens", None), ("batch", BATCH)):
+        if getattr(given, option) != default:
+            name = option.replace("_", "-")
+            raise ValueError(
+                f"--{name} is for datasets, the checkpoint's own grid is asked as it stands: pass --dataset"
+            )
+
+
+def _evaluate(opened: Opened, given: argparse.Namespace) -> None:
+    samples = [sample for path in given.dataset for sample in read_samples(path, given.limit)]
     reader = opened.reader(given.new_tokens)
     options = {"batch": given.batch, "overwrite": given.overwrite}
     answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
@@ -84,8 +101,9 @@ def _evaluate(opened: Opened, samples: list[Sample], given: argparse.Namespace) 
     report = build_report(opened, reader, answers, probe, _measured(opened, samples) if given.measure else None)
     if given.full:
         stream = given.output / "answers-full.jsonl"
+        first = [sample for path in given.dataset for sample in read_samples(path, given.limit)[: given.full]]
         full = answer_samples(
-            opened.full_reader(given.new_tokens), samples, stream=stream, show="full context", **options
+            opened.full_reader(given.new_tokens), first, stream=stream, show="full context", **options
         )
         report["full_context"] = rows_of(full)
     write_report(report, given.output)

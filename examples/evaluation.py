@@ -142,19 +142,27 @@ def build_report(
     }
 
 
-def evaluate_run(opened: Opened, run: Path, seed: int = 1) -> dict[str, Any]:
-    """Evaluate what was trained on its own held-out grid and write report.json, report.md and the plots."""
+def evaluate_run(opened: Opened, run: Path, seed: int = 1, *, full: int = 0, overwrite: bool = True) -> dict[str, Any]:
+    """Evaluate what was trained on its own held-out grid and write report.json, report.md and the plots.
+
+    The first `full` questions of each of the grid's rows are also asked with the whole context in sight; `overwrite`
+    replaces the answers of another evaluation in the folder.
+    """
     from report import write_report
 
     reader = opened.reader()
-    samples = opened.samples(seed)
+    title = f"evaluating {opened.about['preset']}"
     answers = answer_samples(
-        reader, samples, stream=run / "answers.jsonl", overwrite=True, show=f"evaluating {opened.about['preset']}"
+        reader, opened.samples(seed), stream=run / "answers.jsonl", overwrite=overwrite, show=title
     )
     probe = opened.probe(seed + 1)
     measured = side_by_side(opened.preset[0], opened.tokenizer, probe[0], opened.compression) if opened.preset else None
     report = build_report(opened, reader, answers, probe, measured)
     report["evaluation_seed"] = seed
+    if full:
+        stream = run / "answers-full.jsonl"
+        options = {"stream": stream, "overwrite": overwrite, "show": f"{title}, full context"}
+        report["full_context"] = rows_of(answer_samples(opened.full_reader(), opened.samples(seed, full), **options))
     if opened.preset and opened.preset[1].leak:
         report["context_visible"] = context_visible(opened.handle, opened.tokenizer, opened.preset[1], seed)
     write_report(report, run)

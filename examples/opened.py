@@ -63,9 +63,9 @@ class Opened:
         """Reads with the whole context in sight."""
         return FullReader(self.full().eval(), self.tokenizer, new_tokens, self.start)
 
-    def samples(self, seed: int) -> list[Sample]:
-        """The questions of the grid."""
-        return [sample for row in self.grid for sample in self._dataset(seed, *row)]
+    def samples(self, seed: int, limit: int | None = None) -> list[Sample]:
+        """The questions of the grid, the first `limit` of every row."""
+        return [sample for row in self.grid for sample in self._dataset(seed, *row)[:limit]]
 
     def probe(self, seed: int) -> list[Sample]:
         """Other questions of the grid's longest contexts, for the swap test."""

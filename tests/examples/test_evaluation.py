@@ -244,6 +244,28 @@ def evaluate(run, output, *arguments):
     return json.loads((output / "report.json").read_text())
 
 
+def test_the_own_grid_beside_the_full_context(run, tmp_path):
+    report = evaluate(run, tmp_path / "out", "--full", "2")
+    assert [row["n"] for row in report["rows"]] == [4, 4]
+    assert [(row["n"], row["tokens"], row["ratio"]) for row in report["full_context"]] == [(2, 120, 1), (2, 120, 1)]
+
+
+@pytest.mark.parametrize("option", [["--limit", "2"], ["--measure"], ["--new-tokens", "9"], ["--batch", "2"]])
+def test_options_of_datasets_are_not_ignored_without_one(option, run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(run, tmp_path / "out", *option)
+    assert f"{option[0]} is for datasets" in capsys.readouterr().err
+
+
+def test_another_evaluation_of_the_own_grid_is_not_replaced_unasked(run, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    evaluate(run, output, "--dataset", *data, "--limit", "3")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(run, output)
+    assert "other questions" in capsys.readouterr().err
+    assert len(evaluate(run, output, "--overwrite")["answers"]) == 8
+
+
 def test_any_checkpoint_on_any_datasets(run, data, tmp_path, capsys):
     output = tmp_path / "out"
     report = evaluate(run, output, "--dataset", *data, "--limit", "3", "--full")
