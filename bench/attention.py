@@ -1,4 +1,4 @@
-"""Gist-masked attention beside its baselines: forward, and forward with backward."""
+"""Gist-masked attention beside its baselines: forward, backward, and both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from bench.baselines import BASELINES, OURS, Attention, Baseline
 from bench.case import OURS as NAME
-from bench.case import Case
+from bench.case import Case, serve
 from bench.limits import matmul
 from bench.shapes import HEADS, layout_of
 from bench.work import visible_pairs
@@ -18,11 +18,12 @@ from gistkern.testing import Inputs, make_inputs
 
 __all__ = ["PASSES", "attention_case", "attention_plan"]
 
-PASSES = ("forward", "both")
-# of a product with fp32 accumulation; bf16 carries 8 bits
-TOLERANCE = {torch.float32: (1e-4, 2e-5), torch.bfloat16: (2e-2, 2e-2)}
+PASSES = ("forward", "backward", "both")
+# of a product with fp32 accumulation: relative to each entry, to the largest entry, and of the whole tensor's norm;
+# bf16 carries 8 bits
+TOLERANCE = {torch.float32: (1e-4, 2e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2, 1e-2)}
 # operations per visible pair, head and dimension: two products forward, five backward, two operations each
-OPERATIONS = {"forward": 4, "both": 14}
+OPERATIONS = {"forward": 4, "backward": 10, "both": 14}
 LIMIT = "matmul"
 
 
@@ -41,7 +42,7 @@ def attention_case(
     layout_name, rows, heads : str, int, str
         As `bench.shapes`.
     passes : str
-        ``"forward"``, or ``"both"``: with the gradients of q, k and v.
+        ``"forward"``, ``"backward"`` (the gradients of q, k and v of a forward made before) or ``"both"``.
     device : str
         ``"cpu"`` (fp32) or ``"cuda"`` (bf16).
     only : collection of str, optional
@@ -54,23 +55,25 @@ def attention_case(
     """
     layout, inputs = _inputs(layout_name, rows, heads, device)
     query_heads, dim = inputs.q.shape[1], inputs.q.shape[3]
-    calls = {NAME: _call(OURS.plan(layout), inputs, passes)}
-    expected = calls[NAME]()
-    not_measured: dict[str, str] = {}
+    case = Case(device, {NAME: _call(OURS.plan(layout), inputs, passes)}, limit=LIMIT)
+    expected = case.calls[NAME]()
     for name, baseline in BASELINES.items():
         if only is not None and name not in only:
             continue
         if reason := _why_not(baseline, layout, query_heads, passes):
-            not_measured[name] = reason
+            case.not_measured[name] = reason
             continue
-        call = _call(baseline.plan(layout), inputs, passes)
-        if baseline.masked:  # no number on a red check
-            _check(name, call(), expected)
-        calls[name] = call
+        serve(
+            case,
+            name,
+            lambda b=baseline: _call(b.plan(layout), inputs, passes),
+            # no number on a red check
+            lambda found, name=name, b=baseline: _check(name, found, expected, passes) if b.masked else None,
+        )
     pairs = visible_pairs(layout.to("cpu")) * query_heads
-    work = OPERATIONS[passes] * dim * pairs
-    calls[LIMIT], limit_work = matmul(work, device, inputs.q.dtype)
-    return Case(device, calls, not_measured, LIMIT, work, limit_work)
+    case.work = OPERATIONS[passes] * dim * pairs
+    case.calls[LIMIT], case.limit_work = matmul(case.work, device, inputs.q.dtype)
+    return case
 
 
 def attention_plan(
@@ -91,7 +94,7 @@ def _inputs(layout_name: str, rows: int, heads: str, device: str) -> tuple[GistL
 
 
 def _why_not(baseline: Baseline, layout: GistLayout, heads: int, passes: str) -> str:
-    return baseline.why_not(layout, heads) or (baseline.no_backward(layout) if passes == "both" else "")
+    return baseline.why_not(layout, heads) or ("" if passes == "forward" else baseline.no_backward(layout))
 
 
 def _call(attend: Attention, inputs: Inputs, passes: str) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -99,6 +102,9 @@ def _call(attend: Attention, inputs: Inputs, passes: str) -> Callable[[], tuple[
         given = [t.detach() for t in (inputs.q, inputs.k, inputs.v)]
         return lambda: (attend(*given),)
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+    if passes == "backward":
+        made = attend(*leaves)
+        return lambda: torch.autograd.grad(made, leaves, inputs.grad_out, retain_graph=True)
 
     def both() -> tuple[torch.Tensor, ...]:
         out = attend(*leaves)
@@ -107,11 +113,15 @@ def _call(attend: Attention, inputs: Inputs, passes: str) -> Callable[[], tuple[
     return both
 
 
-def _check(name: str, found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    rtol, atol = TOLERANCE[expected[0].dtype]
-    for what, one, other in zip(("output", "dq", "dk", "dv"), found, expected, strict=False):
+def _check(name: str, found: tuple[Any, ...], expected: tuple[Any, ...], passes: str) -> None:
+    """Entry by entry, and as a whole: rounding is spread evenly, a mask that is wrong somewhere is not."""
+    rtol, atol, norm = TOLERANCE[expected[0].dtype]
+    what = ("dq", "dk", "dv") if passes == "backward" else ("output", "dq", "dk", "dv")
+    for part, one, other in zip(what, found, expected, strict=passes != "forward"):
         # sums over many rows: the error grows with the largest term, not with each entry
         scale = max(1.0, other.abs().max().item())
         torch.testing.assert_close(
-            one, other, rtol=rtol, atol=atol * scale, msg=lambda text, what=what: f"{name}, {what}: {text}"
+            one, other, rtol=rtol, atol=atol * scale, msg=lambda text, part=part: f"{name}, {part}: {text}"
         )
+        error = ((one.float() - other.float()).norm() / other.float().norm()).item()
+        assert error <= norm, f"{name}, {part}: relative error {error:.1e} of the whole, at most {norm:g} expected"

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from bench import flash_varlen, flex
+from bench.limits import largest
 from bench.segments import Run, runs_of
 from gistkern import GistLayout, gist_attention
 
 __all__ = ["BASELINES", "OURS", "Baseline"]
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-LARGEST = 2 << 30  # bytes of a mask or of scores
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,23 @@ def _dense(layout: GistLayout) -> Attention:
     dtype = torch.float32 if layout.device.type == "cpu" else torch.bfloat16
     mask = torch.zeros(layout.num_rows, layout.num_rows, dtype=dtype, device=layout.device)
     mask.masked_fill_(~layout.token_mask()[0], -torch.inf)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], enable_gqa=True)
+    return lambda q, k, v: _masked(q, k, v, mask[None, None])
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """SDPA under a mask. On a GPU only its slowest kernel takes one with fewer key heads than query heads."""
+    if q.is_cuda and mask is not None:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def _dense_fits(layout: GistLayout, heads: int) -> str:
     # token_mask counts hits in int32 while it is made
-    return _fits(4 * layout.num_rows**2, "its mask")
+    return _fits(4 * layout.num_rows**2, "its mask", layout)
 
 
-def _fits(size: int, what: str) -> str:
-    return f"{what} would take {size / 2**30:.1f} GiB" if size > LARGEST else ""
+def _fits(size: int, what: str, layout: GistLayout) -> str:
+    return f"{what} would take {size / 2**30:.1f} GiB" if size > largest(layout.device) else ""
 
 
 def _per_segment(layout: GistLayout) -> Attention:
@@ -73,7 +80,7 @@ def _per_segment(layout: GistLayout) -> Attention:
                 for gist, local in ((gist_k, k), (gist_v, v))
             )
             rows = q[:, :, run.begin : run.end]
-            out.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, enable_gqa=True))
+            out.append(_masked(rows, keys, values, mask))
         return torch.cat(out, 2)
 
     return attend
@@ -110,7 +117,7 @@ def _eager(layout: GistLayout) -> Attention:
 
 
 def _eager_fits(layout: GistLayout, heads: int) -> str:
-    return _fits(4 * heads * layout.num_rows**2, "its scores")
+    return _fits(4 * heads * layout.num_rows**2, "its scores", layout)
 
 
 OURS = Baseline("gistkern", _ours)

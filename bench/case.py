@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bench.timing import Call, Seconds, interleaved, ratio
 
-__all__ = ["OURS", "Case", "measured"]
+__all__ = ["OURS", "Case", "measured", "serve"]
 
 OURS = "ours"
 
@@ -17,28 +17,67 @@ OURS = "ours"
 class Case:
     """Calls by name, `OURS` among them, and the reasons of what is not measured.
 
-    `limit` is the name of the call that stands for the device's peak; a call of ours with `work` (FLOPs or bytes)
-    would reach that peak in `work / limit_work` of its time.
+    `limit` is the name of the call that stands for the device's peak; a call with `work` (FLOPs or bytes, of all calls
+    or by name) would reach that peak in `work / limit_work` of its time. `repeat` is how many times each call is made
+    in a row for one time: more than once where one alone is shorter than starting it.
     """
 
     device: str
     calls: dict[str, Call]
     not_measured: dict[str, str] = field(default_factory=dict)
     limit: str = ""
-    work: float = 0.0
+    work: float | Mapping[str, float] = 0.0
     limit_work: float = 1.0
+    repeat: int = 1
+
+    def work_of(self, name: str) -> float:
+        """FLOPs or bytes of one call."""
+        return self.work[name] if isinstance(self.work, Mapping) else self.work
 
 
-def measured(case: Case, rounds: int) -> dict[str, Any]:
-    """Ratios of every other call's time to ours, and our share of the limit; medians over the rounds."""
-    seconds = interleaved(case.calls, rounds, case.device)
-    others = [name for name in case.calls if name not in (OURS, case.limit)]
+def serve(case: Case, name: str, make: Callable[[], Call], check: Callable[[Any], None]) -> None:
+    """Add a call once it has answered what `check` lets pass; the reason among what is not measured if it cannot.
+
+    One baseline that a machine refuses (out of memory, not compiled for its chip) must not lose the others' numbers.
+    A wrong answer is no refusal: its AssertionError ends the report.
+    """
+    try:
+        call = make()
+        check(call())
+    except (RuntimeError, ImportError, MemoryError) as error:
+        case.not_measured[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    else:
+        case.calls[name] = call
+
+
+def measured(case: Case, rounds: int, warmup: int = 1) -> dict[str, Any]:
+    """Ratios of every other call's time to ours, and our share of the limit; medians over the rounds.
+
+    Rounds of `warmup` are not counted: none is needed where every call has been made before, to be checked.
+    """
+    # the limit takes as long as a call or longer: once a round is enough
+    once = {case.limit: case.calls[case.limit]} if case.limit else {}
+    calls = {name: call for name, call in case.calls.items() if name not in once}
+    repeated = {name: _in_a_row(call, case.repeat) for name, call in calls.items()}
+    seconds = interleaved(repeated | once, rounds, case.device, warmup)
+    others = [name for name in calls if name != OURS]
     found: dict[str, Any] = {"slower_than_ours": {name: ratio(seconds, name, OURS) for name in others}}
     if case.limit:
         found["of_limit"] = share_of_limit(case, seconds, [OURS, *others])
-    return found | {"not_measured": case.not_measured, "rounds": rounds}
+    return found | {"not_measured": case.not_measured, "rounds": len(seconds[OURS])}
+
+
+def _in_a_row(call: Call, repeat: int) -> Call:
+    def calls() -> Any:
+        for _ in range(repeat):
+            result = call()
+        return result
+
+    return call if repeat == 1 else calls
 
 
 def share_of_limit(case: Case, seconds: Seconds, names: Sequence[str]) -> Mapping[str, Any]:
     """What share of the device's peak each call reaches, counting the work that the mask asks for."""
-    return {name: ratio(seconds, case.limit, name, case.work / case.limit_work) for name in names}
+    return {
+        name: ratio(seconds, case.limit, name, case.repeat * case.work_of(name) / case.limit_work) for name in names
+    }

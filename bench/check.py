@@ -3,8 +3,9 @@
     make bench-check                                   # the quicker rows of docs/benchmarks.json, again
     python -m bench.check --recorded docs/benchmarks-nvidia-h100.json --device cuda
 
-A row has regressed where the largest of its new ratios (a baseline's time / ours) is below the recorded median by more
-than the tolerance, and below the smallest recorded ratio. The exit status is the number of such rows, at most 1.
+A row has regressed where the median of a baseline's new ratios (its time / ours) is below the recorded median by more
+than the tolerance, and below the smallest recorded ratio, or where a baseline that was measured is not any more. The
+exit status is 1 if there is such a row.
 """
 
 from __future__ import annotations
@@ -17,43 +18,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from bench.attention import attention_case
-from bench.case import measured
-from bench.decoding import decoding_case
+from bench.grid import GRIDS, Grid, quick
 from bench.report import DOCS, device_name
+from bench.sections import SECTIONS
 
-__all__ = ["main", "regressions"]
+__all__ = ["compared", "main", "regressions"]
 
-MOST_ROWS = 4096
 TOLERANCE = 0.2
+# what a section's rows are told apart by
+KEYS = {
+    "attention": ("layout", "rows", "heads", "pass"),
+    "compaction": ("layout", "rows", "heads"),
+    "decoding": ("gist rows", "tail rows", "batch", "heads"),
+    "models": ("model", "context", "batch"),
+    "compressing": ("model", "tokens"),
+    "layouts": ("layout", "rows"),
+}
 Ratios = Mapping[str, Mapping[str, float]]
 
 
-def regressions(recorded: Ratios, again: Ratios, tolerance: float = TOLERANCE) -> dict[str, tuple[float, float]]:
-    """Baselines whose lead has shrunk: the recorded median and the largest new ratio."""
-    found = {}
-    for name in recorded.keys() & again.keys():
-        best = again[name]["max"]
-        if best < (1 - tolerance) * recorded[name]["median"] and best < recorded[name]["min"]:
-            found[name] = recorded[name]["median"], best
+def regressions(recorded: Ratios, again: Ratios, tolerance: float = TOLERANCE) -> dict[str, tuple[float, float | None]]:
+    """Baselines whose lead has shrunk: the recorded median and the new one, None where it was not measured."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, before in recorded.items():
+        now = again[name]["median"] if name in again else None
+        if now is None or (now < (1 - tolerance) * before["median"] and now < before["min"]):
+            found[name] = before["median"], now
     return found
 
 
-def _quick(report: Mapping[str, Any], device: str, rounds: int) -> Iterator[tuple[str, Ratios, Ratios]]:
-    """Title, recorded ratios and new ratios of each row that is quick to measure."""
-    attention = [row for row in report["attention"] if row["rows"] <= MOST_ROWS]
-    for row in tqdm(attention, desc="attention", disable=None):
-        names = [name for name in row["slower_than_ours"] if "flex" not in name]  # minutes of compiling
-        case = attention_case(row["layout"], row["rows"], row["heads"], row["pass"], device, names)
-        title = f"{row['layout']}, {row['rows']} rows, {row['heads']}, {row['pass']}"
-        yield title, row["slower_than_ours"], measured(case, rounds)["slower_than_ours"]
-    for row in tqdm(report["decoding"], desc="decoding", disable=None):
-        sizes = row["gist rows"], row["tail rows"], row["batch"]
-        case = decoding_case(*sizes, row["heads"], device, list(row["slower_than_ours"]))
-        title = "decoding, {} gist rows, {} tail rows, batch {}".format(*sizes)
-        yield title, row["slower_than_ours"], measured(case, 4 * rounds)["slower_than_ours"]
+def compared(
+    report: Mapping[str, Any], grid: Grid, device: str, rounds: int
+) -> Iterator[tuple[str, Ratios | None, Ratios]]:
+    """Title, recorded ratios (None where there are none) and new ratios of every row of a grid."""
+    for section, keys in KEYS.items():
+        known = {tuple(row[key] for key in keys): row["slower_than_ours"] for row in report.get(section, [])}
+        for row in SECTIONS[section](grid, device, rounds):
+            place = tuple(row[key] for key in keys)
+            recorded = known.get(place)
+            if recorded is not None and section == "attention":
+                recorded = {name: ratio for name, ratio in recorded.items() if name in grid.baselines}
+            title = ", ".join(
+                f"{value} {key}" if isinstance(value, int) else str(value)
+                for key, value in zip(keys, place, strict=True)
+            )
+            yield f"{section}: {title}", recorded, row["slower_than_ours"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,13 +81,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(report["threads"])
     if report["device"] != (here := device_name(given.device)):
         print(f"recorded on {report['device']}, this is {here}: ratios may differ for that reason alone")
-    failed = 0
-    for title, recorded, again in _quick(report, given.device, given.rounds):
+    failed = rows = 0
+    for title, recorded, again in compared(report, quick(GRIDS[given.device]), given.device, given.rounds):
+        if recorded is None:
+            print(f"{title}: not recorded")
+            continue
         lost = regressions(recorded, again, given.tolerance)
+        rows += 1
         failed += bool(lost)
         for name, (before, now) in lost.items():
-            print(f"{title}: {name} took {before:.2f} times our time when recorded, now at most {now:.2f}")
-    print(f"{failed} row(s) have regressed" if failed else "no row has regressed")
+            found = "is not measured any more" if now is None else f"now takes {now:.2f}"
+            print(f"{title}: {name} took {before:.2f} times our time when recorded, {found}")
+    print(f"{failed} of {rows} rows have regressed")
     sys.exit(min(failed, 1))
 
 

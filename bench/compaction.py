@@ -31,4 +31,4 @@ def compaction_case(layout_name: str, rows: int, heads: str, device: str = "cpu"
         assert torch.equal(one, other), "compaction gathers other rows than indexing"
     calls[LIMIT], limit_work = copy(device)
     moved = 2.0 * 2 * kv_heads * layout.num_compact * dim * k.itemsize
-    return Case(device, calls, {}, LIMIT, moved, limit_work)
+    return Case(device, calls, {}, LIMIT, moved, limit_work, repeat=20)

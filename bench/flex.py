@@ -6,20 +6,26 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from bench.limits import largest
 from gistkern import GistLayout
 
-__all__ = ["natural", "no_backward", "permuted", "why_not", "why_not_natural"]
-
-# making the block mask asks the rule about every pair of a row and a key, in one tensor of 8 bytes each
-LARGEST = 4 << 30
+__all__ = ["block_mask", "natural", "no_backward", "permuted", "why_not", "why_not_natural"]
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., torch.Tensor]:
-    torch._dynamo.config.recompile_limit = 64  # one compilation per shape
+    # one compilation per shape; beyond the limit dynamo would run it uncompiled and say nothing
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=False)
+
+
+def block_mask(rule: Callable[..., torch.Tensor], rows: int, keys: int, device: torch.device) -> BlockMask:
+    """Which blocks the rule touches: compiled on a GPU, where the pairs of rows and keys then stay out of memory."""
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(rule, None, None, rows, keys, device=device)
 
 
 def natural(layout: GistLayout) -> Callable[..., torch.Tensor]:
@@ -32,8 +38,7 @@ def natural(layout: GistLayout) -> Callable[..., torch.Tensor]:
         own = (key >= local[row]) & (key <= row)
         return own | ((place[key] >= begin[row]) & (place[key] < end[row]))
 
-    rows = layout.num_rows
-    mask = create_block_mask(seen, None, None, rows, rows, device=layout.device.type)
+    mask = block_mask(seen, layout.num_rows, layout.num_rows, layout.device)
     attend = _compiled()
     return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=True)
 
@@ -47,7 +52,7 @@ def permuted(layout: GistLayout) -> Callable[..., torch.Tensor]:
         own = (key >= gists + local[row]) & (key <= gists + row)
         return own | ((key >= begin[row]) & (key < end[row]))
 
-    mask = create_block_mask(seen, None, None, layout.num_rows, gists + layout.num_rows, device=layout.device.type)
+    mask = block_mask(seen, layout.num_rows, gists + layout.num_rows, layout.device)
     attend = _compiled()
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -58,9 +63,11 @@ def permuted(layout: GistLayout) -> Callable[..., torch.Tensor]:
 
 
 def why_not(layout: GistLayout, heads: int) -> str:
-    """Whether its block mask can be made."""
+    """Whether its block mask can be made: uncompiled, the rule answers for every pair in one tensor of 8 bytes each."""
     size = 8 * layout.num_rows * (layout.num_rows + layout.num_compact)
-    return f"making its block mask would take {size / 2**30:.1f} GiB" if size > LARGEST else ""
+    if layout.device.type == "cuda" or size <= largest(layout.device):
+        return ""
+    return f"making its block mask would take {size / 2**30:.1f} GiB"
 
 
 def why_not_natural(layout: GistLayout, heads: int) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from bench.attention import PASSES
 from bench.baselines import BASELINES
 from bench.case import OURS
+from bench.shapes import LAYOUTS
 
-__all__ = ["GRIDS", "Grid"]
+__all__ = ["GRIDS", "Grid", "quick"]
 
 SMOLLM2, LLAMA, SMALL = "SmolLM2-135M", "Llama-3-8B", "2 heads, D 64"
-EVERY = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical", "packed")
+ONCE = "forward", "both"  # the backward alone is left out where a round takes minutes
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class Grid:
 
     Parameters
     ----------
-    attention : tuple of (layout, rows, heads)
-        Forward, and forward with backward, beside all baselines.
+    attention : tuple of (layout, rows, heads, passes)
+        Beside all `baselines`.
     growth_heads : str
         Heads of the growth section; `growth` its rows for us, of which baselines get those up to `growth_baselines`.
+    compaction : tuple of (layout, rows, heads)
+        Gathering the gist rows of one layer.
     decoding : tuple of (gist rows, tail rows, batch, heads)
         The op alone.
     models : tuple of (model, context, batches)
@@ -33,17 +37,21 @@ class Grid:
         Construction beside the masks that a layout replaces.
     memory : tuple of (case, names)
         Peak memory of calls of a case, as `bench.memory.peak_bytes` takes it.
+    baselines : tuple of str
+        Those of the attention section.
     """
 
-    attention: tuple[tuple[str, int, str], ...]
+    attention: tuple[tuple[str, int, str, tuple[str, ...]], ...]
     growth_heads: str
     growth: tuple[int, ...]
     growth_baselines: int
+    compaction: tuple[tuple[str, int, str], ...]
     decoding: tuple[tuple[int, int, int, str], ...]
     models: tuple[tuple[str, int, tuple[int, ...]], ...]
     compressing: tuple[tuple[str, int], ...]
     layouts: tuple[tuple[str, int], ...]
     memory: tuple[tuple[tuple[object, ...], tuple[str, ...]], ...]
+    baselines: tuple[str, ...] = tuple(BASELINES)
 
 
 _BATCHES = (1, 4, 16, 64, 256)
@@ -53,22 +61,22 @@ _COMPRESSING = (OURS, "compress, one segment", "plain prefill")
 GRIDS = {
     "cpu": Grid(
         attention=(
-            ("512/8", 1024, SMOLLM2),
-            *((name, 4096, SMOLLM2) for name in EVERY),
-            ("512/8", 16384, SMOLLM2),
-            ("one segment", 2048, LLAMA),
-            ("512/8", 2048, LLAMA),
+            ("512/8", 1024, SMOLLM2, PASSES),
+            *((name, 4096, SMOLLM2, PASSES if name == "512/8" else ONCE) for name in LAYOUTS),
+            ("512/8", 16384, SMOLLM2, ONCE),
+            ("512/8", 2048, LLAMA, PASSES),
         ),
         growth_heads=SMALL,
         growth=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
         growth_baselines=16384,
+        compaction=(("64/4", 4096, LLAMA), ("512/8", 16384, LLAMA)),
         decoding=tuple((*sizes, LLAMA) for sizes in _DECODING),
         models=(
             (SMOLLM2, 64, _BATCHES),
             (SMOLLM2, 4096, _BATCHES),
             ("Llama-3-8B, 2 of 32 layers", 4096, (1, 16)),
         ),
-        compressing=tuple(("SmolLM2-135M, 4 of 30 layers", tokens) for tokens in (1024, 4096, 8192)),
+        compressing=tuple(("SmolLM2-135M, 4 of 30 layers", tokens) for tokens in (1024, 4096)),
         layouts=(("64/4", 4096), ("512/8", 4096), ("512/8", 16384)),
         memory=(
             (("attention", "512/8", 8192, SMALL, "forward", "cpu"), (OURS, *BASELINES)),
@@ -78,13 +86,14 @@ GRIDS = {
     ),
     "cuda": Grid(
         attention=(
-            *((name, rows, LLAMA) for rows in (4096, 16384) for name in EVERY),
-            *((name, 131072, LLAMA) for name in ("512/8", "hierarchical")),
-            ("512/8", 16384, SMOLLM2),
+            *((name, rows, LLAMA, PASSES) for rows in (4096, 16384) for name in LAYOUTS),
+            *((name, 131072, LLAMA, ONCE) for name in ("512/8", "hierarchical")),
+            ("512/8", 16384, SMOLLM2, PASSES),
         ),
         growth_heads=LLAMA,
         growth=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
         growth_baselines=131072,
+        compaction=(("64/4", 4096, LLAMA), ("512/8", 16384, LLAMA), ("64/4", 131072, LLAMA)),
         decoding=tuple((*sizes, LLAMA) for sizes in _DECODING),
         models=((SMOLLM2, 64, _BATCHES), (SMOLLM2, 4096, _BATCHES), ("Llama-3-8B, 2 of 32 layers", 16384, _BATCHES)),
         compressing=tuple(("Llama-3-8B, 2 of 32 layers", tokens) for tokens in (4096, 16384, 65536)),
@@ -96,3 +105,17 @@ GRIDS = {
         ),
     ),
 }
+
+
+def quick(grid: Grid, most_rows: int = 4096, most_batch: int = 16) -> Grid:
+    """What takes minutes of a grid, and the guard measures again; compiling FlexAttention is left out."""
+    return replace(
+        grid,
+        attention=tuple(row for row in grid.attention if row[1] <= most_rows),
+        growth=(),
+        models=tuple((name, context, (min(most_batch, max(batches)),)) for name, context, batches in grid.models[:2]),
+        compressing=tuple(row for row in grid.compressing if row[1] <= most_rows)[:1],
+        layouts=tuple(row for row in grid.layouts if row[1] <= most_rows),
+        memory=(),
+        baselines=tuple(name for name in grid.baselines if "flex" not in name),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from bench import flex
 from bench.case import OURS, Case
@@ -33,8 +33,9 @@ def layout_case(name: str, rows: int, device: str = "cpu", only: Collection[str]
             not_measured["block mask"] = reason
         else:
             calls["block mask"] = lambda: _block_mask(ids)
-            seen = create_block_mask(_rule(ids), None, None, rows, rows, device=device)
-            assert torch.equal(seen.to_dense()[0, 0].bool(), _blocks(layout)), "the block mask is another rule"
+            assert torch.equal(_block_mask(ids).to_dense()[0, 0].bool(), _blocks(layout)), (
+                "the block mask is another rule"
+            )
     return Case(device, calls, not_measured)
 
 
@@ -67,9 +68,8 @@ def _rule(ids: torch.Tensor):  # type: ignore[no-untyped-def]
     return lambda b, h, row, key: (key <= row) & ((segment[row] == segment[key]) | lasting[key])
 
 
-def _block_mask(ids: torch.Tensor):  # type: ignore[no-untyped-def]
-    rows = ids.shape[1]
-    return create_block_mask(_rule(ids), None, None, rows, rows, device=ids.device.type)
+def _block_mask(ids: torch.Tensor) -> BlockMask:
+    return flex.block_mask(_rule(ids), ids.shape[1], ids.shape[1], ids.device)
 
 
 def _blocks(layout: GistLayout, size: int = 128) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured beside everything else: matrix products and a memory copy."""
+"""What a device can do at most, measured beside everything else, and what fits on it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["copy", "matmul"]
+__all__ = ["copy", "largest", "matmul"]
 
 # large enough for full speed, small enough for every round
 SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = 256 << 20
+LARGEST_ON_CPU = 3 << 30
+
+
+def largest(device: str | torch.device) -> int:
+    """Bytes up to which one more tensor is made: a mask, scores, a cache that a step copies once more.
+
+    On a GPU a third of its memory; on a CPU a constant, so that the report's rows do not depend on the machine.
+    """
+    device = torch.device(device)
+    return LARGEST_ON_CPU if device.type == "cpu" else torch.cuda.mem_get_info(device)[1] // 3
 
 
 def matmul(flops: float, device: str, dtype: torch.dtype, most: int = 16) -> tuple[Callable[[], Any], float]:

@@ -2,16 +2,20 @@
 
     python -m bench.memory '["attention", "512/8", 4096, "2 heads, D 64", "both", "cpu"]' "sdpa dense"
 
-What a baseline plans and keeps (a mask) counts, what it needs only while it plans does not. On CPU it is the growth of
-the resident set (Linux), on a GPU that of torch's allocator.
+What a baseline plans and keeps (a mask) counts, what it needs only while it plans does not, and neither does what only
+a first call needs (FlexAttention compiles). On CPU it is the growth of the resident set (Linux), on a GPU that of
+torch's allocator.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ import torch
 __all__ = ["peak_bytes"]
 
 Call = Callable[[], Any]
+# glibc keeps freed memory and hands it out again, which the resident set does not show: every block of 64 KiB or more
+# gets pages of its own, and they go back when it is freed
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": str(1 << 24), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def peak_bytes(case: Sequence[Any], name: str) -> int | str:
@@ -29,7 +36,7 @@ def peak_bytes(case: Sequence[Any], name: str) -> int | str:
     `compressing_case`; `name` the call's.
     """
     command = [sys.executable, "-m", "bench.memory", json.dumps(list(case)), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -40,22 +47,17 @@ def _measure(case: Sequence[Any], name: str) -> int | str:
     if what == "compressing":
         from bench.models import compressing_case  # brings transformers
 
-        small, size, device = arguments[0], arguments[1], arguments[2]
-        compressing_case(small, 600, device).calls[name]()  # allocators, threads and kernels warm up
-        whole = compressing_case(small, size, device)
-        return _peak(lambda: whole.calls[name], device)
+        call = compressing_case(*arguments).calls[name]
+        return _peak(lambda: call, arguments[-1])
     from bench.attention import attention_plan
 
-    layout, rows, heads, passes, device = arguments
-    warm = attention_plan(name, layout, 600, heads, passes, device)
-    if isinstance(warm, str):
-        return warm
-    warm()()
-    plan = attention_plan(name, layout, rows, heads, passes, device)
-    return plan if isinstance(plan, str) else _peak(plan, device)
+    plan = attention_plan(name, *arguments)
+    return plan if isinstance(plan, str) else _peak(plan, arguments[-1])
 
 
 def _peak(plan: Callable[[], Call], device: str) -> int | str:
+    plan()()  # threads, kernels and what is compiled
+    gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         call = plan()
@@ -63,17 +65,27 @@ def _peak(plan: Callable[[], Call], device: str) -> int | str:
         torch.cuda.reset_peak_memory_stats()
         result = call()
         torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        before = _status("VmRSS")
-        call = plan()
-        Path("/proc/self/clear_refs").write_text("5")
-        result = call()
-        del result
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return "this system does not tell a process its peak"
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            before = _status("VmRSS")
+            call = plan()
+            Path("/proc/self/clear_refs").write_text("5")
+            result = call()
+            peak = _status("VmHWM") - before
+        except (OSError, AttributeError):
+            return "this system does not tell a process its peak"
+    held = sum(tensor.nbytes for tensor in _tensors(result))
+    if peak < held:
+        raise RuntimeError(f"a peak of {peak} bytes was read while the result alone holds {held}")
+    return peak
+
+
+def _tensors(result: Any) -> Iterable[torch.Tensor]:
+    if isinstance(result, tuple):
+        return result
+    return (tensor for layer in result.layers for tensor in (layer.keys, layer.values))
 
 
 def _status(field: str) -> int:

@@ -13,11 +13,12 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bench.case import OURS, Case
+from bench.limits import copy as copy_limit
+from bench.limits import largest
 from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
 
 __all__ = [
     "FULL",
-    "LARGEST_CACHE",
     "MODELS",
     "PREFILL",
     "cache_bytes",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 GISTS, SEGMENT = 10, 512
-LARGEST_CACHE = 3 << 30  # bytes; a step copies the cache once more
+LIMIT = "copy"
 FULL = "DynamicCache"
 PREFILL = "plain prefill"
 _SMOLLM2 = {
@@ -108,13 +109,16 @@ def model_decoding_case(name: str, context: int, batch: int, device: str = "cpu"
     short.batch_repeat_interleave(batch)
     size = _full_bytes(full, context, batch)
     held = {OURS: cache_bytes(short), FULL: size, "rows": GISTS}
-    case = Case(device, {OURS: _step(gist, short, token)})
-    if size > LARGEST_CACHE:
+    weights = sum(p.nbytes for p in full.parameters())  # a step reads all of them: embeddings are the output matrix too
+    work = {OURS: weights + held[OURS], FULL: weights + held[FULL]}
+    case = Case(device, {OURS: _step(gist, short, token)}, limit=LIMIT, work=work)
+    if size > largest(device):
         case.not_measured[FULL] = f"its cache would take {size / 2**30:.1f} GiB"
     else:
         filled = _filled(full, context, batch)
         assert cache_bytes(filled) == size
         case.calls[FULL] = _step(full, filled, token)
+    case.calls[LIMIT], case.limit_work = copy_limit(device)
     return case, held
 
 

@@ -11,6 +11,7 @@ from bench.case import OURS
 from bench.markdown import table
 from bench.models import FULL, PREFILL
 from bench.targets import aims
+from bench.timing import PATIENCE
 
 __all__ = ["page"]
 
@@ -18,11 +19,13 @@ NONE = "not measured"
 
 _INTRO = """# Benchmarks
 
-Grade **measured**: `{command}` on {device} ({machine}{instructions}), {threads}, {versions}. Medians of {rounds} rounds
-(fewer where a row says so), smallest and largest in brackets. Within a round every call follows the other, in one
-process, and every number is a ratio of two of them: *2.0* in a column means that it takes twice as long as gistkern on
-the same inputs. Every baseline is checked equal to ours before anything is timed, except causal SDPA, which ignores the
-mask. What no one measured says "not measured", and below each table why.
+Grade **measured**: `{command}` on {device} ({machine}{instructions}), {threads},
+{versions}. Medians of {rounds} rounds ({twice} in decoding), of fewer where they took longer than {patience:.0f}
+seconds and the table says so; smallest and largest in brackets. Within a round every call follows the other, in one
+process, every round begins with another one, and every number is a ratio of two of them: *2.0* in a column means that
+it takes twice as long as gistkern on the same inputs. Every baseline is checked equal to ours before anything is timed,
+except causal SDPA, which ignores the mask. What no one measured says "not measured", and below each table why. Layouts
+have one sink row, models none.
 
 *Of peak* is the share of the speed of matrix products in the same rounds that a call reaches, counting the operations
 on the pairs that the mask lets see each other and no others; *of copy* the same for the bytes of keys and values,
@@ -30,25 +33,32 @@ against a copy of 256 MiB (small caches are read from the processor's own, hence
 
 _ATTENTION = """## Attention
 
-One layer, batch size 1, fp32 on a CPU and bf16 on a GPU. Layouts: raw tokens per segment / gists per segment; *one
-segment* is a causal text without gists; *hierarchical* are segments of 256 with 8 gists and a summary of 10; *packed*
-are ragged documents in one row. Masks, indices and block masks are made once, outside the clock, as for all layers of
-a model."""
+One layer, batch size 1, fp32 on a CPU and bf16 on a GPU; *backward* are the gradients of q, k and v of a forward made
+before, *both* one after the other. Layouts: raw tokens per segment / gists per segment; *one segment* is a causal text
+without gists; *hierarchical* are segments of 256 with 8 gists and a summary of 10; *packed* are ragged documents in one
+row; *sliding* is a window of 512 with a gist every 64 tokens. Masks, indices and block masks are made once, outside the
+clock, as for all layers of a model."""
 
 _GROWTH = """## Growth with the rows
 
-Forward, {heads}: time as a multiple of ours for 512/8 at {first:,} rows. In 512/8 every segment sees the gists of all
-earlier ones, so its pairs grow faster than its rows; hierarchical segments do not see each other's."""
+Forward, {heads}: time as a multiple of ours for 512/8 at {first:,} rows; medians of {rounds} rounds, whose widest
+spread is {spread}. In 512/8 every segment sees the gists of all earlier ones, so its pairs grow faster than its rows;
+hierarchical segments do not see each other's."""
+
+_COMPACTION = """## Compaction: the op
+
+Gathering the gist rows of a layer's keys and values out of a prefill. `compress` below holds it too."""
 
 _DECODING = """## Decoding: the op
 
 One query row per sample over gist rows and an uncompressed tail, {heads} heads. The baselines read one contiguous
-buffer of the same rows."""
+buffer of the same rows, SDPA with the query heads of a key head as its query rows (so that it reads a key once)."""
 
 _MODELS = """## Decoding: the model
 
 One step of a whole model with random weights, over a GistCache of {rows} gist rows and over transformers' DynamicCache
-of the whole context (the same weights, unpatched, SDPA)."""
+of the whole context (the same weights, unpatched, SDPA). *Tokens per second* are ours by DynamicCache's; of copy is the
+share of the copy's speed at which a step reads its weights and its cache."""
 
 _COMPRESSING = """## Compressing
 
@@ -70,6 +80,8 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     facts = {
         **report,
         "threads": threads,
+        "twice": 2 * report["rounds"],
+        "patience": PATIENCE,
         "instructions": f", {report['instruction_set']} kernels" if report["instruction_set"] else "",
         "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     }
@@ -93,7 +105,7 @@ def _attention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             row["layout"],
             f"{row['rows']:,}",
             row["heads"],
-            "forward" if row["pass"] == "forward" else "with backward",
+            row["pass"],
             _spread(row["of_limit"][OURS]),
             *(_slower(row, name) for name in BASELINES),
             row["rounds"],
@@ -115,7 +127,9 @@ def _growth(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             first = cells[sizes[0]]["visible_pairs"]
             pairs = [f"{cells[size]['visible_pairs'] / first:.1f}" for size in sizes]
             lines.append([layout, "visible pairs, of those at the fewest rows", *pairs])
-    text = _GROWTH.format(heads=rows[0]["heads"], first=sizes[0])
+    widest = max(((r["time"]["max"] - r["time"]["min"]) / r["time"]["median"] for r in rows if "time" in r), default=0)
+    facts = {"heads": rows[0]["heads"], "rounds": rows[0]["rounds"], "spread": f"{widest:.0%} of the median"}
+    text = _GROWTH.format(first=sizes[0], **facts)
     named = [{**row, "not_measured": {row["name"]: row["not_measured"]}} for row in rows if "not_measured" in row]
     head = ["layout", "", *(f"{size:,}" for size in sizes)]
     return [text, table(head, lines), *_reasons(named, lambda row: f"{row['rows']:,} rows")]
@@ -136,8 +150,17 @@ def _decoding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [_DECODING.format(heads=rows[0]["heads"]), table(head, lines), *_reasons(rows)]
 
 
+def _compaction(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ["layout", "rows", "heads", "ours, of copy", "indexing"]
+    lines = [
+        [row["layout"], f"{row['rows']:,}", row["heads"], _spread(row["of_limit"][OURS]), _slower(row, "indexing")]
+        for row in rows
+    ]
+    return [_COMPACTION, table(head, lines), *_reasons(rows)]
+
+
 def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = ["model", "context", "batch", "bytes, GistCache", "DynamicCache", "of it", "DynamicCache's time / ours"]
+    head = ["model", "context", "batch", "bytes, GistCache", "DynamicCache", "of it", "tokens per second"]
     lines = [
         [
             row["model"],
@@ -145,18 +168,23 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             row["batch"],
             f"{row['gist bytes']:,}",
             f"{row['full bytes']:,}",
-            f"1/{row['full bytes'] / row['gist bytes']:.0f}",
+            f"1/{row['full bytes'] / row['gist bytes']:.1f}",
             _slower(row, FULL),
+            *(_spread(row["of_limit"].get(name)) for name in (OURS, FULL)),
+            row["rounds"],
         ]
         for row in rows
     ]
+    head += ["ours, of copy", "DynamicCache, of copy", "rounds"]
     return [_MODELS.format(rows=rows[0]["gist rows"]), table(head, lines), *_reasons(rows)]
 
 
 def _compressing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = ("compress, one segment", PREFILL)
-    lines = [[row["model"], f"{row['tokens']:,}", *(_slower(row, name) for name in names)] for row in rows]
-    return [_COMPRESSING, table(["model", "tokens", *names], lines), *_reasons(rows)]
+    lines = [
+        [row["model"], f"{row['tokens']:,}", *(_slower(row, name) for name in names), row["rounds"]] for row in rows
+    ]
+    return [_COMPRESSING, table(["model", "tokens", *names, "rounds"], lines), *_reasons(rows)]
 
 
 def _layouts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -181,6 +209,7 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 _SECTIONS = {
     "attention": _attention,
     "growth": _growth,
+    "compaction": _compaction,
     "decoding": _decoding,
     "models": _models,
     "compressing": _compressing,

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flashinfer-python")
 
 
-def measure(device: str, rounds: int, sections: list[str]) -> dict[str, Any]:
-    """The report of some sections, with what it was measured on."""
+def measure(device: str, rounds: int, sections: list[str]) -> Iterator[dict[str, Any]]:
+    """The report of some sections, with what it was measured on: once more after each of them, whatever follows."""
     command = "make bench-report" if device == "cpu" else f"python -m bench.report --device {device}"
-    return {
+    report: dict[str, Any] = {
         "grade": "measured",
         "command": command,
         "device": device_name(device),
@@ -46,8 +47,10 @@ def measure(device: str, rounds: int, sections: list[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": _versions(),
         "rounds": rounds,
-        **{name: SECTIONS[name](GRIDS[device], device, rounds) for name in sections},
     }
+    for name in sections:
+        report[name] = SECTIONS[name](GRIDS[device], device, rounds)
+        yield report
 
 
 def device_name(device: str) -> str:
@@ -92,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=sorted(GRIDS))
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; nothing is written")
     parser.add_argument("--page", type=Path, metavar="REPORT.json", help="write a report's page and plots again")
@@ -103,11 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     torch.set_num_threads(given.threads)
-    report = measure(given.device, given.rounds, given.section or list(SECTIONS))
+    for report in measure(given.device, given.rounds, given.section or list(SECTIONS)):
+        if not given.section:
+            write(report, _target(given.device))
     if given.section:
         print(page(report, {}))
-    else:
-        write(report, _target(given.device))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.attention import PASSES, attention_case
+from bench.attention import attention_case
 from bench.case import OURS, Case, measured
+from bench.compaction import compaction_case
 from bench.decoding import decoding_case
 from bench.grid import Grid
 from bench.layouts import layout_case
@@ -35,14 +36,13 @@ GROWTH = (
 
 
 def attention(grid: Grid, device: str, rounds: int) -> Rows:
-    """Forward, and forward with backward, of every layout."""
+    """Forward, backward and both, of every layout."""
     found = []
-    for layout, rows, heads in tqdm(grid.attention, desc="attention", disable=None):
-        for passes in PASSES:
-            case = attention_case(layout, rows, heads, passes, device)
-            fewer = rounds if rows < 16384 else max(1, rounds // 2)
-            found.append({"layout": layout, "rows": rows, "heads": heads, "pass": passes, **measured(case, fewer)})
-            _free(case)
+    cases = [(*row, one) for *row, passes in grid.attention for one in passes]
+    for layout, rows, heads, passes in tqdm(cases, desc="attention", disable=None):
+        case = attention_case(layout, rows, heads, passes, device, grid.baselines)
+        found.append({"layout": layout, "rows": rows, "heads": heads, "pass": passes, **measured(case, rounds, 0)})
+        _free(case)
     return found
 
 
@@ -52,14 +52,16 @@ def growth(grid: Grid, device: str, rounds: int) -> Rows:
     reasons: dict[str, str] = {}
     for layout, name in GROWTH:
         for rows in grid.growth:
+            key = f"{layout} {name} {rows}"
             if name != OURS and rows > grid.growth_baselines:
-                reasons[f"{layout} {name} {rows}"] = f"only up to {grid.growth_baselines:,} rows"
+                reasons[key] = f"only up to {grid.growth_baselines:,} rows"
                 continue
             case = attention_case(layout, rows, grid.growth_heads, "forward", device, [name] if name != OURS else [])
             if name in case.calls:
-                calls[f"{layout} {name} {rows}"] = case.calls[name]
-            reasons |= {f"{layout} {name} {rows}": reason for reason in case.not_measured.values()}
-    seconds = interleaved(calls, max(1, rounds // 2), device)
+                calls[key] = case.calls[name]
+            else:
+                reasons[key] = case.not_measured[name]
+    seconds = interleaved(calls, rounds, device)
     first = f"512/8 {OURS} {grid.growth[0]}"
     return [
         {
@@ -68,6 +70,7 @@ def growth(grid: Grid, device: str, rounds: int) -> Rows:
             "rows": rows,
             "heads": grid.growth_heads,
             "visible_pairs": visible_pairs(layout_of(layout, rows)),
+            "rounds": len(seconds[first]),
             **({"time": ratio(seconds, key, first)} if key in calls else {"not_measured": reasons[key]}),
         }
         for layout, name in GROWTH
@@ -76,11 +79,20 @@ def growth(grid: Grid, device: str, rounds: int) -> Rows:
     ]
 
 
+def compaction(grid: Grid, device: str, rounds: int) -> Rows:
+    """Gathering the gist rows of one layer."""
+    return [
+        {"layout": layout, "rows": rows, "heads": heads}
+        | measured(compaction_case(layout, rows, heads, device), rounds)
+        for layout, rows, heads in tqdm(grid.compaction, desc="compaction", disable=None)
+    ]
+
+
 def decoding(grid: Grid, device: str, rounds: int) -> Rows:
     """One step of the op over cached rows."""
     return [
         {"gist rows": gists, "tail rows": tail, "batch": batch, "heads": heads}
-        | measured(decoding_case(gists, tail, batch, heads, device), 4 * rounds)
+        | measured(decoding_case(gists, tail, batch, heads, device), 2 * rounds, 0)
         for gists, tail, batch, heads in tqdm(grid.decoding, desc="decoding", disable=None)
     ]
 
@@ -102,7 +114,7 @@ def compressing(grid: Grid, device: str, rounds: int) -> Rows:
     found = []
     for name, tokens in tqdm(grid.compressing, desc="compressing", disable=None):
         case = compressing_case(name, tokens, device)
-        found.append({"model": name, "tokens": tokens} | measured(case, max(1, rounds // 2)))
+        found.append({"model": name, "tokens": tokens} | measured(case, rounds))
         _free(case)
     return found
 
@@ -136,6 +148,7 @@ def _free(case: Case) -> None:
 SECTIONS: dict[str, Callable[[Grid, str, int], Rows]] = {
     "attention": attention,
     "growth": growth,
+    "compaction": compaction,
     "decoding": decoding,
     "models": models,
     "compressing": compressing,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ DENSE_FORWARD, FLEX_FORWARD, DENSE_BOTH = 8.0, 4.0, 6.0
 LINEAR = 1.1  # exponent of cost against rows
 GROWTH_FROM, GROWTH_TO = 4096, 65536
 SHORT, LONG = 64, 4096
+FULL = "DynamicCache"
+
+Ratio = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ def aims(report: Mapping[str, Any]) -> list[Aim]:
     """All aims, in the order of the page's sections."""
     return [
         _slower(report, "forward", ("sdpa dense",), DENSE_FORWARD, "SDPA with a dense mask"),
-        _slower(report, "forward", ("flex", "flex permuted"), FLEX_FORWARD, "FlexAttention, the faster of its two"),
+        _slower(report, "forward", ("flex", "flex permuted"), FLEX_FORWARD, "FlexAttention, either way,"),
         _slower(report, "both", ("sdpa dense",), DENSE_BOTH, "SDPA with a dense mask"),
         *(_linear(report, layout) for layout in ("512/8", "hierarchical")),
         _bytes(report),
-        _decoding(report, SHORT, "no slower", 1.0),
-        _decoding(report, LONG, "faster", 1.0),
+        _decoding(report, SHORT, "no fewer", _no_fewer),
+        _decoding(report, LONG, "more", _more),
     ]
 
 
@@ -44,9 +47,14 @@ def _slower(report: Mapping[str, Any], passes: str, names: tuple[str, ...], fact
     wanted = f"{passes} at {ROWS:,} rows of {LAYOUT}: {title} takes at least {factor:g} times our time"
     for row in report.get("attention", []):
         if (row["layout"], row["rows"], row["pass"]) == (LAYOUT, ROWS, passes):
-            ratios = [row["slower_than_ours"][name]["median"] for name in names if name in row["slower_than_ours"]]
-            if ratios:
-                return Aim(wanted, f"{min(ratios):.1f} times", min(ratios) >= factor)
+            ratios = {
+                name: row["slower_than_ours"][name]["median"] for name in names if name in row["slower_than_ours"]
+            }
+            if len(ratios) == len(names):
+                least = min(ratios.values())
+                return Aim(
+                    wanted, ", ".join(f"{name} {value:.1f} times" for name, value in ratios.items()), least >= factor
+                )
     return Aim(wanted, "not measured", None)
 
 
@@ -83,14 +91,25 @@ def _bytes(report: Mapping[str, Any]) -> Aim:
     return Aim(wanted, f"{'equal' if met else 'not equal'} in all {len(rows)} measured cases", met)
 
 
-def _decoding(report: Mapping[str, Any], context: int, what: str, least: float) -> Aim:
-    wanted = f"decoding after {context:,} tokens: {what} than with a DynamicCache, at every batch"
-    ratios = [
-        row["slower_than_ours"]["DynamicCache"]["median"]
-        for row in report.get("models", [])
-        if row["context"] == context and "DynamicCache" in row["slower_than_ours"]
-    ]
+def _decoding(report: Mapping[str, Any], context: int, what: str, test: Callable[[Ratio], bool]) -> Aim:
+    wanted = (
+        f"decoding after {context:,} tokens: {what} tokens per second than with a DynamicCache, at every batch it fits"
+    )
+    rows = [row for row in report.get("models", []) if row["context"] == context]
+    ratios = [row["slower_than_ours"][FULL] for row in rows if FULL in row["slower_than_ours"]]
     if not ratios:
         return Aim(wanted, "not measured", None)
-    found = f"DynamicCache takes {min(ratios):.2f} to {max(ratios):.2f} times our time"
-    return Aim(wanted, found, min(ratios) >= least)
+    medians = [one["median"] for one in ratios]
+    found = f"{min(medians):.2f} to {max(medians):.2f} times as many in {len(ratios)} cases"
+    if len(ratios) < len(rows):
+        found += f"; in {len(rows) - len(ratios)} more the DynamicCache could not be measured"
+    return Aim(wanted, found, all(map(test, ratios)))
+
+
+def _no_fewer(one: Ratio) -> bool:
+    """Not beyond the noise: the full cache was not the faster in every round."""
+    return one["max"] >= 1
+
+
+def _more(one: Ratio) -> bool:
+    return one["median"] > 1

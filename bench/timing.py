@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["finished", "interleaved", "ratio"]
+__all__ = ["FEWEST", "PATIENCE", "finished", "interleaved", "ratio"]
+
+FEWEST = 3  # rounds, however long they take
+PATIENCE = 25.0  # seconds after which no further round begins
 
 Call = Callable[[], Any]
 Seconds = Mapping[str, list[float]]
@@ -29,13 +32,22 @@ def finished(call: Call, device: str) -> Call:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int, device: str = "cpu", warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call in each round, in the order of the rounds."""
+    """Seconds of each call in each round, in the order of the rounds.
+
+    Every round begins with another call: what one leaves in the caches is not always found by the same next one. There
+    are `rounds` of them, or fewer (at least `FEWEST`) when they take longer than `PATIENCE`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     timed = {name: finished(call, device) for name, call in calls.items()}
+    names = list(timed)
+    begun = time.perf_counter()
     for round_ in range(-warmup, rounds):
-        for name, call in timed.items():
+        if round_ >= FEWEST and time.perf_counter() - begun > PATIENCE:
+            break
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            call()
+            timed[name]()
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -17,7 +17,9 @@ def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows ``index`` (``[B, G]``, -1 for a filler that nobody sees) of ``[B, H, M, D]``; differentiable."""
-    return rows.gather(2, _expanded(index.clamp(min=0), rows))
+    batch, heads = (torch.arange(size, device=rows.device) for size in rows.shape[:2])
+    # indices of whole rows: torch.gather takes one for every element, and is 2 to 9 times slower on CPU
+    return rows[batch[:, None, None], heads[None, :, None], index.clamp(min=0)[:, None]]
 
 
 def compact(
