@@ -14,7 +14,7 @@ from gistkern.compaction import gather_rows
 from gistkern.distributed.shards import ContextShard
 from gistkern.distributed.traffic import record
 
-__all__ = ["Group", "gather_compact", "with_halo"]
+__all__ = ["Group", "gather_compact", "gather_ranks", "with_halo"]
 
 Group: TypeAlias = dist.ProcessGroup
 
@@ -24,7 +24,7 @@ def gather_compact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The compact rows ``[B, Hkv, G, D]`` of the whole context, from the k and v ``[B, Hkv, N_r, D]`` of all shards."""
     own = torch.stack([gather_rows(t, shard.own) for t in (k, v)])
-    ranks = _AllGather.apply(own, group)  # [R, 2, B, H, W, D]
+    ranks = gather_ranks(own, group, "gists")  # [R, 2, B, H, W, D]
     rows = ranks.movedim(0, 3).flatten(3, 4)  # [2, B, H, R * W, D]
     return gather_rows(rows[0], shard.place), gather_rows(rows[1], shard.place)
 
@@ -37,16 +37,21 @@ def with_halo(k: torch.Tensor, v: torch.Tensor, shard: ContextShard, group: Grou
     return torch.cat([halo[0], k], 2), torch.cat([halo[1], v], 2)
 
 
+def gather_ranks(rows: torch.Tensor, group: Group, kind: str = "logits") -> torch.Tensor:
+    """``[R, ...]``: every rank's tensor, of the same shape on all; traffic counts as `kind`, and its gradients."""
+    return _AllGather.apply(rows, group, kind)
+
+
 class _AllGather(torch.autograd.Function):
-    """``[R, ...]``: every rank's tensor. Backward sums the gradients of this rank's over all (reduce-scatter)."""
+    """Backward sums the gradients of this rank's tensor over all ranks (reduce-scatter)."""
 
     @staticmethod
-    def forward(ctx, rows, group):
-        ctx.group, ctx.dtype = group, rows.dtype
+    def forward(ctx, rows, group, kind):
+        ctx.group, ctx.dtype, ctx.kind = group, rows.dtype, kind
         ranks = dist.get_world_size(group)
         gathered = rows.new_empty((ranks * len(rows), *rows.shape[1:]))
         dist.all_gather_single(gathered, rows.contiguous(), group=group)
-        record("gists", (ranks - 1) * rows.nbytes)
+        record(kind, (ranks - 1) * rows.nbytes)
         return gathered.unflatten(0, (ranks, -1))
 
     @staticmethod
@@ -55,8 +60,8 @@ class _AllGather(torch.autograd.Function):
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
         mine = torch.empty_like(wide[0])
         dist.reduce_scatter_single(mine, wide.flatten(0, 1), group=ctx.group)
-        record("gist gradients", (len(wide) - 1) * mine.nbytes)
-        return mine.to(ctx.dtype), None
+        record(f"{ctx.kind}, gradients", (len(wide) - 1) * mine.nbytes)
+        return mine.to(ctx.dtype), None, None
 
 
 class _Halo(torch.autograd.Function):
@@ -80,7 +85,7 @@ class _Halo(torch.autograd.Function):
         asked = ctx.halos[rank + 1] if rank + 1 < len(ctx.halos) else 0
         received = grad.new_empty((*ctx.shape[:-2], asked, ctx.shape[-1]))
         _swap(grad, rank - 1, received, rank + 1, ctx.group)
-        record("halo gradients", received.nbytes)
+        record("halo, gradients", received.nbytes)
         own = grad.new_zeros(ctx.shape)
         own[..., own.shape[-2] - asked :, :] = received
         return own, None, None

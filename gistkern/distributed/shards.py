@@ -9,6 +9,7 @@ op.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from gistkern.layout import GistLayout
 
 __all__ = ["ContextShard", "row_work", "split_layout"]
 
+UNEVEN = 1.25  # times the mean work
 _ROWS = ("gist_begin", "gist_end", "is_gist", "stream_position", "gist_first_position")
 
 
@@ -31,6 +33,8 @@ class ContextShard:
     ----------
     rank, begin, end : int
         The shard's rows of the context are ``[begin, end)``.
+    cuts : tuple of int
+        First rows of all ranks' shards, then the number of rows.
     halos : tuple of int
         Local rows that each rank needs from the one before it.
     layout : GistLayout
@@ -46,6 +50,7 @@ class ContextShard:
     rank: int
     begin: int
     end: int
+    cuts: tuple[int, ...]
     halos: tuple[int, ...]
     layout: GistLayout
     own: torch.Tensor
@@ -82,7 +87,13 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
     Raises
     ------
     ValueError
-        If the layout continues another call, has fewer rows than `parts`, or a segment spans more than two shards.
+        If the layout continues another call, has fewer rows than `parts`, or cannot be cut so that a shard's local
+        rows lie in itself and the shard before (a text without segments beyond two ranks).
+
+    Warns
+    -----
+    UserWarning
+        If the heaviest shard has more than `UNEVEN` times the mean work, which all others will wait for.
     """
     if layout.past or layout.tail:
         raise ValueError("a context is split from its first row on: this layout has past or tail rows")
@@ -93,11 +104,12 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
     cuts = [0, *_cuts(reach, work.cumsum(0).cpu().numpy(), parts), layout.num_rows]
     halos = tuple(max(0, begin - int(reach[begin])) for begin in cuts[:-1])
     own, place = _exchange(layout.gather, cuts)
-    return tuple(
+    shards = tuple(
         ContextShard(
             rank=rank,
             begin=begin,
             end=end,
+            cuts=tuple(cuts),
             halos=halos,
             layout=_shard(layout, begin, end, halos[rank]),
             own=own[rank],
@@ -106,10 +118,34 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
         )
         for rank, (begin, end) in enumerate(itertools.pairwise(cuts))
     )
+    mean = float(work.sum()) / parts
+    heaviest = max(shard.work for shard in shards)
+    if heaviest > UNEVEN * mean:
+        warnings.warn(
+            f"the heaviest of {parts} shards has {heaviest / mean:.1f} times the mean work, and the others wait: "
+            "use shorter segments, or fewer ranks",
+            stacklevel=2,
+        )
+    return shards
 
 
 def _cuts(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
-    """First rows of all shards but the first, each where the work that is left is shared evenly by the ranks left.
+    """First rows of all shards but the first.
+
+    `reach` is the first local row that each row sees, `total` the work up to and with each row.
+    """
+    found = _greedy(reach, total, parts)
+    done = np.concatenate([[0.0], total])
+    heaviest = np.diff(done[[0, *found, len(reach)]]).max()
+    return (
+        found
+        if len(found) == parts - 1 and heaviest <= UNEVEN * total[-1] / parts
+        else _smallest_bound(reach, total, parts)
+    )
+
+
+def _greedy(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
+    """Each where the work that is left is shared evenly by the ranks left; fewer if that leads nowhere.
 
     A row that sees no local row before itself is preferred, up to half a shard's work away.
     """
@@ -122,14 +158,58 @@ def _cuts(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
         # a halo comes from one rank, so it must not reach past the shard before
         cuts = cuts[reach[cuts] >= before]
         if not len(cuts):
-            raise ValueError(
-                f"no row after {before} can begin shard {part} of {parts}: its local rows must lie in one other shard. "
-                "Use shorter segments or windows, or fewer ranks"
-            )
+            break
         distance = np.abs(total[cuts - 1] - done - share)
         free = np.where(reach[cuts] >= cuts, distance, np.inf)
         found.append(int(cuts[(free if free.min() <= share / 2 else distance).argmin()]))
     return found
+
+
+def _smallest_bound(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
+    """The cuts whose heaviest shard is lightest, by bisection over its work; ValueError if there are none."""
+    low, high = total[-1] / parts, float(total[-1])
+    best = _within(reach, total, parts, high)
+    if best is None:
+        raise ValueError(
+            f"the context cannot be cut into {parts} shards whose local rows lie in themselves and the shard before: "
+            "use shorter segments or windows, or fewer ranks"
+        )
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        found = _within(reach, total, parts, middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return best
+
+
+def _within(reach: np.ndarray, total: np.ndarray, parts: int, bound: float) -> list[int] | None:
+    """Cuts into shards of at most `bound` work, or None: which rows can begin a shard is followed from rank to rank.
+
+    Behind a shard that begins at row b, the next begins within an interval: not before the first row that sees no local
+    row before b, not after the last one up to which the work is within the bound.
+    """
+    rows = len(reach)
+    done = np.concatenate([[0.0], total])  # work before each row
+    begins = np.arange(rows)
+    first = np.maximum(np.searchsorted(reach, begins), begins + 1)
+    # rounding of the sums must not exclude what is exactly at the bound
+    last = np.searchsorted(done, done[:-1] + bound * (1 + 1e-12), side="right") - 1
+    reachable = [begins == 0]
+    for _ in range(parts - 1):
+        start = reachable[-1] & (first <= np.minimum(last, rows - 1))
+        opened = np.bincount(first[start], minlength=rows + 1)
+        closed = np.bincount(np.minimum(last[start], rows - 1) + 1, minlength=rows + 1)
+        reachable.append((opened - closed).cumsum()[:rows] > 0)
+    ends = reachable[-1] & (last >= rows)
+    if not ends.any():
+        return None
+    cuts = [int(ends.argmax())]
+    for part in range(parts - 2, 0, -1):
+        leads = reachable[part] & (first <= cuts[0]) & (last >= cuts[0])
+        cuts.insert(0, int(leads.argmax()))
+    return cuts
 
 
 def _shard(layout: GistLayout, begin: int, end: int, halo: int) -> GistLayout:

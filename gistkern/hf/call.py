@@ -12,7 +12,16 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
-from gistkern.hf.context_parallel import Parallel, check_same, shard_of, split_labels, whole_loss
+from gistkern.hf.context_parallel import (
+    Parallel,
+    check_same,
+    kept_columns,
+    own_columns,
+    shard_of,
+    split_labels,
+    whole_logits,
+    whole_loss,
+)
 from gistkern.hf.fingerprint import check_cache, check_positions
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
@@ -39,21 +48,21 @@ def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
     if labels is not None:
         arguments["labels"] = labels.masked_fill(handle.is_gist(labels), -100)
     if handle.context_parallel is not None:
-        keep = arguments.get("logits_to_keep")
-        if keep is not None and not (isinstance(keep, int) and keep == 0):
-            raise ValueError(
-                "logits_to_keep names rows of the whole context, a rank has its shard's: leave it out under "
-                "context_parallel (the losses of gistkern.training pass it)"
-            )
         arguments = _parallel(handle, arguments)
-        split_labels(arguments, arguments["gist_parallel"].shard)
+        parallel = arguments["gist_parallel"]
+        split_labels(arguments, parallel.shard)
+        if parallel.kept is not None:
+            arguments["logits_to_keep"] = own_columns(parallel)
     return (), arguments
 
 
 def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
     """No gist token is ever generated, also where a padded vocabulary has logits for their ids."""
-    if handle.context_parallel is not None and output.loss is not None:
-        output.loss = whole_loss(output.loss, handle.context_parallel)
+    if handle.context_parallel is not None:
+        if output.loss is not None:
+            output.loss = whole_loss(output.loss, handle.context_parallel)
+        if kwargs["gist_parallel"].kept is not None:
+            output.logits = whole_logits(output.logits, kwargs["gist_parallel"])
     logits = output.logits
     end = min(handle.first_id + handle.num_ids, logits.shape[-1])
     if handle.first_id < end:
@@ -152,8 +161,9 @@ def _parallel(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
     plan = _plan(handle, arguments, layout, is_gist, None)
     assert handle.context_parallel is not None
     labels = arguments.get("shift_labels", arguments.get("labels"))
-    check_same(plan.layout, handle.context_parallel, ids=ids, embeds=embeds, labels=labels)
-    parallel = shard_of(plan.layout, handle.context_parallel, handle.row_cost)
+    kept = kept_columns(arguments, plan.layout.num_rows)
+    check_same(plan.layout, handle.context_parallel, ids=ids, embeds=embeds, labels=labels, kept=kept)
+    parallel = shard_of(plan.layout, handle.context_parallel, handle.row_cost, kept)
     take = parallel.shard.take
     return {
         **{name: value for name, value in arguments.items() if name != "attention_mask"},

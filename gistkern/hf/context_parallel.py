@@ -13,22 +13,37 @@ import torch
 import torch.distributed as dist
 
 from gistkern.distributed import ContextShard, split_layout
-from gistkern.distributed.collectives import Group
+from gistkern.distributed.collectives import Group, gather_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gistkern.layout import GistLayout
 
-__all__ = ["Parallel", "check_same", "group_of", "row_cost", "shard_of", "split_labels", "whole_loss"]
+__all__ = [
+    "Parallel",
+    "check_same",
+    "group_of",
+    "kept_columns",
+    "own_columns",
+    "row_cost",
+    "shard_of",
+    "split_labels",
+    "whole_logits",
+    "whole_loss",
+]
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """A shard and the group that it is exchanged in."""
+    """A shard and the group that it is exchanged in.
+
+    `kept` are the columns of the whole context whose logits every rank gets (``logits_to_keep``), if not its shard's.
+    """
 
     shard: ContextShard
     group: Group
+    kept: torch.Tensor | None = None
 
 
 def group_of(given: Group | DeviceMesh) -> Group:
@@ -51,10 +66,52 @@ def row_cost(inner: torch.nn.Module) -> float:
     return 2 * weights / (4 * head_dim * config.num_attention_heads)
 
 
-def shard_of(layout: GistLayout, group: Group, cost: float) -> Parallel:
+def shard_of(layout: GistLayout, group: Group, cost: float, kept: torch.Tensor | None) -> Parallel:
     """This rank's shard of a whole context."""
     ranks = dist.get_world_size(group)
-    return Parallel(split_layout(layout, ranks, cost)[dist.get_rank(group)], group)
+    return Parallel(split_layout(layout, ranks, cost)[dist.get_rank(group)], group, kept)
+
+
+def kept_columns(arguments: dict[str, Any], rows: int) -> torch.Tensor | None:
+    """int64 ``[T]``: the columns of the whole context that `logits_to_keep` names; None where it names none."""
+    keep = arguments.get("logits_to_keep")
+    if keep is None or (isinstance(keep, int) and keep == 0):
+        return None
+    if arguments.get("labels") is not None:
+        raise ValueError(
+            "labels are of the whole context, logits_to_keep leaves columns out of it: under context_parallel pass one "
+            "of them (gistkern.training.answer_loss takes the labels and keeps their columns)"
+        )
+    if isinstance(keep, int):
+        return torch.arange(max(0, rows - keep), rows)
+    if keep.dim() != 1 or keep.dtype != torch.int64 or (len(keep) and not 0 <= keep.min() <= keep.max() < rows):
+        raise ValueError(f"logits_to_keep must be a number, or int64 [T] columns below {rows}, got {keep!r}")
+    return keep
+
+
+def own_columns(parallel: Parallel) -> torch.Tensor:
+    """int64: those of the kept columns that lie in this rank's shard, counted from its first row."""
+    assert parallel.kept is not None
+    shard = parallel.shard
+    return parallel.kept[(parallel.kept >= shard.begin) & (parallel.kept < shard.end)] - shard.begin
+
+
+def whole_logits(logits: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """Logits ``[B, T, vocabulary]`` of the kept columns, on every rank, from each shard's own.
+
+    A loss that every rank computes of them has the gradient of one process times the size of the group, as needed for
+    averaging: the backward sums what all ranks, equally, ask of each.
+    """
+    assert parallel.kept is not None
+    bounds = torch.tensor(parallel.shard.cuts[1:-1], device=parallel.kept.device)
+    rank = torch.bucketize(parallel.kept, bounds, right=True)
+    width = int(rank.bincount().max())
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1]))
+    every = gather_ranks(padded, parallel.group).movedim(0, 1).flatten(1, 2)  # [B, R * width, vocabulary]
+    within = torch.zeros_like(rank)
+    for one in rank.unique():
+        within[rank == one] = torch.arange(int((rank == one).sum()), device=rank.device)
+    return every[:, (rank * width + within).to(every.device)]
 
 
 def check_same(
@@ -64,6 +121,7 @@ def check_same(
     ids: torch.Tensor | None,
     embeds: torch.Tensor | None,
     labels: torch.Tensor | None,
+    kept: torch.Tensor | None,
 ) -> None:
     """Raise ValueError, on every rank, unless all were called with the same context and labels.
 
@@ -74,11 +132,12 @@ def check_same(
         "input_ids": ids,
         "inputs_embeds": embeds,
         "labels": labels,
+        "logits_to_keep": kept,
         "gist_layout": torch.cat([layout.gist_begin, layout.gist_end, layout.local_begin], 1),
         "positions": torch.cat([layout.stream_position, layout.gist_first_position], 1),
     }
     device = layout.device
-    sums = torch.stack([_sum(tensor, device) for tensor in given.values()])
+    sums = torch.stack([_sum(tensor, device) for tensor in given.values()])  # [tensors]
     everyone = sums.new_empty(dist.get_world_size(group) * len(sums))
     dist.all_gather_single(everyone, sums, group=group)
     same = (everyone.unflatten(0, (-1, len(sums))) == sums).all(0).tolist()
@@ -94,7 +153,7 @@ def _sum(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """A number that other contents, shapes or places would change; -1 for none."""
     if tensor is None:
         return torch.tensor(-1, device=device)
-    flat = tensor.detach().flatten()
+    flat = tensor.detach().to(device).flatten()
     if flat.is_floating_point():
         flat = flat.double().view(torch.int64)
     weight = torch.arange(1, flat.numel() + 1, device=device)

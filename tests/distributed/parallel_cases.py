@@ -89,6 +89,16 @@ def contexts(handle, seed, padded=False):
     return ids, mask, labels
 
 
+# labelled columns at the end of the context: in the last shard, in several
+TAILS = {"short": 5, "long": 70}
+KEPT = {"number": 9, "columns": torch.tensor([3, 60, 61, 117, 118])}
+
+
+def last_labels(labels, count):
+    """The labels of the last columns alone."""
+    return labels.masked_fill(torch.arange(labels.shape[1]) < labels.shape[1] - count, -100)
+
+
 def losses_and_gradients(handle, batches):
     """Mean loss of batches in one process, its gradients by name, and the first batch's logits."""
     model = handle.model

@@ -6,11 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from launching import launch
-from parallel_cases import LAYOUTS, contexts, layout_of, losses_and_gradients, model_of, op_inputs
+from parallel_cases import (
+    KEPT,
+    LAYOUTS,
+    TAILS,
+    contexts,
+    last_labels,
+    layout_of,
+    losses_and_gradients,
+    model_of,
+    op_inputs,
+)
 from safetensors.torch import load_file
 
 from gistkern import gist_attention
 from gistkern.distributed import split_layout
+from gistkern.training import answer_loss
 
 pytestmark = [pytest.mark.xdist_group("context parallel"), pytest.mark.timeout(600)]
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -65,6 +76,28 @@ def test_a_model_equals_one_process(ranks, padded):
     torch.testing.assert_close(torch.cat(shards, 1), logits, **CLOSE)
 
 
+@pytest.mark.parametrize("name", TAILS)
+def test_the_training_losses_equal_one_process(ranks, name):
+    handle = model_of()
+    ids, mask, labels = contexts(handle, 0, padded=True)
+    loss = answer_loss(handle.model, ids, last_labels(labels, TAILS[name]), attention_mask=mask)
+    loss.backward()
+    for found in ranks("tail"):
+        torch.testing.assert_close(found[f"{name}/loss"], loss.detach(), **CLOSE)
+        for key, parameter in handle.model.named_parameters():
+            torch.testing.assert_close(found[f"{name}/grad/{key}"], parameter.grad, **LOSS, msg=key)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_logits_are_those_of_the_whole_context_on_every_rank(ranks, name):
+    handle = model_of()
+    ids, mask, _ = contexts(handle, 0, padded=True)
+    with torch.no_grad():
+        logits = handle.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=KEPT[name]).logits
+    for found in ranks("tail"):
+        torch.testing.assert_close(found[f"{name}/logits"], logits, **CLOSE)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_it_composes_with_data_parallel_training(ranks, wrap):
     """A mesh of two replicas of data by two shards of context."""
@@ -81,7 +114,7 @@ def test_it_composes_with_data_parallel_training(ranks, wrap):
 
 def test_what_would_go_wrong_silently_is_refused(ranks):
     for rank in range(ranks.processes):
-        ids, *labels, embeds, cached, kept, first, several, unknown = json.loads(
+        ids, *labels, embeds, cached, kept, both, beyond, unknown = json.loads(
             (ranks.folder / f"refusals-{rank}.json").read_text()
         )
         assert "were called with different input_ids: each needs the whole" in ids
@@ -89,5 +122,7 @@ def test_what_would_go_wrong_silently_is_refused(ranks):
         assert all("with different labels: each" in one for one in labels)
         assert "with different inputs_embeds: each" in embeds
         assert "caches none: pass use_cache=False" in cached
-        assert all("logits_to_keep names rows of the whole context" in one for one in (kept, first, several))
+        assert "with different logits_to_keep: each" in kept
+        assert "logits_to_keep leaves columns out of it" in both
+        assert "int64 [T] columns below" in beyond
         assert "process group or a DeviceMesh of one dimension" in unknown

@@ -1,11 +1,16 @@
 """Shards see what the whole context's layout says, are of equal work, and refuse what cannot be cut."""
 
+import itertools
+import warnings
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parallel_cases import LAYOUTS, layout_of
 
 from gistkern import GistLayout
-from gistkern.distributed import count_traffic, row_work, split_layout
+from gistkern.distributed import count_traffic, row_work, shards, split_layout
 from gistkern.distributed.traffic import record
 from gistkern.layout_checks import check_intervals
 
@@ -70,8 +75,56 @@ def test_what_cannot_be_split_is_refused():
         split_layout(GistLayout.decode(5, 2), 1)
     with pytest.raises(ValueError, match="3 rows cannot be split into 4 shards"):
         split_layout(GistLayout.from_segments([2], 1), 4)
-    with pytest.raises(ValueError, match="no row after 202 can begin shard 2 of 4"):
+    with pytest.raises(
+        ValueError, match="cannot be cut into 4 shards whose local rows lie in themselves and the shard"
+    ):
         split_layout(GistLayout.from_segments([400], 4), 4)
+
+
+def lightest(layout, parts):
+    """Work of the heaviest shard of the best split there is, over all of them; None if there is none."""
+    reach, work = layout.local_begin.min(0).values.tolist(), [0.0, *row_work(layout).cumsum(0).tolist()]
+    ends = {0: 0.0}
+    for _ in range(parts - 1):
+        further = {}
+        for begin, heaviest in ends.items():
+            for cut in range(begin + 1, layout.num_rows):
+                if reach[cut] >= begin:
+                    found = max(heaviest, work[cut] - work[begin])
+                    further[cut] = min(found, further.get(cut, found))
+        ends = further
+    return min((max(heaviest, work[-1] - work[begin]) for begin, heaviest in ends.items()), default=None)
+
+
+@pytest.mark.filterwarnings("ignore:the heaviest of")
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 25), min_size=1, max_size=6), st.integers(0, 9), st.integers(2, 6), st.sampled_from([0, 5])
+)
+def test_whatever_can_be_cut_is_cut_and_the_rest_is_refused(lengths, tail, parts, window):
+    """Against every way to cut: a split exists exactly where one is found, and what greed misses is then the best."""
+    layout = GistLayout.from_segments(lengths, 2, tail=tail)
+    if window:
+        layout = GistLayout.sliding(sum(lengths) + 10, window, 3)
+    best = lightest(layout, parts)
+    if best is None:
+        with pytest.raises(ValueError, match="cannot be cut into"):
+            split_layout(layout, parts)
+        return
+    cuts = [shard.begin for shard in split_layout(layout, parts)]
+    assert all(layout.local_begin[0, cut] >= before for before, cut in itertools.pairwise(cuts))
+    reach, total = layout.local_begin[0].numpy(), row_work(layout).cumsum(0).numpy()
+    cuts = [0, *shards._smallest_bound(reach, total, parts), layout.num_rows]
+    work = [0.0, *total]
+    assert max(work[end] - work[begin] for begin, end in itertools.pairwise(cuts)) <= best * 1.002
+
+
+def test_shards_that_others_wait_for_are_named():
+    layout = GistLayout.from_segments([10, 10, 200], 2)
+    with pytest.warns(UserWarning, match=r"the heaviest of 4 shards has 2.0 times the mean work"):
+        split_layout(layout, 4)
+    with warnings.catch_warnings(action="error"):
+        split_layout(layout, 2)
 
 
 def test_counts_of_traffic_nest():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_cases import LAYOUTS, contexts, layout_of, model_of, op_inputs
+from parallel_cases import KEPT, LAYOUTS, TAILS, contexts, last_labels, layout_of, model_of, op_inputs
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gistkern import patch_llama
 from gistkern.distributed import count_traffic, gist_bytes, parallel_attention, split_layout
+from gistkern.training import answer_loss
 
 
 def op_case(name, group):
@@ -29,7 +30,7 @@ def op_case(name, group):
     tensors = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
     width = dist.get_world_size(group) * shard.own.shape[1]
     expected = gist_bytes(width, dist.get_world_size(group), k.shape[1], k.shape[3], 8, 8) * len(k)
-    assert traffic.received["gists"] + traffic.received["gist gradients"] == expected
+    assert traffic.received["gists"] + traffic.received["gists, gradients"] == expected
     row = 2 * len(k) * k.shape[1] * k.shape[3] * 8
     assert traffic.received.get("halo", 0) == shard.halos[shard.rank] * row
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -43,8 +44,31 @@ def model_case(group, padded):
         output = handle.model(ids, attention_mask=mask, labels=labels, use_cache=False)
     assert set(traffic.received) <= {"gists", "halo"}
     output.loss.backward()
-    found = {"loss": output.loss.detach(), "logits": output.logits.detach()}
-    for name, parameter in handle.model.named_parameters():
+    return {"loss": output.loss.detach(), "logits": output.logits.detach()} | averaged(handle.model, group)
+
+
+def tail_case(group):
+    """`answer_loss`, whose few columns lie in one shard or in several, its averaged gradients, and kept logits."""
+    handle = model_of(group)
+    ids, mask, labels = contexts(handle, 0, padded=True)
+    found = {}
+    for name, count in TAILS.items():
+        handle.model.zero_grad()
+        loss = answer_loss(handle.model, ids, last_labels(labels, count), attention_mask=mask)
+        loss.backward()
+        found |= {f"{name}/loss": loss.detach()}
+        found |= {f"{name}/{key}": value for key, value in averaged(handle.model, group).items()}
+    with torch.no_grad():
+        for name, keep in KEPT.items():
+            output = handle.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+            found[f"{name}/logits"] = output.logits
+    return found
+
+
+def averaged(model, group):
+    """The mean over ranks of every parameter's gradient."""
+    found = {}
+    for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(grad, group=group)
         found[f"grad/{name}"] = grad / dist.get_world_size(group)
@@ -82,9 +106,9 @@ def refusals(group):
         {"input_ids": same, "labels": same.roll(rank, 1)},
         {"inputs_embeds": torch.randn(*ids.shape, 32, dtype=torch.float64) + rank},
         {"input_ids": ids, "use_cache": True},
-        {"input_ids": ids, "logits_to_keep": 1},
-        {"input_ids": ids, "logits_to_keep": torch.tensor([0])},
-        {"input_ids": ids, "logits_to_keep": torch.tensor([3, 4])},
+        {"input_ids": same, "logits_to_keep": 1 + rank},
+        {"input_ids": same, "logits_to_keep": 1, "labels": same},
+        {"input_ids": same, "logits_to_keep": torch.tensor([same.shape[1]])},
     ):
         try:
             handle.model(**{"use_cache": False, **arguments})
@@ -110,6 +134,7 @@ if __name__ == "__main__":
     rank, processes = dist.get_rank(), dist.get_world_size()
     for padded in (False, True):
         save(folder, f"model-{padded}", model_case(dist.group.WORLD, padded))
+    save(folder, "tail", tail_case(dist.group.WORLD))
     if processes == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
         for wrap in ("ddp", "fsdp"):
