@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work roofline cpu-report compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup demo test emulate sanitize aot work roofline compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -70,9 +70,6 @@ work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/
 roofline: setup ## calculate what perfect kernels would take and how many documents fit, into docs/roofline.md
 	$(BIN)/python -m bench.roofline $(ARGS)
 
-cpu-report: setup ## measure the CPU kernels beside SDPA, sgemm and a copy into docs/evidence/cpu.*
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_report $(ARGS)
-
 compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)
 
@@ -90,7 +87,7 @@ format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
-bench-report: setup ## everything beside its baselines, into docs/benchmarks.* (about an hour)
+bench-report: setup ## everything beside its baselines, into docs/benchmarks.* (40 min)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.report $(ARGS)
 
 bench-check: setup ## compare with the recorded ratios of docs/benchmarks.json; not part of CI

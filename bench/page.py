@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench import decoding
@@ -16,6 +16,7 @@ from bench.timing import PATIENCE
 __all__ = ["page"]
 
 NONE = "not measured"
+FEW = 4
 
 _INTRO = """# Benchmarks
 
@@ -95,7 +96,10 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 
 def _aims(report: Mapping[str, Any]) -> str:
     said = {True: "met", False: "**missed**", None: NONE}
-    return table(["aim", "found", ""], [[aim.wanted, aim.found, said[aim.met]] for aim in aims(report)])
+    found = aims(report)
+    rows = table(["aim", "found", ""], [[aim.wanted, aim.found, said[aim.met]] for aim in found])
+    missed = [f"- {aim.wanted}: {aim.why}." for aim in found if aim.met is False and aim.why]
+    return "\n\n".join([rows, *(["Why some are missed:\n\n" + "\n".join(missed)] if missed else [])])
 
 
 def _attention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -112,7 +116,7 @@ def _attention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for row in rows
     ]
-    return [_ATTENTION, table(head, lines), *_reasons(rows, lambda row: f"{row['rows']:,} rows")]
+    return [_ATTENTION, table(head, lines), *_reasons(rows, "layout", "pass", "rows")]
 
 
 def _growth(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -130,9 +134,9 @@ def _growth(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     widest = max(((r["time"]["max"] - r["time"]["min"]) / r["time"]["median"] for r in rows if "time" in r), default=0)
     facts = {"heads": rows[0]["heads"], "rounds": rows[0]["rounds"], "spread": f"{widest:.0%} of the median"}
     text = _GROWTH.format(first=sizes[0], **facts)
-    named = [{**row, "not_measured": {row["name"]: row["not_measured"]}} for row in rows if "not_measured" in row]
+    named = [{**row, "not_measured": {row["name"]: why} if (why := row.get("not_measured")) else {}} for row in rows]
     head = ["layout", "", *(f"{size:,}" for size in sizes)]
-    return [text, table(head, lines), *_reasons(named, lambda row: f"{row['rows']:,} rows")]
+    return [text, table(head, lines), *_reasons(named, "rows")]
 
 
 def _decoding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -176,7 +180,7 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
     ]
     head += ["ours, of copy", "DynamicCache, of copy", "rounds"]
-    return [_MODELS.format(rows=rows[0]["gist rows"]), table(head, lines), *_reasons(rows)]
+    return [_MODELS.format(rows=rows[0]["gist rows"]), table(head, lines), *_reasons(rows, "model", "context", "batch")]
 
 
 def _compressing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -218,16 +222,17 @@ _SECTIONS = {
 }
 
 
-def _reasons(rows: Iterable[Mapping[str, Any]], where: Any = lambda row: "") -> list[str]:
-    """Why cells are empty, each reason once."""
+def _reasons(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[str]:
+    """Why cells are empty, each reason once; `keys` name the rows for which it holds, where they are few."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
+        place = ", ".join(f"{row[key]:,} {key}" if isinstance(row[key], int) else row[key] for key in keys)
         for name, reason in row["not_measured"].items():
-            found.setdefault((name, reason), []).append(where(row))
+            found.setdefault((name, reason), []).append(place)
     lines = []
     for (name, reason), places in found.items():
-        named = ", ".join(dict.fromkeys(place for place in places if place))
-        lines.append(f"- {name}: {reason}{f' ({named})' if named else ''}")
+        named = "; ".join(dict.fromkeys(places)) if len(places) <= min(FEW, len(rows) - 1) else ""
+        lines.append(f"- {name}: {reason}" + (f" ({named})" if named else ""))
     return ["Not measured:\n\n" + "\n".join(lines)] if lines else []
 
 

@@ -1,6 +1,6 @@
 """Measure everything of bench/ in one process and write docs/benchmarks.json, benchmarks.md and their plots.
 
-    make bench-report                                  # on this CPU, one thread (about half an hour)
+    make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
     python -m bench.report --device cuda               # the same page for a GPU: docs/benchmarks-<its name>.*
     python -m bench.report --section decoding          # a part of it, printed only
     python -m bench.report --page docs/benchmarks.json # write the page again

@@ -320,9 +320,10 @@ def test_a_report_becomes_a_page(small_report, tmp_path):
     row = json.loads(path.read_text())["attention"][0]
     dense = row["slower_than_ours"]["sdpa dense"]
     assert f"| {dense['median']:.2f} ({dense['min']:.2f} to {dense['max']:.2f}) |" in text
-    assert "- sdpa per segment: the local window moves with every row (900 rows)" in text
+    assert "- sdpa per segment: the local window moves with every row (sliding, forward, 900 rows)" in text
     assert "- flash-attn 2: flash_attn needs a GPU" in text
     assert "- sdpa dense: only up to 800 rows (1,600 rows)" in text
+    assert text.count("- flash-attn 2: flash_attn needs a GPU\n") == 1
     assert "| 64/4, 300, 2 heads, D 64, both | flex | not measured: no backward on CPU |" in text
     bytes_ = small_report["models"][1]
     assert f"| {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} | 1/30.0 |" in text
@@ -347,10 +348,14 @@ def aims_of(**parts):
 def test_aims_are_met_or_missed_by_what_was_measured():
     def row(passes, **slower):
         found = {name.replace("_", " "): {"median": value} for name, value in slower.items()}
-        return {"layout": "512/8", "rows": 16384, "pass": passes, "slower_than_ours": found}
+        peak = {name: {"median": 0.2} for name in found} | {OURS: {"median": 0.8}}
+        return {"layout": "512/8", "rows": 16384, "pass": passes, "slower_than_ours": found, "of_limit": peak}
 
     rows = [row("forward", sdpa_dense=9.0, flex=5.0, flex_permuted=3.9), row("both", sdpa_dense=5.0)]
-    assert [aim.met for aim in aims_of(attention=rows).values()][:3] == [True, False, False]
+    dense, flex_, both = list(aims_of(attention=rows).values())[:3]
+    assert (dense.met, flex_.met, both.met) == (True, False, False)
+    assert flex_.found == "flex 5.0 times, flex permuted 3.9 times"
+    assert flex_.why.endswith("0.20 of peak against our 0.80")
     growth = [
         {"layout": "512/8", "name": OURS, "rows": 4096 * 2**i, "time": {"median": 3.0**i}, "visible_pairs": 2**i}
         for i in range(6)
@@ -376,6 +381,7 @@ def test_aims_are_met_or_missed_by_what_was_measured():
 def test_an_aim_of_two_baselines_needs_both():
     slower = {"flex": {"median": 9.0}}
     row = {"layout": "512/8", "rows": 16384, "pass": "forward", "slower_than_ours": slower}
+    row["of_limit"] = {name: {"median": 0.5} for name in (OURS, "flex", "flex permuted")}
     assert list(aims_of(attention=[row]).values())[1].met is None
     slower["flex permuted"] = {"median": 4.5}
     assert list(aims_of(attention=[row]).values())[1].met

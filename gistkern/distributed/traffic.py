@@ -11,7 +11,7 @@ __all__ = ["Traffic", "count_traffic", "gist_bytes", "record", "ring_bytes"]
 
 @dataclass(eq=False)  # nested counts are told apart by identity
 class Traffic:
-    """Bytes that this rank received, by kind: ``"gists"``, ``"halo"``, ``"logits"``, and each with ``", gradients"``."""
+    """Bytes that this rank received, by kind: ``"gists"``, ``"halo"``, ``"logits"``, each also ``", gradients"``."""
 
     received: dict[str, int] = field(default_factory=dict)
 
