@@ -7,6 +7,7 @@ set's peak in a process of its own for each of the four measurements, since a pe
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,13 @@ from throughput import (
 )
 
 __all__ = ["side_by_side"]
+
+# glibc would keep freed memory and hand it out again, which the resident set does not show
+FREED_MEMORY_GOES_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_MMAP_MAX_": str(1 << 24),
+    "MALLOC_TRIM_THRESHOLD_": "0",
+}
 
 
 def side_by_side(
@@ -80,7 +88,10 @@ def _peaks(
         "compression": dict(compression),
     }
     command = [sys.executable, str(Path(__file__))]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=True)
+    environment = os.environ | FREED_MEMORY_GOES_BACK
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, check=True, env=environment
+    )
     return json.loads(done.stdout)
 
 
@@ -96,7 +107,7 @@ def _measure_in_this_process() -> None:
         return gist_side(model, ids, request["compression"]) if request["which"] == "gist" else full_side(model, ids)
 
     with torch.no_grad():
-        side(context[:, :100]).prefill()  # allocators and kernels warm up first
+        side(context).prefill()  # threads, kernels and what is kept for the next call of that size
         whole = side(context)
         before = _reset_peak()
         cache = whole.prefill()
