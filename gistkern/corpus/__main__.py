@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,10 @@ class _Lines:
                     ) from error
 
 
+def _device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -58,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens compressed together, padding included")
     parser.add_argument("--chunk-documents", type=int, default=256, help="documents of one file")
     parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16, ...")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=_device(), help="by default this process's GPU under torchrun, or the CPU")
     given = parser.parse_args(arguments)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from gistkern.compressing import check_segments, compress, left_padded
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
-from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
+from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, own_documents, read_chunk
 from gistkern.corpus.rows import CompressedDocument, from_cache
-from gistkern.corpus.shard_file import FORMAT, Shard, replace_file, shard_path, write_shard
+from gistkern.corpus.shard_file import FORMAT, SETTINGS, Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.schemes import check_count
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["SETTINGS", "compress_corpus"]
-
-SETTINGS = "corpus.json"
 
 
 def compress_corpus(
@@ -102,18 +100,17 @@ def compress_corpus(
         "batch_tokens": batch_tokens,
         "chunk_documents": chunk_documents,
     }
-    _agree(folder, settings, rank)
+    _agree(folder, settings)
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
     encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
     number = -1
-    total = len(documents) if isinstance(documents, Sized) else None
+    total = own_documents(len(documents), chunk_documents, rank, ranks) if isinstance(documents, Sized) else None
     with tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar:
         for number, chunk in enumerate(chunks_of(documents, chunk_documents)):
             if number % ranks == rank:
-                _compress_chunk(model, read_chunk(chunk, encode), folder, number, segments, settings, bar)
-            else:
-                bar.update(len(chunk))
-    _finish(folder, number + 1, rank)
+                given = read_chunk(chunk, encode, handle.first_id)
+                _compress_chunk(model, given, folder, number, segments, settings, bar)
+    _finish(folder, number + 1, settings)
     return GistStore(folder, model.device)
 
 
@@ -127,13 +124,13 @@ def _compress_chunk(
     bar: tqdm,
 ) -> None:
     path = shard_path(folder, chunk)
+    journal = Journal(path.with_suffix(".journal"))  # first: while it is locked, nobody else finishes this chunk
     if path.exists():
-        _check_documents(Shard(path), documents)
-        path.with_suffix(".journal").unlink(missing_ok=True)  # of a process that was killed here
+        journal.close(delete=True)
+        _check_documents(Shard(path, chunk, settings), documents)
         bar.update(len(documents))
         return
     (folder / INDEX).unlink(missing_ok=True)  # of a corpus that was complete before
-    journal = Journal(path.with_suffix(".journal"))
     batches = batches_of(documents, settings["batch_tokens"])
     tokens, started = 0, time.perf_counter()
     try:
@@ -153,7 +150,7 @@ def _compress_chunk(
             for number, places in enumerate(batches)
             for place, document in zip(places, _documents(journal.done[number]), strict=True)
         }
-        write_shard(path, documents, [compressed_at[place] for place in range(len(documents))], settings)
+        write_shard(path, chunk, documents, [compressed_at[place] for place in range(len(documents))], settings)
     except BaseException:
         journal.close()
         raise
@@ -207,16 +204,21 @@ def _ranks(rank: int | None, ranks: int | None) -> tuple[int, int]:
     return rank, ranks
 
 
-def _agree(folder: Path, settings: dict[str, Any], rank: int) -> None:
+def _agree(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or compare with those that are there."""
     path = folder / SETTINGS
     wanted = {"format": FORMAT, **settings}
     if not path.exists():
         if any(folder.glob("chunk-*")):
             raise ValueError(f"{folder} holds files of a store but no {SETTINGS}: pass another out_dir")
-        temporary = folder / f".{SETTINGS}.{rank}.tmp"
+        temporary = folder / f".{SETTINGS}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(wanted, indent=1))
-        replace_file(temporary, path)  # several processes write the same
+        try:
+            os.link(temporary, path)  # whole or not at all, and whoever comes second agrees with the first
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
     found = json.loads(path.read_text())
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
@@ -224,7 +226,7 @@ def _agree(folder: Path, settings: dict[str, Any], rank: int) -> None:
         raise ValueError(f"{folder} was begun with {said}: pass the same, or another out_dir")
 
 
-def _finish(folder: Path, chunks: int, rank: int) -> None:
+def _finish(folder: Path, chunks: int, settings: dict[str, Any]) -> None:
     """Write the index if no chunk is missing: the last process does, or every one that finds it so."""
     paths = [shard_path(folder, chunk) for chunk in range(chunks)]
     if more := sorted({path.name for path in folder.glob("chunk-*.safetensors")} - {path.name for path in paths}):
@@ -233,4 +235,4 @@ def _finish(folder: Path, chunks: int, rank: int) -> None:
             "that it was begun with, or another out_dir"
         )
     if chunks and all(path.exists() for path in paths):
-        write_index(folder, [Shard(path).names for path in paths], rank)
+        write_index(folder, [Shard(path, chunk, settings).names for chunk, path in enumerate(paths)])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def hash_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def write_index(folder: Path, names: Iterable[Sequence[str]], rank: int) -> None:
+def write_index(folder: Path, names: Iterable[Sequence[str]]) -> None:
     """Write the index of the names in each chunk; ValueError if a name is in two of them."""
     entries = [
         (hash_of(name), chunk, place, name) for chunk, known in enumerate(names) for place, name in enumerate(known)
@@ -37,9 +38,16 @@ def write_index(folder: Path, names: Iterable[Sequence[str]], rank: int) -> None
         "chunks": np.array([entry[1] for entry in entries], dtype=np.int32),
         "places": np.array([entry[2] for entry in entries], dtype=np.int32),
     }
-    temporary = folder / f".{INDEX}.{rank}.tmp"  # several processes may find the corpus complete
-    save_file(tensors, temporary, metadata={"gistkern": "index"})
+    temporary = folder / f".{INDEX}.{os.getpid()}.tmp"  # several processes may find the corpus complete
+    save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
     replace_file(temporary, folder / INDEX)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in ("hashes", "chunks", "places"):
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def read_index(folder: Path) -> dict[str, np.ndarray] | None:
@@ -58,6 +66,8 @@ def read_index(folder: Path) -> dict[str, np.ndarray] | None:
             kind = kinds[header[name]["dtype"]]
             count = (end - begin) // np.dtype(kind).itemsize
             found[name] = np.memmap(path, kind, "r", offset=8 + size + begin, shape=(count,))
+        if header["__metadata__"]["sha256"] != _checksum(found):
+            raise ValueError("its checksum does not match")
         return found
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load, save
@@ -18,6 +19,27 @@ from safetensors.torch import load, save
 __all__ = ["Journal"]
 
 _HEAD = 8 + 32
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file, locked; a killed process's lock is gone."""
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise RuntimeError(
+                f"{path} is being written by another process: give every process its own rank, or wait"
+            ) from error
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            file.close()
+            raise RuntimeError(f"{path} cannot be locked ({error}): its file system must know flock") from error
+        file.close()  # between opening and locking whoever held it has deleted it: that lock guards no name
 
 
 class Journal:
@@ -41,14 +63,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process's lock is gone
-        except OSError as error:
-            self._file.close()
-            raise RuntimeError(
-                f"{path} is being written by another process: give every process its own rank, or wait"
-            ) from error
+        self._file = _locked(path)
         self.done = self._recover()
 
     def _recover(self) -> dict[int, dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Document", "Documents", "batches_of", "chunks_of", "read_chunk"]
+__all__ = ["Document", "Documents", "batches_of", "chunks_of", "own_documents", "read_chunk"]
 
 Content: TypeAlias = "str | Sequence[int]"
 Documents: TypeAlias = "Mapping[str, Content] | Iterable[Content | tuple[str, Content]]"
@@ -39,24 +39,38 @@ def chunks_of(documents: Documents, size: int) -> Iterator[list[tuple[str, Conte
         yield chunk
 
 
+def own_documents(count: int, size: int, rank: int, ranks: int) -> int:
+    """How many of `count` documents lie in the chunks of `size` that are one rank's."""
+    return sum(min(size, count - begin) for begin in range(rank * size, count, ranks * size))
+
+
 def _named(number: int, document: Any) -> tuple[str, Content]:
     if isinstance(document, tuple) and len(document) == 2 and isinstance(document[0], str):
         return document
     return str(number), document
 
 
-def read_chunk(chunk: Sequence[tuple[str, Content]], encode: Callable[[str], Sequence[int]] | None) -> list[Document]:
-    """The documents of a chunk as ids.
+def read_chunk(
+    chunk: Sequence[tuple[str, Content]], encode: Callable[[str], Sequence[int]] | None, vocabulary: int
+) -> list[Document]:
+    """The documents of a chunk as ids, which lie below `vocabulary`: the words of the model, no gist tokens.
 
     Raises
     ------
     ValueError
-        If a text comes without a tokenizer, a document is empty, or a name is not a string or comes twice.
+        If a text comes without a tokenizer, a document is empty or holds other ids, or a name is no string that UTF-8
+        can write, or comes twice.
     """
     found: dict[str, Document] = {}
     for name, content in chunk:
         if not isinstance(name, str):
             raise ValueError(f"names of documents must be strings, got {name!r}")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the name {name!r} cannot be written as UTF-8 ({error.reason}): choose another"
+            ) from error
         if name in found:
             raise ValueError(f"two documents are called {name!r}: names must differ")
         if isinstance(content, str):
@@ -66,6 +80,11 @@ def read_chunk(chunk: Sequence[tuple[str, Content]], encode: Callable[[str], Seq
         ids = tuple(int(one) for one in content)
         if not ids:
             raise ValueError(f"document {name!r} is empty: leave it out")
+        if wrong := [one for one in ids if not 0 <= one < vocabulary]:
+            raise ValueError(
+                f"document {name!r} holds token {wrong[0]}, the model's words are 0 to {vocabulary - 1}: gist tokens "
+                "are appended by themselves, and a tokenizer must be the model's"
+            )
         found[name] = Document(name, ids)
     return list(found.values())
 

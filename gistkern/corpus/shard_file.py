@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from gistkern.corpus.plan import Document
 from gistkern.corpus.rows import CompressedDocument
 
-__all__ = ["FORMAT", "Shard", "replace_file", "shard_path", "write_shard"]
+__all__ = ["FORMAT", "SETTINGS", "Shard", "replace_file", "shard_path", "write_shard"]
 
-FORMAT = "gistkern-corpus-1"
+FORMAT = "gistkern-corpus-2"
+SETTINGS = "corpus.json"
 
 
 def shard_path(folder: Path, chunk: int) -> Path:
@@ -28,14 +29,18 @@ def shard_path(folder: Path, chunk: int) -> Path:
 
 
 def write_shard(
-    path: Path, documents: Sequence[Document], compressed: Sequence[CompressedDocument], settings: dict[str, Any]
+    path: Path,
+    chunk: int,
+    documents: Sequence[Document],
+    compressed: Sequence[CompressedDocument],
+    settings: Mapping[str, Any],
 ) -> None:
     """Write a chunk's file in one step."""
     lengths = torch.tensor([0, *(len(one.rows) for one in compressed)])
     numbers = torch.tensor([[one.seen, one.tail_position] for one in compressed])
     header = {
-        "format": FORMAT,
-        **settings,
+        "settings": dict(settings),
+        "chunk": chunk,
         "names": [one.name for one in documents],
         "documents": [one.digest for one in documents],
         "sha256": [_checksum(one) for one in compressed],
@@ -46,7 +51,10 @@ def write_shard(
         "numbers": numbers,
     }
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"gistkern": json.dumps(header)})
+    text = json.dumps(header)
+    # one entry: safetensors writes several in any order, and the same documents must be the same bytes
+    entry = f"{_header_checksum(text, tensors['offsets'], numbers)} {text}"
+    save_file(tensors, temporary, metadata={FORMAT: entry})
     replace_file(temporary, path)
 
 
@@ -65,6 +73,14 @@ def replace_file(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
+def _header_checksum(text: str, offsets: torch.Tensor, numbers: torch.Tensor) -> str:
+    """Of everything but the rows, which have checksums of their own."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in (offsets, numbers):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _checksum(document: CompressedDocument) -> str:
     digest = hashlib.sha256(f"{document.seen} {document.tail_position} {tuple(document.rows.shape)}".encode())
     digest.update(document.rows.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -75,25 +91,46 @@ def _checksum(document: CompressedDocument) -> str:
 class Shard:
     """A file of a store, memory-mapped: opening reads its header, `read` one document's rows.
 
+    Parameters
+    ----------
+    path : Path
+        The file.
+    chunk : int
+        Which one of its store it must be.
+    settings : mapping
+        How the store's files were made (`SETTINGS`).
+
     Raises
     ------
     ValueError
-        If the file is torn or none of a store; naming the file, and from `read` the document.
+        If the file is torn or damaged, or another store's or chunk's; naming the file, and from `read` the document.
     """
 
     path: Path
+    chunk: int
+    settings: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         try:
             self._file = safe_open(self.path, "pt").__enter__()
-            self.header: dict[str, Any] = json.loads((self._file.metadata() or {}).get("gistkern", "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
+            entry = (self._file.metadata() or {}).get(FORMAT)
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path} is torn or no safetensors file ({error})") from error
-        if self.header.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is no file of a {FORMAT} store (found {self.header.get('format')!r})")
+        if entry is None:
+            raise ValueError(f"{self.path} is no file of a {FORMAT} store")
+        checksum, _, text = entry.partition(" ")
+        offsets, numbers = self._file.get_tensor("offsets"), self._file.get_tensor("numbers")
+        if checksum != _header_checksum(text, offsets, numbers):
+            raise ValueError(f"{self.path} is damaged: the checksum of its header does not match")
+        self.header: dict[str, Any] = json.loads(text)
+        found = self.header["settings"]
+        if different := [name for name, value in self.settings.items() if found.get(name) != value]:
+            said = ", ".join(f"{name} {found.get(name)!r}, not {self.settings[name]!r}" for name in different)
+            raise ValueError(f"{self.path} is another store's: made with {said}")
+        if self.header["chunk"] != self.chunk:
+            raise ValueError(f"{self.path} holds chunk {self.header['chunk']}: it was renamed")
         self.names: list[str] = self.header["names"]
-        self._offsets = self._file.get_tensor("offsets").tolist()
-        self._numbers = self._file.get_tensor("numbers").tolist()
+        self._offsets, self._numbers = offsets.tolist(), numbers.tolist()
 
     def read(self, place: int) -> CompressedDocument:
         """The document at a place, checked."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ import torch
 from gistkern.cache import GistCache
 from gistkern.corpus.index import hash_of, read_index
 from gistkern.corpus.rows import CompressedDocument, to_cache
-from gistkern.corpus.shard_file import Shard, shard_path
+from gistkern.corpus.shard_file import FORMAT, SETTINGS, Shard, shard_path
 
 __all__ = ["GistStore"]
 
@@ -52,6 +54,7 @@ class GistStore:
         self.folder, self.device = Path(folder), device
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
+        self._settings = _settings(self.folder)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self.damaged: list[str] = []
         self._index = read_index(self.folder)
@@ -64,12 +67,17 @@ class GistStore:
         return isinstance(name, str) and self._find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the corpus."""
+        """Names, in the order of the corpus; those of a damaged file are left out with a warning."""
         if self._index is None:
             yield from self._scanned
             return
         for chunk in np.unique(self._index["chunks"]).tolist():
-            yield from self._shard(chunk).names
+            try:
+                names = self._shard(chunk).names
+            except ValueError as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+                continue
+            yield from names
 
     def __getitem__(self, name: str) -> GistCache:
         """One document's cache; KeyError if there is none of that name, ValueError if it is damaged."""
@@ -88,12 +96,9 @@ class GistStore:
         found = [self._read(name) for name in names]
         if not found:
             raise ValueError("no names: a batch has at least one document")
-        headers = {(shard.header["positions"], shard.header["fingerprint"]) for shard, _ in found}
-        if len(headers) > 1:
-            raise ValueError(f"files of different models are mixed in {self.folder}: {sorted(headers)}")
-        return to_cache([document for _, document in found], *headers.pop(), device=self.device)
+        return to_cache(found, self._settings["positions"], self._settings["fingerprint"], device=self.device)
 
-    def _read(self, name: str) -> tuple[Shard, CompressedDocument]:
+    def _read(self, name: str) -> CompressedDocument:
         place = self._find(name)
         if place is None:
             raise KeyError(f"no document {name!r} in {self.folder}")
@@ -101,7 +106,7 @@ class GistStore:
             shard = self._shard(place[0])
         except ValueError as error:
             raise ValueError(f"document {name!r} cannot be read: {error}") from error
-        return shard, shard.read(place[1])
+        return shard.read(place[1])
 
     def _find(self, name: str) -> tuple[int, int] | None:
         """Chunk and place of a document."""
@@ -122,7 +127,7 @@ class GistStore:
 
     def _shard(self, chunk: int) -> Shard:
         if chunk not in self._open:
-            self._open[chunk] = Shard(shard_path(self.folder, chunk))
+            self._open[chunk] = Shard(shard_path(self.folder, chunk), chunk, self._settings)
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(chunk)
@@ -132,14 +137,32 @@ class GistStore:
         found: dict[str, tuple[int, int]] = {}
         for path in sorted(self.folder.glob("chunk-*.safetensors")):
             try:
-                names = Shard(path).names
+                chunk = _number(path)
+                names = Shard(path, chunk, self._settings).names
             except ValueError as error:
                 self.damaged.append(str(error))
                 warnings.warn(f"left out: {error}", stacklevel=3)
                 continue
-            found |= {name: (_number(path), place) for place, name in enumerate(names)}
+            found |= {name: (chunk, place) for place, name in enumerate(names)}
         return found
 
 
 def _number(path: Path) -> int:
-    return int(path.stem.split("-")[1])
+    """The chunk that a file's name says it is."""
+    digits = path.stem.removeprefix("chunk-")
+    if not digits.isdecimal() or shard_path(path.parent, int(digits)) != path:
+        raise ValueError(f"{path} is not named as a store's files are")
+    return int(digits)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): pass a folder that gistkern.compress_corpus wrote, with its {SETTINGS}"
+        ) from error
+    if found.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} is not of a {FORMAT} store: compress the corpus again with this version")
+    return found

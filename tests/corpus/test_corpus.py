@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_cases import documents, patched
+from corpus_cases import WORDS, documents, patched
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gistkern
 from gistkern import GistStore, compress, compress_corpus
-from gistkern.corpus import compressing
+from gistkern.corpus import __main__ as command_line
+from gistkern.corpus import compressing, journal
 from gistkern.corpus.__main__ import main
-from gistkern.corpus.plan import batches_of, chunks_of, read_chunk
+from gistkern.corpus.plan import batches_of, chunks_of, own_documents, read_chunk
 
 HERE = Path(__file__).parent
 SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}
@@ -127,7 +128,7 @@ def test_two_thousand_documents_two_processes_one_killed(tmp_path):
     assert start(out, notes, 1).wait(timeout=200) == 0
     begun = notes.read_text().splitlines()
     corpus = documents(2000)
-    chunks = [read_chunk(chunk, None) for chunk in chunks_of(corpus, 128)]
+    chunks = [read_chunk(chunk, None, WORDS) for chunk in chunks_of(corpus, 128)]
     batches = sum(len(batches_of(chunk, 1500)) for chunk in chunks)
     assert len(half) < batches
     assert len(set(begun)) == batches
@@ -158,15 +159,15 @@ def test_a_torn_record_is_done_again(handle, corpus, tmp_path, monkeypatch):
     folder = tmp_path / "store"
     with pytest.raises(KeyboardInterrupt):
         compress_corpus(handle.model, corpus, folder, **{**SMALL, "batch_tokens": 60})
-    (journal,) = folder.glob("*.journal")
-    whole = journal.read_bytes()
+    (torn,) = folder.glob("*.journal")
+    whole = torn.read_bytes()
     for cut in (whole[:-1], whole[:-300], whole + b"half a rec", whole[:-3] + b"xyz"):
-        journal.write_bytes(cut)
-        done = compressing.Journal(journal)
-        assert journal.read_bytes() == whole[: journal.stat().st_size], "whole records alone are left"
+        torn.write_bytes(cut)
+        done = compressing.Journal(torn)
+        assert torn.read_bytes() == whole[: torn.stat().st_size], "whole records alone are left"
         assert len(done.done) == (3 if cut.startswith(whole) else 2)
         with pytest.raises(RuntimeError, match="written by another process"):
-            compressing.Journal(journal)
+            compressing.Journal(torn)
         done.close()
     monkeypatch.setattr(compressing, "compress", real)
     store = compress_corpus(handle.model, corpus, folder, **{**SMALL, "batch_tokens": 60})
@@ -213,21 +214,80 @@ def test_a_truncated_file_is_named_and_the_rest_loads(store, corpus, kept):
 
 def test_foreign_files(store, handle, tmp_path):
     path = store.folder / "chunk-00000001.safetensors"
+
+    def said():
+        with pytest.raises(ValueError, match=r"'doc-9' cannot be read: ") as error:
+            GistStore(store.folder)["doc-9"]
+        return str(error.value)
+
+    shutil.copy(store.folder / "chunk-00000000.safetensors", path)
+    assert f"{path} holds chunk 0: it was renamed" in said()
+    for model, options in ((patched(seed=5).model, {}), (handle.model, {"segment_length": 16})):
+        other = compress_corpus(model, documents(21), tmp_path / f"other-{len(options)}", **SMALL, **options)
+        shutil.copy(other.folder / path.name, path)
+        assert f"{path} is another store's: made with {'segment_length 16, not None' if options else 'fing'}" in said()
     compress(handle.model, torch.tensor([[1, 2, 3]])).save(path)
-    with pytest.raises(ValueError, match=r"'doc-9' cannot be read: .* is no file of a gistkern-corpus-1 store"):
-        GistStore(store.folder)["doc-9"]
-    other = compress_corpus(patched(seed=5).model, documents(21), tmp_path / "other", **SMALL)
-    shutil.copy(other.folder / path.name, path)
-    with pytest.raises(ValueError, match="files of different models are mixed"):
-        GistStore(store.folder).batch(["doc-0", "doc-9"])
+    assert "is no file of a gistkern-corpus-2 store" in said()
     with pytest.raises(ValueError, match="written by another model"):
-        handle.model(torch.tensor([[1]]), past_key_values=GistStore(store.folder)["doc-9"])
+        handle.model(torch.tensor([[1]]), past_key_values=GistStore(tmp_path / "other-0")["doc-9"])
+
+
+def test_a_damaged_header_is_named(store):
+    path = store.folder / "chunk-00000001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"doc-9", b"doc-8", 1))
+    with pytest.raises(ValueError, match=r"chunk-00000001.safetensors is damaged: the checksum of its header"):
+        GistStore(store.folder)["doc-9"]
+    with pytest.warns(UserWarning, match="left out: .*chunk-00000001"):
+        assert len(list(GistStore(store.folder))) == len(store) - 8
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"format": "gistkern-corpus-1"}'])
+def test_a_store_needs_its_settings(store, content):
+    path = store.folder / "corpus.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=r"corpus.json (cannot be read|is not of a gistkern-corpus-2 store)"):
+        GistStore(store.folder)
+
+
+def test_a_file_of_another_name_is_left_out(store):
+    (store.folder / "index.safetensors").unlink()
+    shutil.copy(store.folder / "chunk-00000001.safetensors", store.folder / "chunk-1.safetensors")
+    with pytest.warns(UserWarning, match=r"chunk-1.safetensors is not named as a store's files are"):
+        assert len(GistStore(store.folder)) == len(store)
+
+
+def test_a_journal_that_was_deleted_while_it_was_waited_for_guards_nothing(tmp_path, monkeypatch):
+    """Two processes of one rank: the first finishes and deletes between the other's opening and locking."""
+    path, real = tmp_path / "chunk.journal", journal.fcntl.flock
+    first = compressing.Journal(path)
+
+    def finishes(file, how):
+        if not first._file.closed:
+            first.close(delete=True)
+        real(file, how)
+
+    monkeypatch.setattr(journal.fcntl, "flock", finishes)
+    second = compressing.Journal(path)
+    assert path.exists(), "it locks a file that has the name"
+    with pytest.raises(RuntimeError, match="written by another process"):
+        compressing.Journal(path)
+    second.close()
 
 
 def test_a_torn_index_is_named(store):
     path = store.folder / "index.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"index.safetensors is torn or no index .* delete it"):
+        GistStore(store.folder)
+
+
+def test_a_damaged_index_is_named(store):
+    path = store.folder / "index.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"no index .its checksum does not match"):
         GistStore(store.folder)
 
 
@@ -282,6 +342,9 @@ def test_other_settings_in_the_same_folder(handle, store, corpus):
         ([("a", [1]), ("a", [2])], {}, "two documents are called 'a'"),
         ([[1]] * 9 + [("3", [2])], {}, "two documents are called '3', in chunks 0 and 1"),
         ({3: [1]}, {}, "names of documents must be strings"),
+        ({"a": [1], "\ud800": [1]}, {}, "cannot be written as UTF-8"),
+        ({"a": [1], "b": [2, WORDS]}, {}, f"document 'b' holds token {WORDS}, the model's words are 0 to {WORDS - 1}"),
+        ({"a": [1], "b": [-1]}, {}, "document 'b' holds token -1"),
         ([[1]], {"rank": 1}, "pass both rank and ranks"),
         ([[1]], {"rank": 2, "ranks": 2}, "rank must lie in 0..1"),
         ([[1]], {"segment_overlap": 3}, "segment_overlap must be less than segment_length"),
@@ -323,7 +386,7 @@ def test_others_may_read_the_files(store):
 
 
 def test_batches_hold_no_more_than_they_may():
-    found = read_chunk(list(documents(50).items()), None)
+    found = read_chunk(list(documents(50).items()), None, WORDS)
     batches = batches_of(found, 200)
     assert sorted(itertools.chain(*batches)) == list(range(50))
     for batch in batches:
@@ -333,6 +396,20 @@ def test_batches_hold_no_more_than_they_may():
 
 
 # ---- the command line
+
+
+def test_a_bar_counts_the_documents_of_its_rank():
+    for count, size, ranks in ((21, 8, 3), (16, 4, 2), (3, 8, 2)):
+        own = [own_documents(count, size, rank, ranks) for rank in range(ranks)]
+        chunks = [len(chunk) for chunk in chunks_of([[1]] * count, size)]
+        assert own == [sum(chunks[rank::ranks]) for rank in range(ranks)]
+
+
+def test_every_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command_line._device() == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert command_line._device() == "cuda:3"
 
 
 def test_the_command_line(tmp_path, capsys):
