@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work roofline compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup demo test emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/
 
 roofline: setup ## calculate what perfect kernels would take and how many documents fit, into docs/roofline.md
 	$(BIN)/python -m bench.roofline $(ARGS)
+
+scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs, into docs/scale.md
+	$(BIN)/python -m bench.scale $(ARGS)
 
 compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)

@@ -53,7 +53,7 @@ def markdown(report: dict[str, Any]) -> str:
     if cost := report.get("training"):
         parts = [f"{cost['steps']:,} steps"]
         parts += [f"{cost['tokens']:,} rows of token streams"] if "tokens" in cost else []
-        parts += [f"{cost['cpu_seconds'] / 60:,.1f} CPU minutes"] if "cpu_seconds" in cost else []
+        parts += [f"{cost['cpu_seconds'] / 60:,.1f} CPU minutes"] if cost.get("cpu_seconds") else []
         lines += ["", f"Trained: {', '.join(parts)}."]
     lines += ["", f"Evaluated: {_provenance(report)}."]
     return "\n".join(lines) + "\n"

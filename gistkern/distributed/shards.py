@@ -154,9 +154,10 @@ def _greedy(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
         before = found[-1] if found else 0
         done = total[before - 1] if before else 0.0
         share = (total[-1] - done) / (parts - part + 1)
-        cuts = np.arange(before + 1, len(reach) - (parts - part) + 1)
         # a halo comes from one rank, so it must not reach past the shard before
-        cuts = cuts[reach[cuts] >= before]
+        first = max(before + 1, int(np.searchsorted(reach, before)))
+        last = max(first, int(np.searchsorted(total, done + 2 * share)) + 1)  # a cut beyond is never the nearest
+        cuts = np.arange(first, min(last + 1, len(reach) - (parts - part) + 1))
         if not len(cuts):
             break
         distance = np.abs(total[cuts - 1] - done - share)
