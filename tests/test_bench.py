@@ -367,13 +367,13 @@ def test_aims_are_met_or_missed_by_what_was_measured():
         {"context": 64, "gist rows": 10, "gist bytes": 10, "full bytes": 64},
         {"context": 64, "gist rows": 10, "gist bytes": 11, "full bytes": 64},
     ]
-    for one, (time, most) in zip(models, ((1.2, 1.3), (0.9, 0.99)), strict=True):
-        one["slower_than_ours"] = {"DynamicCache": {"median": time, "max": most}}
+    for one, time in zip(models, (1.2, 0.9), strict=True):
+        one["slower_than_ours"] = {"DynamicCache": {"median": time}}
     held, short, long = list(aims_of(models=models).values())[5:]
     assert (held.met, short.met, long.met) == (False, False, None)
     assert short.found == "0.90 to 1.20 times as many in 2 cases"
-    models[1]["slower_than_ours"]["DynamicCache"]["max"] = 1.01
-    assert list(aims_of(models=models).values())[6].met, "the full cache was not the faster in every round"
+    models[1]["slower_than_ours"]["DynamicCache"]["median"] = 1.0
+    assert list(aims_of(models=models).values())[6].met
     del models[1]["slower_than_ours"]["DynamicCache"]
     assert list(aims_of(models=models).values())[6].found.endswith("; in 1 more the DynamicCache could not be measured")
 

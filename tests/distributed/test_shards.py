@@ -108,7 +108,7 @@ def test_whatever_can_be_cut_is_cut_and_the_rest_is_refused(lengths, tail, parts
         layout = GistLayout.sliding(sum(lengths) + 10, window, 3)
     best = lightest(layout, parts)
     if best is None:
-        with pytest.raises(ValueError, match="cannot be cut into"):
+        with pytest.raises(ValueError, match=r"cannot be (cut|split) into"):
             split_layout(layout, parts)
         return
     cuts = [shard.begin for shard in split_layout(layout, parts)]
