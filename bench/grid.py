@@ -111,7 +111,7 @@ def quick(grid: Grid, most_rows: int = 4096, most_batch: int = 16) -> Grid:
     """What takes minutes of a grid, and the guard measures again: no compiling, and the slowest baselines left out."""
     return replace(
         grid,
-        attention=tuple((*row, ("both",)) for *row, _ in grid.attention if row[1] <= most_rows),
+        attention=tuple((*row, passes[-1:]) for *row, passes in grid.attention if row[1] <= most_rows),
         growth=(),
         models=tuple((name, context, (min(most_batch, max(batches)),)) for name, context, batches in grid.models[:2]),
         compressing=tuple(row for row in grid.compressing if row[1] <= most_rows)[:1],
