@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,18 @@ def _peak(plan: Callable[[], Call], device: str) -> int | str:
             peak = _status("VmHWM") - before
         except (OSError, AttributeError):
             return "this system does not tell a process its peak"
-    held = sum(tensor.nbytes for tensor in _tensors(result))
+    held = _bytes(result)
     if peak < held:
         raise RuntimeError(f"a peak of {peak} bytes was read while the result alone holds {held}")
     return peak
 
 
-def _tensors(result: Any) -> Iterable[torch.Tensor]:
+def _bytes(result: Any) -> int:
     if isinstance(result, tuple):
-        return result
-    return (tensor for layer in result.layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in result)
+    from bench.models import cache_bytes
+
+    return cache_bytes(result)
 
 
 def _status(field: str) -> int:

@@ -18,7 +18,6 @@ from bench.gpus import gpu_named
 from bench.markdown import bullets, significant, table
 from bench.serving import LLAMA_3_8B
 from bench.shapes import layout_of
-from bench.work import visible_pairs
 from gistkern import GistLayout
 from gistkern.distributed import gist_bytes, ring_bytes, split_layout
 
@@ -94,7 +93,7 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
         warnings.simplefilter("ignore")
         shards = split_layout(layout, ranks, row_cost=per_row / per_pair)
     rows, heaviest = layout.num_rows, max(shard.work for shard in shards)
-    mean = visible_pairs(layout) / ranks + rows / ranks * per_row / per_pair
+    mean = sum(shard.work for shard in shards) / ranks
     owed = ranks * shards[0].own.shape[1]  # every rank's part is as long as the longest
     local = max(shard.end - shard.begin for shard in shards)
     full = rows * (rows + 1) // 2 / ranks * per_pair + rows / ranks * per_row

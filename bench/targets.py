@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.case import OURS
+from bench.models import FULL
 
 __all__ = ["LINEAR", "Aim", "aims", "slope"]
 
@@ -16,7 +17,6 @@ DENSE_FORWARD, FLEX_FORWARD, DENSE_BOTH = 8.0, 4.0, 6.0
 LINEAR = 1.1  # exponent of cost against rows
 GROWTH_FROM, GROWTH_TO = 4096, 65536
 SHORT, LONG = 64, 4096
-FULL = "DynamicCache"
 
 # said where an aim is missed, beside what was measured
 WHY_NOT_FASTER = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from checkpoints import newest, recipe_of
-from evaluation import BATCH, answer_samples, build_report, evaluate_run
+from evaluation import BATCH, answer_samples, build_report, evaluate_run, first_of
 from global_tasks import GlobalSample
 from measure import side_by_side
 from metrics import rows_of
@@ -92,7 +92,8 @@ def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
 
 
 def _evaluate(opened: Opened, given: argparse.Namespace) -> None:
-    samples = [sample for path in given.dataset for sample in read_samples(path, given.limit)]
+    datasets = [read_samples(path, given.limit) for path in given.dataset]
+    samples = first_of(datasets)
     reader = opened.reader(given.new_tokens)
     options = {"batch": given.batch, "overwrite": given.overwrite}
     answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
@@ -101,9 +102,12 @@ def _evaluate(opened: Opened, given: argparse.Namespace) -> None:
     report = build_report(opened, reader, answers, probe, _measured(opened, samples) if given.measure else None)
     if given.full:
         stream = given.output / "answers-full.jsonl"
-        first = [sample for path in given.dataset for sample in read_samples(path, given.limit)[: given.full]]
         full = answer_samples(
-            opened.full_reader(given.new_tokens), first, stream=stream, show="full context", **options
+            opened.full_reader(given.new_tokens),
+            first_of(datasets, given.full),
+            stream=stream,
+            show="full context",
+            **options,
         )
         report["full_context"] = rows_of(full)
     write_report(report, given.output)

@@ -27,7 +27,7 @@ from presets import Preset
 from readers import GistReader, Reader
 from task import answer_logits, haystacks, make_batch
 
-__all__ = ["answer_samples", "build_report", "evaluate_run", "swap_test"]
+__all__ = ["answer_samples", "build_report", "evaluate_run", "first_of", "swap_test"]
 
 # samples read together: changes nothing in the answers, and of 1 to 10 four were read fastest on CPU
 BATCH = 4
@@ -97,6 +97,11 @@ def _batches(samples: dict[str, Sample], size: int) -> Iterator[list[str]]:
             yield group[begin : begin + size]
 
 
+def first_of(datasets: Sequence[Sequence[Sample]], count: int | None = None) -> list[Sample]:
+    """The first `count` samples (all without) of each dataset."""
+    return [sample for dataset in datasets for sample in dataset[:count]]
+
+
 def swap_test(reader: GistReader, samples: Sequence[Sample]) -> dict[str, Any]:
     """Give each passkey question the cache of the next sample: the answer must be that sample's key, not its own."""
     swapped = own = n = 0
@@ -150,11 +155,9 @@ def evaluate_run(opened: Opened, run: Path, seed: int = 1, *, full: int = 0, ove
     """
     from report import write_report
 
-    reader = opened.reader()
+    reader, datasets = opened.reader(), opened.datasets(seed)
     title = f"evaluating {opened.about['preset']}"
-    answers = answer_samples(
-        reader, opened.samples(seed), stream=run / "answers.jsonl", overwrite=overwrite, show=title
-    )
+    answers = answer_samples(reader, first_of(datasets), stream=run / "answers.jsonl", overwrite=overwrite, show=title)
     probe = opened.probe(seed + 1)
     measured = side_by_side(opened.preset[0], opened.tokenizer, probe[0], opened.compression) if opened.preset else None
     report = build_report(opened, reader, answers, probe, measured)
@@ -162,7 +165,7 @@ def evaluate_run(opened: Opened, run: Path, seed: int = 1, *, full: int = 0, ove
     if full:
         stream = run / "answers-full.jsonl"
         options = {"stream": stream, "overwrite": overwrite, "show": f"{title}, full context"}
-        report["full_context"] = rows_of(answer_samples(opened.full_reader(), opened.samples(seed, full), **options))
+        report["full_context"] = rows_of(answer_samples(opened.full_reader(), first_of(datasets, full), **options))
     if opened.preset and opened.preset[1].leak:
         report["context_visible"] = context_visible(opened.handle, opened.tokenizer, opened.preset[1], seed)
     write_report(report, run)

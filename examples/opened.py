@@ -63,9 +63,9 @@ class Opened:
         """Reads with the whole context in sight."""
         return FullReader(self.full().eval(), self.tokenizer, new_tokens, self.start)
 
-    def samples(self, seed: int, limit: int | None = None) -> list[Sample]:
-        """The questions of the grid, the first `limit` of every row."""
-        return [sample for row in self.grid for sample in self._dataset(seed, *row)[:limit]]
+    def datasets(self, seed: int) -> list[list[Sample]]:
+        """The questions of each row of the grid."""
+        return [self._dataset(seed, *row) for row in self.grid]
 
     def probe(self, seed: int) -> list[Sample]:
         """Other questions of the grid's longest contexts, for the swap test."""

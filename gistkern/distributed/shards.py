@@ -19,7 +19,7 @@ import torch
 
 from gistkern.layout import GistLayout
 
-__all__ = ["ContextShard", "row_work", "split_layout"]
+__all__ = ["ContextShard", "exchange", "row_work", "split_layout"]
 
 UNEVEN = 1.25  # times the mean work
 _ROWS = ("gist_begin", "gist_end", "is_gist", "stream_position", "gist_first_position")
@@ -103,7 +103,7 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
     reach = layout.local_begin.min(0).values.cpu().numpy()  # the first local row that any sample's row sees
     cuts = [0, *_cuts(reach, work.cumsum(0).cpu().numpy(), parts), layout.num_rows]
     halos = tuple(max(0, begin - int(reach[begin])) for begin in cuts[:-1])
-    own, place = _exchange(layout.gather, cuts)
+    own, place = exchange(layout.gather, cuts)
     shards = tuple(
         ContextShard(
             rank=rank,
@@ -137,11 +137,9 @@ def _cuts(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
     found = _greedy(reach, total, parts)
     done = np.concatenate([[0.0], total])
     heaviest = np.diff(done[[0, *found, len(reach)]]).max()
-    return (
-        found
-        if len(found) == parts - 1 and heaviest <= UNEVEN * total[-1] / parts
-        else _smallest_bound(reach, total, parts)
-    )
+    if len(found) == parts - 1 and heaviest <= UNEVEN * total[-1] / parts:
+        return found
+    return _smallest_bound(reach, total, parts)
 
 
 def _greedy(reach: np.ndarray, total: np.ndarray, parts: int) -> list[int]:
@@ -230,7 +228,7 @@ def _shard(layout: GistLayout, begin: int, end: int, halo: int) -> GistLayout:
     )
 
 
-def _exchange(gather: torch.Tensor, cuts: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+def exchange(gather: torch.Tensor, cuts: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """For each rank the rows that it owes, padded to the most that one does, and where all compact rows then stand."""
     bounds = torch.tensor(cuts[1:], device=gather.device)
     rank = torch.bucketize(gather, bounds, right=True)  # of every compact row; -1 counts to rank 0

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from gistkern.distributed import ContextShard, split_layout
 from gistkern.distributed.collectives import Group, gather_ranks
+from gistkern.distributed.shards import exchange
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -91,9 +92,9 @@ def kept_columns(arguments: dict[str, Any], rows: int) -> torch.Tensor | None:
 
 def own_columns(parallel: Parallel) -> torch.Tensor:
     """int64: those of the kept columns that lie in this rank's shard, counted from its first row."""
-    assert parallel.kept is not None
-    shard = parallel.shard
-    return parallel.kept[(parallel.kept >= shard.begin) & (parallel.kept < shard.end)] - shard.begin
+    own, _ = _exchanged(parallel)
+    mine = own[parallel.shard.rank][0]
+    return mine[mine >= 0]
 
 
 def whole_logits(logits: torch.Tensor, parallel: Parallel) -> torch.Tensor:
@@ -102,16 +103,16 @@ def whole_logits(logits: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     A loss that every rank computes of them has the gradient of one process times the size of the group, as needed for
     averaging: the backward sums what all ranks, equally, ask of each.
     """
-    assert parallel.kept is not None
-    bounds = torch.tensor(parallel.shard.cuts[1:-1], device=parallel.kept.device)
-    rank = torch.bucketize(parallel.kept, bounds, right=True)
-    width = int(rank.bincount().max())
-    padded = torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1]))
+    own, place = _exchanged(parallel)
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, own[0].shape[1] - logits.shape[1]))
     every = gather_ranks(padded, parallel.group).movedim(0, 1).flatten(1, 2)  # [B, R * width, vocabulary]
-    within = torch.zeros_like(rank)
-    for one in rank.unique():
-        within[rank == one] = torch.arange(int((rank == one).sum()), device=rank.device)
-    return every[:, (rank * width + within).to(every.device)]
+    return every[:, place[0].to(every.device)]
+
+
+def _exchanged(parallel: Parallel) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Kept columns are exchanged as compact rows are: what each rank owes, and where all then stand."""
+    assert parallel.kept is not None
+    return exchange(parallel.kept[None], parallel.shard.cuts)
 
 
 def check_same(

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from conftest import make_model, random_ids
+from transformers import DynamicCache
 
 from gistkern import compress, patch_llama
 
@@ -13,18 +14,7 @@ LENGTH = 40
 
 def models(**options):
     """A patched model and the same weights unpatched."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=None,
-    )
-    plain = LlamaForCausalLM(config).eval()
+    plain = make_model(initializer_range=0.3)
     return patch_llama(copy.deepcopy(plain), num_gist_tokens=4, **options).model, plain
 
 
@@ -40,7 +30,7 @@ def prefix_of(cache, plain):
 @torch.no_grad()
 def test_rows_are_a_prefix_where_the_tail_begins_behind_them(segments):
     gist, plain = models(positions="gist_first", sink_tokens=0)
-    context, question = torch.randint(80, (2, LENGTH)), torch.randint(80, (2, 7))
+    context, question = random_ids(2, LENGTH), random_ids(2, 7, seed=2)
     cache = compress(gist, context, **segments)
     rows = int(cache.gist_rows[0])
     prefix = prefix_of(cache, plain)
@@ -49,7 +39,7 @@ def test_rows_are_a_prefix_where_the_tail_begins_behind_them(segments):
     found = plain(question, past_key_values=copy.deepcopy(prefix)).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     said = gist.generate(question, past_key_values=cache, max_new_tokens=8, do_sample=False)
-    placeholders = torch.zeros(2, rows, dtype=torch.long)
+    placeholders = torch.ones(2, rows, dtype=torch.long)  # generate would mask the padding token
     ids = torch.cat([placeholders, question], 1)
     answers = plain.generate(ids, past_key_values=prefix, max_new_tokens=8, do_sample=False)
     assert torch.equal(answers[:, rows:], said)
@@ -69,7 +59,7 @@ HIERARCHICAL = {"positions": "gist_first", "sink_tokens": 0, "num_segment_gist_t
 @torch.no_grad()
 def test_other_positions_need_more_than_a_prefix(options, segments):
     gist, plain = models(**options)
-    context, question = torch.randint(80, (1, LENGTH)), torch.randint(80, (1, 7))
+    context, question = random_ids(1, LENGTH), random_ids(1, 7, seed=2)
     cache = compress(gist, context, **segments)
     found = plain(question, past_key_values=prefix_of(cache, plain)).logits
     expected = gist(question, past_key_values=cache.clone()).logits
