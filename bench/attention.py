@@ -14,7 +14,7 @@ from bench.limits import matmul
 from bench.shapes import HEADS, layout_of
 from bench.work import visible_pairs
 from gistkern import GistLayout
-from gistkern.testing import Inputs, make_inputs
+from gistkern.testing import Inputs
 
 __all__ = ["PASSES", "attention_case", "attention_plan"]
 
@@ -55,7 +55,7 @@ def attention_case(
     """
     layout, inputs = _inputs(layout_name, rows, heads, device)
     query_heads, dim = inputs.q.shape[1], inputs.q.shape[3]
-    case = Case(device, {NAME: _call(OURS.plan(layout), inputs, passes)}, limit=LIMIT)
+    case = Case(device, {NAME: _call(OURS.plan(layout), inputs, passes)}, limit=LIMIT, queued=True)
     expected = case.calls[NAME]()
     for name, baseline in BASELINES.items():
         if only is not None and name not in only:
@@ -90,7 +90,13 @@ def _inputs(layout_name: str, rows: int, heads: str, device: str) -> tuple[GistL
     query_heads, kv_heads, dim = HEADS[heads]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     layout = layout_of(layout_name, rows).to(device)
-    return layout, make_inputs(layout, heads=query_heads, kv_heads=kv_heads, head_dim=dim, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # drawn where they stay: gigabytes at 131,072 rows
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(1, count, layout.num_rows, dim, generator=generator, device=device, dtype=dtype)
+
+    q, grad_out = draw(query_heads), draw(query_heads)
+    return layout, Inputs(q, draw(kv_heads), draw(kv_heads), None, None, grad_out)
 
 
 def _why_not(baseline: Baseline, layout: GistLayout, heads: int, passes: str) -> str:

@@ -19,7 +19,8 @@ class Case:
 
     `limit` is the name of the call that stands for the device's peak; a call with `work` (FLOPs or bytes, of all calls
     or by name) would reach that peak in `work / limit_work` of its time. `repeat` is how many times each call is made
-    in a row for one time: more than once where one alone is shorter than starting it.
+    in a row for one time: more than once where one alone is shorter than starting it. `queued` is that of
+    `bench.timing.spent`.
     """
 
     device: str
@@ -29,6 +30,7 @@ class Case:
     work: float | Mapping[str, float] = 0.0
     limit_work: float = 1.0
     repeat: int = 1
+    queued: bool = False
 
     def work_of(self, name: str) -> float:
         """FLOPs or bytes of one call."""
@@ -59,7 +61,7 @@ def measured(case: Case, rounds: int, warmup: int = 1) -> dict[str, Any]:
     once = {case.limit: case.calls[case.limit]} if case.limit else {}
     calls = {name: call for name, call in case.calls.items() if name not in once}
     repeated = {name: _in_a_row(call, case.repeat) for name, call in calls.items()}
-    seconds = interleaved(repeated | once, rounds, case.device, warmup)
+    seconds = interleaved(repeated | once, rounds, case.device, warmup, case.queued)
     others = [name for name in calls if name != OURS]
     found: dict[str, Any] = {"slower_than_ours": {name: ratio(seconds, name, OURS) for name in others}}
     if case.limit:

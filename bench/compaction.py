@@ -7,6 +7,7 @@ import torch
 from bench.case import OURS, Case
 from bench.limits import copy
 from bench.shapes import HEADS, layout_of
+from bench.timing import captured
 from gistkern import backends, ops
 
 __all__ = ["BASELINES", "compaction_case"]
@@ -24,11 +25,11 @@ def compaction_case(layout_name: str, rows: int, heads: str, device: str = "cpu"
     gather, index = layout.gather, layout.gather[0]
     backend = backends.choose("auto", k, False)
     calls = {
-        OURS: lambda: ops.compact(k, v, None, None, gather, backend),
-        "indexing": lambda: (k[:, :, index], v[:, :, index]),
+        OURS: captured(lambda: ops.compact(k, v, None, None, gather, backend), device),
+        "indexing": captured(lambda: (k[:, :, index], v[:, :, index]), device),
     }
     for one, other in zip(calls[OURS](), calls["indexing"](), strict=True):
         assert torch.equal(one, other), "compaction gathers other rows than indexing"
     calls[LIMIT], limit_work = copy(device)
     moved = 2.0 * 2 * kv_heads * layout.num_compact * dim * k.itemsize
-    return Case(device, calls, {}, LIMIT, moved, limit_work, repeat=20)
+    return Case(device, calls, {}, LIMIT, moved, limit_work, repeat=20, queued=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bench.case import OURS, Case, serve
 from bench.limits import copy
 from bench.shapes import HEADS
+from bench.timing import captured
 from gistkern import GistLayout, gist_attention
 
 __all__ = ["BASELINES", "decoding_case"]
@@ -48,7 +49,8 @@ def decoding_case(
         return gist_attention(q, k, v, layout, past_key=gist_k, past_value=gist_v)
 
     # a copy reads and writes, decoding reads; repeated, as a model's layers are queued one after another
-    case = Case(device, {OURS: ours}, limit=LIMIT, work=keys.nbytes + values.nbytes, repeat=20 if batch < 64 else 4)
+    work, repeat = keys.nbytes + values.nbytes, 20 if batch < 64 else 4
+    case = Case(device, {OURS: captured(ours, device)}, limit=LIMIT, work=work, repeat=repeat, queued=True)
     expected = ours()
 
     def check(found: torch.Tensor) -> None:
@@ -59,7 +61,7 @@ def decoding_case(
         if reason := _why_not(name, device):
             case.not_measured[name] = reason
         else:
-            serve(case, name, lambda name=name: _MAKE[name](q, keys, values), check)
+            serve(case, name, lambda name=name: captured(_MAKE[name](q, keys, values), device), check)
     case.calls[LIMIT], case.limit_work = copy(device)
     return case
 

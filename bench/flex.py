@@ -23,9 +23,15 @@ def _compiled() -> Callable[..., torch.Tensor]:
 
 
 def block_mask(rule: Callable[..., torch.Tensor], rows: int, keys: int, device: torch.device) -> BlockMask:
-    """Which blocks the rule touches: compiled on a GPU, where the pairs of rows and keys then stay out of memory."""
-    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    """Which blocks the rule touches. Compiled, which takes seconds, where the pairs would not fit into memory."""
+    fits = _pair_bytes(rows, keys) <= largest(device)
+    make = create_block_mask if fits or device.type == "cpu" else torch.compile(create_block_mask, dynamic=False)
     return make(rule, None, None, rows, keys, device=device)
+
+
+def _pair_bytes(rows: int, keys: int) -> int:
+    """Uncompiled, the rule answers for every pair in one tensor of 8 bytes each."""
+    return 8 * rows * keys
 
 
 def natural(layout: GistLayout) -> Callable[..., torch.Tensor]:
@@ -63,8 +69,8 @@ def permuted(layout: GistLayout) -> Callable[..., torch.Tensor]:
 
 
 def why_not(layout: GistLayout, heads: int) -> str:
-    """Whether its block mask can be made: uncompiled, the rule answers for every pair in one tensor of 8 bytes each."""
-    size = 8 * layout.num_rows * (layout.num_rows + layout.num_compact)
+    """Whether its block mask can be made."""
+    size = _pair_bytes(layout.num_rows, layout.num_rows + layout.num_compact)
     if layout.device.type == "cuda" or size <= largest(layout.device):
         return ""
     return f"making its block mask would take {size / 2**30:.1f} GiB"

@@ -86,22 +86,23 @@ GRIDS = {
     ),
     "cuda": Grid(
         attention=(
-            *((name, rows, LLAMA, PASSES) for rows in (4096, 16384) for name in LAYOUTS),
+            *((name, 16384, LLAMA, PASSES if name == "512/8" else ONCE) for name in LAYOUTS),
+            ("512/8", 4096, LLAMA, ONCE),
             *((name, 131072, LLAMA, ONCE) for name in ("512/8", "hierarchical")),
-            ("512/8", 16384, SMOLLM2, PASSES),
+            ("512/8", 16384, SMOLLM2, ONCE),
         ),
         growth_heads=LLAMA,
         growth=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
         growth_baselines=131072,
         compaction=(("64/4", 4096, LLAMA), ("512/8", 16384, LLAMA), ("64/4", 131072, LLAMA)),
         decoding=tuple((*sizes, LLAMA) for sizes in _DECODING),
-        models=((SMOLLM2, 64, _BATCHES), (SMOLLM2, 4096, _BATCHES), ("Llama-3-8B, 2 of 32 layers", 16384, _BATCHES)),
-        compressing=tuple(("Llama-3-8B, 2 of 32 layers", tokens) for tokens in (4096, 16384, 65536)),
+        models=((SMOLLM2, 64, (1, 16, 256)), (SMOLLM2, 4096, (1, 16, 256)), (LLAMA, 4096, (1, 16, 32, 64))),
+        compressing=tuple((LLAMA, tokens) for tokens in (4096, 16384)),
         layouts=(("64/4", 4096), ("512/8", 16384)),
         memory=(
             (("attention", "512/8", 16384, LLAMA, "forward", "cuda"), (OURS, *BASELINES)),
             (("attention", "512/8", 16384, LLAMA, "both", "cuda"), (OURS, *BASELINES)),
-            (("compressing", "Llama-3-8B, 2 of 32 layers", 16384, "cuda"), _COMPRESSING),
+            (("compressing", LLAMA, 16384, "cuda"), _COMPRESSING),
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""Peak memory of one call above its inputs, in a process of its own: a peak cannot be taken back.
+"""Peak memory of one call above its inputs; on a CPU in a process of its own, whose peak cannot be taken back.
 
     python -m bench.memory '["attention", "512/8", 4096, "2 heads, D 64", "both", "cpu"]' "sdpa dense"
 
@@ -35,6 +35,8 @@ def peak_bytes(case: Sequence[Any], name: str) -> int | str:
     `case` is ``("attention", ...)`` with the arguments of `attention_plan`, or ``("compressing", ...)`` with those of
     `compressing_case`; `name` the call's.
     """
+    if case[-1] == "cuda":
+        return _measure(case, name)
     command = [sys.executable, "-m", "bench.memory", json.dumps(list(case)), name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT)
     if done.returncode:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bench.case import OURS, Case
 from bench.limits import copy as copy_limit
@@ -52,6 +52,7 @@ MODELS = {
     "SmolLM2-135M": _SMOLLM2 | {"num_hidden_layers": 30},
     "SmolLM2-135M, 4 of 30 layers": _SMOLLM2 | {"num_hidden_layers": 4},
     "Llama-3-8B, 2 of 32 layers": _LLAMA | {"num_hidden_layers": 2},
+    "Llama-3-8B": _LLAMA | {"num_hidden_layers": 32, "tie_word_embeddings": False},
 }
 
 
@@ -61,7 +62,8 @@ def models(name: str, device: str) -> tuple[GistHandle, LlamaForCausalLM]:
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     config = LlamaConfig(**MODELS[name], max_position_embeddings=131072, attn_implementation="sdpa")
-    full = LlamaForCausalLM(config).to(device, dtype).eval()
+    with torch.device(device):  # drawn where they stay: 16 GB for an 8B model
+        full = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     handle = patch_llama(copy.deepcopy(full), num_gist_tokens=GISTS, sink_tokens=0)
     _check(handle, full)
     return handle, full
@@ -73,21 +75,25 @@ def _check(handle: GistHandle, full: LlamaForCausalLM) -> None:
     gist = handle.model
     ids = torch.randint(0, 1000, (1, 50), device=full.device)
     context, question = ids[:, :44], ids[:, 44:]
-    rtol, atol = (1e-3, 1e-4) if full.dtype == torch.float32 else (5e-2, 5e-2)
     cache = DynamicCache(config=full.config)
     full(context, past_key_values=cache)
-    torch.testing.assert_close(
-        full(question, past_key_values=cache, logits_to_keep=1).logits,
-        full(ids, logits_to_keep=1).logits,
-        rtol=rtol,
-        atol=atol,
-    )
+    stepped = full(question, past_key_values=cache, logits_to_keep=1).logits
+    at_once = full(ids, logits_to_keep=1).logits
     gists = torch.tensor([handle.gist_token_ids], device=full.device)
     layout = GistLayout.from_segments([44], GISTS, tail=6, sink_tokens=0, device=full.device)
     whole = gist(torch.cat([context, gists, question], 1), gist_layout=layout, use_cache=False, logits_to_keep=1)
     compressed = compress(gist, context)
     cached = gist(question, past_key_values=compressed, logits_to_keep=1)
-    torch.testing.assert_close(cached.logits, whole.logits, rtol=rtol, atol=atol)
+    if full.dtype == torch.float32:
+        torch.testing.assert_close(stepped, at_once, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(cached.logits, whole.logits, rtol=1e-3, atol=1e-4)
+    else:  # rounding over the layers; how far it goes, the unpatched model's own two ways show
+        ours, theirs = _difference(cached.logits, whole.logits), _difference(stepped, at_once)
+        assert ours <= 3 * theirs, f"logits differ by {ours:.1e} of their norm, the unpatched model's by {theirs:.1e}"
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).float().norm() / expected.float().norm()).item()
 
 
 def cache_bytes(cache: GistCache | DynamicCache) -> int:

@@ -10,6 +10,7 @@ from bench.baselines import BASELINES
 from bench.case import OURS
 from bench.markdown import table
 from bench.models import FULL, PREFILL
+from bench.queueing import SDPA
 from bench.targets import aims
 from bench.timing import PATIENCE
 
@@ -31,6 +32,10 @@ have one sink row, models none.
 *Of peak* is the share of the speed of matrix products in the same rounds that a call reaches, counting the operations
 on the pairs that the mask lets see each other and no others; *of copy* the same for the bytes of keys and values,
 against a copy of 256 MiB (small caches are read from the processor's own, hence shares above 1)."""
+
+_ON_GPU = """Attention, compaction and decoding ops are timed on the device, behind work that empties its caches and
+lasts while the host queues the call, decoding ops as replayed CUDA graphs; whole models and layouts by the host's
+clock, as a user waits for them."""
 
 _ATTENTION = """## Attention
 
@@ -55,6 +60,11 @@ _DECODING = """## Decoding: the op
 One query row per sample over gist rows and an uncompressed tail, {heads} heads. The baselines read one contiguous
 buffer of the same rows, SDPA with the query heads of a key head as its query rows (so that it reads a key once)."""
 
+_QUEUEING = """## Queueing a call
+
+Microseconds that the host takes to queue one call, {heads} heads, beside SDPA. They are hidden where the device works
+longer than that for each call (the other tables), and are all there is to see where it does not."""
+
 _MODELS = """## Decoding: the model
 
 One step of a whole model with random weights, over a GistCache of {rows} gist rows and over transformers' DynamicCache
@@ -72,7 +82,7 @@ Once per batch, from the token ids: a `GistLayout`, a dense boolean mask, and Fl
 
 _MEMORY = """## Peak memory
 
-Of one call above its inputs, in a process of its own; a mask that a baseline keeps counts."""
+Of one call above its inputs (on a CPU in a process of its own); a mask that a baseline keeps counts."""
 
 
 def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -86,7 +96,8 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         "instructions": f", {report['instruction_set']} kernels" if report["instruction_set"] else "",
         "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     }
-    parts = [_INTRO.format(**facts), "## Aims", _aims(report)]
+    on_gpu = [] if report["instruction_set"] else [_ON_GPU]
+    parts = [_INTRO.format(**facts), *on_gpu, "## Aims", _aims(report)]
     for name, section in _SECTIONS.items():
         if report.get(name):
             parts += section(report[name])
@@ -163,6 +174,11 @@ def _compaction(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [_COMPACTION, table(head, lines), *_reasons(rows)]
 
 
+def _queueing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [[row["call"], _spread(row[OURS]), _spread(row[SDPA])] for row in rows]
+    return [_QUEUEING.format(heads=rows[0]["heads"]), table(["call", "gistkern", "SDPA"], lines)]
+
+
 def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["model", "context", "batch", "bytes, GistCache", "DynamicCache", "of it", "tokens per second"]
     lines = [
@@ -215,6 +231,7 @@ _SECTIONS = {
     "growth": _growth,
     "compaction": _compaction,
     "decoding": _decoding,
+    "queueing": _queueing,
     "models": _models,
     "compressing": _compressing,
     "layouts": _layouts,

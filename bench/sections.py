@@ -17,6 +17,7 @@ from bench.grid import Grid
 from bench.layouts import layout_case
 from bench.memory import peak_bytes
 from bench.models import FULL, compressing_case, model_decoding_case
+from bench.queueing import calls, microseconds
 from bench.shapes import layout_of
 from bench.timing import Call, interleaved, ratio
 from bench.work import visible_pairs
@@ -61,7 +62,7 @@ def growth(grid: Grid, device: str, rounds: int) -> Rows:
                 calls[key] = case.calls[name]
             else:
                 reasons[key] = case.not_measured[name]
-    seconds = interleaved(calls, rounds, device)
+    seconds = interleaved(calls, rounds, device, queued=True)
     first = f"512/8 {OURS} {grid.growth[0]}"
     return [
         {
@@ -94,6 +95,16 @@ def decoding(grid: Grid, device: str, rounds: int) -> Rows:
         {"gist rows": gists, "tail rows": tail, "batch": batch, "heads": heads}
         | measured(decoding_case(gists, tail, batch, heads, device), 2 * rounds, 0)
         for gists, tail, batch, heads in tqdm(grid.decoding, desc="decoding", disable=None)
+    ]
+
+
+def queueing(grid: Grid, device: str, rounds: int) -> Rows:
+    """The host's part of a call for a GPU."""
+    if device == "cpu":
+        return []
+    return [
+        {"call": what, "heads": grid.growth_heads} | {name: microseconds(call, rounds) for name, call in both.items()}
+        for what, both in calls(grid.growth_heads, device).items()
     ]
 
 
@@ -150,6 +161,7 @@ SECTIONS: dict[str, Callable[[Grid, str, int], Rows]] = {
     "growth": growth,
     "compaction": compaction,
     "decoding": decoding,
+    "queueing": queueing,
     "models": models,
     "compressing": compressing,
     "layouts": layouts,

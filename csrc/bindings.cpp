@@ -1,10 +1,12 @@
 // The one file that knows torch, through libtorch's stable ABI: the same library loads under CPU and CUDA builds of
-// torch >= 2.13. It turns tensors into the argument structs of the kernels and allocates results; gistkern/native.py
+// torch >= 2.11. It turns tensors into the argument structs of the kernels and allocates results; gistkern/native.py
 // validates before it calls.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
 
 #include <optional>
 #include <string>
@@ -87,17 +89,33 @@ gistkern::cpu::Pool torch_pool() {
 }
 
 #if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
+#if TORCH_VERSION_MINOR >= 13
+void* current_stream(int32_t device) { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
+#else
+// Before 2.13 only the library of torch's CUDA operators tells the stream. It is loaded already where a tensor is on a
+// GPU; linking against it would keep this library from loading beside a CPU build of torch.
+void* current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Get>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get != nullptr && get(device, &stream) == 0, "gistkern: torch does not tell its current CUDA stream");
+  return stream;
+}
+#endif
+
 // The device of a tensor made current, and its current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor)
-      : guard_(tensor.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
-  void* stream() const { return stream_.nativeHandle(); }
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+  void* stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  void* stream_;
 };
 bool runs_on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
 #elif defined(GISTKERN_EMULATED)

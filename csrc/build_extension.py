@@ -4,7 +4,7 @@
     python csrc/build_extension.py --cuda emulated --out build/_C.so       # the CUDA kernels on the CPU, for tests
 
 Standard library only: setup.py imports it before anything is installed. The library holds no Python and uses libtorch's
-stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.13 (docs/extension.md).
+stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.11 (docs/extension.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["ARCHS", "SANITIZERS", "build", "cuda_home", "cuda_include", "cxx", "
 SOURCE = Path(__file__).resolve().parent
 # every chip of kernels/chips.py that NVIDIA makes; GISTKERN_CUDA_ARCHS replaces the list
 ARCHS = ("80", "86", "89", "90a", "100", "120")
-TORCH = (2, 13)
+TORCH = (2, 11)
 SANITIZERS = ("address,undefined", "thread")
 
 CPU_SOURCES = ("instruction_set", "launch_attention", "launch_compact", "launch_decode")

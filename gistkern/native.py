@@ -29,7 +29,7 @@ __all__ = [
 VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
 # a library to load instead of the installed one: tests build some of their own (csrc/build_extension.py)
 LIBRARY = "GISTKERN_LIBRARY"
-_TORCH = (2, 13)
+_TORCH = (2, 11)
 # of the operators in csrc/bindings.cpp that this file calls
 INTERFACE = 1
 

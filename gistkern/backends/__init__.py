@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -21,6 +20,8 @@ from gistkern.kernels.schedule import DECODE_ROWS
 __all__ = ["BACKENDS", "Backend", "choose", "get"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# searched once, at import: this is asked at every call, and torch 2.11 cannot compile a function that caches its answer
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _always() -> str | None:
@@ -31,11 +32,8 @@ def _needs_cpu(q: torch.Tensor) -> str | None:
     return None if q.device.type == "cpu" else f"serves CPU tensors, got {q.device}"
 
 
-@cache  # asked at every call, and a search of the path where Triton has not been imported
 def _needs_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton, which is not installed: pip install 'gistkern[triton]'"
-    return None
+    return None if _HAS_TRITON else "needs Triton, which is not installed: pip install 'gistkern[triton]'"
 
 
 def _needs_cuda(q: torch.Tensor) -> str | None:

@@ -12,9 +12,9 @@ from gistkern.kernels import attn_bwd_dkv, attn_bwd_dq, attn_fwd, configs
 from gistkern.kernels import device as device_facts
 from gistkern.testing import Inputs, compare, make_inputs
 
-# emulation is slow, the sanitizer most of all
+# emulation is slow, the sanitizer most of all; on a GPU nearly every example has strides that compile new kernels
 PHASES = (Phase.explicit, Phase.generate) if EMULATED else tuple(Phase)
-EXAMPLES = 10 if INTERPRETED else 4 if EMULATED else 100
+EXAMPLES = 10 if INTERPRETED else 4 if EMULATED else 24
 
 # the interpreter multiplies bfloat16 wrongly (kernels/primitives.py, matmul), ttsem does not
 DTYPES = [torch.float32, torch.bfloat16] if SANITIZED else [torch.float32, torch.float16, torch.bfloat16]
