@@ -20,8 +20,8 @@ __all__ = ["PASSES", "attention_case", "attention_plan"]
 
 PASSES = ("forward", "backward", "both")
 # of a product with fp32 accumulation: relative to each entry, to the largest entry, and of the whole tensor's norm;
-# bf16 carries 8 bits
-TOLERANCE = {torch.float32: (1e-4, 2e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2, 1e-2)}
+# bf16 carries 8 bits, and a baseline that calls once per segment sums a gist's gradient over hundreds of them in bf16
+TOLERANCE = {torch.float32: (1e-4, 2e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2, 2e-2)}
 # operations per visible pair, head and dimension: two products forward, five backward, two operations each
 OPERATIONS = {"forward": 4, "backward": 10, "both": 14}
 LIMIT = "matmul"
@@ -73,6 +73,7 @@ def attention_case(
     pairs = visible_pairs(layout.to("cpu")) * query_heads
     case.work = OPERATIONS[passes] * dim * pairs
     case.calls[LIMIT], case.limit_work = matmul(case.work, device, inputs.q.dtype)
+    case.calls[LIMIT]()  # as all the others have been: the first product on a GPU loads its library
     return case
 
 

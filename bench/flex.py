@@ -19,6 +19,8 @@ def _compiled() -> Callable[..., torch.Tensor]:
     # one compilation per shape; beyond the limit dynamo would run it uncompiled and say nothing
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # a backward that is timed keeps its graph, which donated buffers forbid
+    torch._functorch.config.donated_buffer = False
     return torch.compile(flex_attention, dynamic=False)
 
 

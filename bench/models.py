@@ -87,13 +87,10 @@ def _check(handle: GistHandle, full: LlamaForCausalLM) -> None:
     if full.dtype == torch.float32:
         torch.testing.assert_close(stepped, at_once, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(cached.logits, whole.logits, rtol=1e-3, atol=1e-4)
-    else:  # rounding over the layers; how far it goes, the unpatched model's own two ways show
-        ours, theirs = _difference(cached.logits, whole.logits), _difference(stepped, at_once)
-        assert ours <= 3 * theirs, f"logits differ by {ours:.1e} of their norm, the unpatched model's by {theirs:.1e}"
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).float().norm() / expected.float().norm()).item()
+    else:  # fp32 has shown that both are the same; this is what roundings leave of bf16's 8 bits over the layers
+        for found, expected in ((stepped, at_once), (cached.logits, whole.logits)):
+            error = ((found - expected).float().norm() / expected.float().norm()).item()
+            assert error <= 0.1, f"logits differ by {error:.1e} of their norm"
 
 
 def cache_bytes(cache: GistCache | DynamicCache) -> int:

@@ -86,7 +86,7 @@ Of one call above its inputs (on a CPU in a process of its own); a mask that a b
 
 
 def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    """The page of a report; `pictures` are paths by section."""
+    """The page of a report; `pictures` are paths by section, ``report["notes"]`` what whoever measured has to say."""
     threads = "one thread" if report["threads"] == 1 else f"{report['threads']} threads"
     facts = {
         **report,
@@ -97,7 +97,8 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     }
     on_gpu = [] if report["instruction_set"] else [_ON_GPU]
-    parts = [_INTRO.format(**facts), *on_gpu, "## Aims", _aims(report)]
+    notes = "\n".join(f"- {note}" for note in report.get("notes", []))
+    parts = [_INTRO.format(**facts), *on_gpu, *([notes] if notes else []), "## Aims", _aims(report)]
     for name, section in _SECTIONS.items():
         if report.get(name):
             parts += section(report[name])

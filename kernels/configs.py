@@ -2,7 +2,8 @@
 
 Chosen by compiling (docs/evidence/kernels.md): for 16-bit inputs, of the tiles that neither spill registers nor
 exceed the chip's shared memory, those that move the fewest bytes per product. fp32 fits in shared memory too, but
-in IEEE precision it spills from head dimension 64 on some chips. Those of an H100 at head dimension 128 were timed.
+in IEEE precision it spills from head dimension 64 on some chips. Forward and backward on an H100 at head dimensions 64
+and 128 were chosen by timing (docs/kernels.md, Tiles); no other row has been timed.
 `autotune.py` measures a device and writes a JSON file; the environment variable GISTKERN_CONFIGS names the file
 to use.
 """
@@ -54,8 +55,6 @@ _TWO_LOOPS = ("sm_80", "small", "sm_100")
 _MEASURED = "the fastest of its neighbours on an H100 (docs/kernels.md, Tiles)"
 _RATIO = "128 rows halve the K/V traffic of 64; more columns only add rounding to the gist interval"
 _SPILLS = "larger tiles spill registers"
-_WGMMA = "one wgmma tile of 64 rows per warpgroup; more columns spill"
-_SERIAL = "64 rows make ptxas serialise wgmma; two blocks of 4 warps share a multiprocessor"
 _TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what shared memory does"
 _SHARED = "shared memory decides: operands are staged for every product of the step"
 _NARROW = "64 columns: 128 would take a quarter more FLOPs at the segments' diagonals (docs/evidence/work.md)"
@@ -71,7 +70,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
     ("fwd", 2, 64): {
         "sm_80": (128, 64, 8, 3, _RATIO),
         "small": (128, 64, 8, 3, _RATIO),
-        "sm_90": (128, 64, 8, 3, _RATIO),
+        "sm_90": (64, 64, 4, 3, _MEASURED),
         "sm_100": (128, 64, 8, 3, _RATIO),
         "gfx942": (128, 64, 4, 1, _LDS),
     },
@@ -92,7 +91,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
     ("bwd_dq", 2, 64): {
         "sm_80": (64, 32, 4, 3, _SPILLS),
         "small": (64, 32, 4, 3, _SPILLS),
-        "sm_90": (128, 64, 8, 3, _WGMMA),
+        "sm_90": (64, 32, 4, 3, _MEASURED),
         "sm_100": (128, 64, 8, 3, _TENSOR_MEMORY),
         "gfx942": (64, 32, 4, 1, _LDS),
     },
@@ -113,7 +112,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
     ("bwd_dkv", 2, 64): {
         "sm_80": (32, 64, 4, 3, _NARROW),
         "small": (32, 64, 4, 3, _NARROW),
-        "sm_90": (32, 64, 4, 3, _SERIAL),
+        "sm_90": (32, 64, 4, 3, _MEASURED),
         "sm_100": (64, 64, 8, 3, _NARROW),
         "gfx942": (32, 64, 4, 1, _LDS),
     },

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import check, decoding, flash_varlen, flex, limits, report, sections, targets, timing
+from bench import check, decoding, flash_varlen, flex, limits, queueing, report, sections, targets, timing
 from bench.attention import PASSES, attention_case
 from bench.baselines import BASELINES, Baseline
 from bench.case import OURS, Case, measured
@@ -150,6 +150,19 @@ def test_decoding_counts_the_bytes_of_its_rows():
     case = decoding_case(10, 6, 3, SMALL)
     assert set(case.calls) == {OURS, "sdpa", "copy"}
     assert case.work == 2 * 3 * 2 * (10 + 7) * 64 * 4  # k and v, samples, heads, rows, dims, fp32
+
+
+def test_what_is_queued_can_be_called_and_decoding_agrees():
+    found = queueing.calls(SMALL, "cpu")
+    assert list(found) == ["forward", "both", "decoding"]
+    for both in found.values():
+        ours, theirs = (call() for call in both.values())
+        assert [t.shape for t in ours] == [t.shape for t in theirs]
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_what_whoever_measured_says_is_on_the_page(small_report):
+    assert "- A note.\n\n## Aims" in page(small_report | {"notes": ["A note."]}, {})
 
 
 @pytest.mark.parametrize(("layout", "rows"), [("64/4", 300), ("512/8", 1100), ("one segment", 90)])
@@ -439,6 +452,6 @@ def test_the_guard_needs_a_record(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(DOCS.glob("benchmarks*.json")), ids=lambda path: path.stem)
 def test_the_committed_page_is_that_of_its_report(path):
     found = json.loads(path.read_text())
-    drawn = {name: f"pictures/{path.stem}-{name}.png" for name in ("growth", "attention", "models")}
+    drawn = {name: f"pictures/{path.stem}-{name}.png" for name in ("growth", "attention", "models") if found[name]}
     assert path.with_suffix(".md").read_text() == page(found, drawn)
     assert all((DOCS / name).exists() for name in drawn.values())
