@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_segments", "compress", "left_padded"]
 
-# raw tokens per model call of a hierarchical compression: enough to fill the machine, small beside a context
+# raw tokens per model call of a compression in segments: enough to fill the machine, small beside a context
 CALL_TOKENS = 4096
 
 
@@ -43,9 +44,9 @@ def compress(
     attention_mask : Tensor, optional
         ``[B, N]``; samples may differ in length, with padding left or right.
     segment_length : int, optional
-        Raw tokens per segment. None compresses the context as one segment. Otherwise the context is read
-        segment after segment: each ends in its own gist tokens, sees the gists of the earlier ones, and is
-        then dropped, so memory holds one segment however long the context is. On a model with
+        Raw tokens per segment. None compresses the context as one segment. Otherwise each segment ends in its own
+        gist tokens and sees the gists of the earlier ones. Segments are read in calls of about `CALL_TOKENS` and
+        then dropped, so memory holds one call however long the context is. On a model with
         ``num_segment_gist_tokens`` the segments instead write those, independently of each other, and the
         gist tokens that stay are a summary that sees all of them.
     segment_overlap : int
@@ -82,7 +83,7 @@ def compress(
     model.eval()
     try:
         if not handle.segment_gist_token_ids:
-            _segment_wise(handle, cache, samples)
+            _segment_wise(handle, cache, samples, length)
         elif segment_length is None:
             raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
         else:
@@ -110,11 +111,9 @@ def segments_of(ids: torch.Tensor, length: int, overlap: int) -> list[torch.Tens
     return [ids[begin : begin + length] for begin in range(0, last, length - overlap)]
 
 
-def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]]) -> None:
-    """One call per segment; samples that have ended bring padding only."""
-    gists = samples[0][0].new_tensor(handle.gist_token_ids)
-    for index in range(max(len(segments) for segments in samples)):
-        pieces = [torch.cat([segments[index], gists]) if index < len(segments) else gists[:0] for segments in samples]
+def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]], length: int) -> None:
+    """Segments that see the gists of all before them, many per call; samples that have ended bring padding only."""
+    for pieces in _calls(samples, samples[0][0].new_tensor(handle.gist_token_ids), length):
         ids, valid = left_padded(pieces)
         plan = plan_call(
             _state(cache, ids),
@@ -126,17 +125,22 @@ def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch
         _run(handle, cache, ids, valid, plan.layout.closed(), plan.position_ids)
 
 
+def _calls(samples: list[list[torch.Tensor]], gists: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
+    """The tokens of each call, by sample: about `CALL_TOKENS` in whole segments, each behind it its gists."""
+    step = max(1, CALL_TOKENS // length)
+    for first in range(0, max(len(segments) for segments in samples), step):
+        yield [
+            torch.cat([gists[:0], *(part for segment in segments[first : first + step] for part in (segment, gists))])
+            for segments in samples
+        ]
+
+
 def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]], length: int) -> None:
     """Independent segments, many per call, then one call of summary gists that sees all segment gists."""
     if handle.sink_tokens > length:
         raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
     ends = samples[0][0].new_tensor(handle.segment_gist_token_ids)
-    step = max(1, CALL_TOKENS // length)
-    for first in range(0, max(len(segments) for segments in samples), step):
-        pieces = [
-            torch.cat([ends[:0], *(part for segment in segments[first : first + step] for part in (segment, ends))])
-            for segments in samples
-        ]
+    for pieces in _calls(samples, ends, length):
         _run_independent(handle, cache, *left_padded(pieces))
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
     sinks = ends.new_tensor([min(len(segments[0]), handle.sink_tokens) for segments in samples])

@@ -75,7 +75,9 @@ def test_full_forward_equals_compressed_decode(family, positions, segment_length
 @pytest.mark.parametrize("positions", ["absolute", "gist_first"])
 @pytest.mark.parametrize("sink_tokens", [0, 1, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_sinks_and_padding_sides(model, positions, sink_tokens, side):
+@pytest.mark.parametrize("call_tokens", [7, 14, 4096])
+def test_sinks_padding_sides_and_segments_per_call(model, positions, sink_tokens, side, call_tokens, monkeypatch):
+    monkeypatch.setattr("gistkern.compressing.CALL_TOKENS", call_tokens)
     handle = gistkern.patch_llama(model, num_gist_tokens=2, positions=positions, sink_tokens=sink_tokens)
     with handle, torch.no_grad():
         check(model, handle, 7, side)
