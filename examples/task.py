@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from gistkern import GistHandle, GistLayout
 from gistkern.training import Stage
 from niah import KEY_DIGITS, Haystack
 from presets import Preset
+from ranks import Ranks
 from shared_haystack import needle_segments, plain_segments, shared_layout
 
-__all__ = ["Batch", "Haystacks", "answer_logits", "haystacks", "make_batch"]
+__all__ = ["ALONE", "Batch", "Haystacks", "answer_logits", "haystacks", "make_batch"]
 
+ALONE = Ranks()
 # by language, one per filler of the preset
 Haystacks = Mapping[str, list[Haystack]]
 
@@ -45,17 +47,20 @@ class Batch:
     """Contexts in segments with their gists, then summary gists, question and answer.
 
     `predictors` are the places in each row of ids whose logits predict the digits of its `answers`
-    ``[samples, KEY_DIGITS]``, sample after sample.
+    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples of all processes.
     """
 
     input_ids: torch.Tensor
     layout: GistLayout
     predictors: torch.Tensor
     answers: torch.Tensor
+    size: int
 
 
-def make_batch(drawn: Haystacks, handle: GistHandle, stage: Stage, settings: Preset, rng: random.Random) -> Batch:
-    """A batch of the stage's contexts, in one language and one filler.
+def make_batch(
+    drawn: Haystacks, handle: GistHandle, stage: Stage, settings: Preset, rng: random.Random, ranks: Ranks = ALONE
+) -> Batch:
+    """A batch of the stage's contexts, in one language and one filler: every process draws all and keeps its own.
 
     Contexts of one segment, up to a quarter shorter than the stage's length or of a length drawn from its `tokens`,
     stand side by side; of more segments they have their haystack in common. A length that fits a language's bare
@@ -74,20 +79,21 @@ def make_batch(drawn: Haystacks, handle: GistHandle, stage: Stage, settings: Pre
     if stage.segments is not None:
         segments = rng.randint(*stage.segments)
         if segments > 1:
-            return _shared(haystack, handle, stage, segments, settings.segment_overlap)
+            return _shared(haystack, handle, stage, segments, settings.segment_overlap, ranks)
         assert stage.segment_length is not None
         least = stage.segment_length - rng.randrange(stage.segment_length // 4)
     row = least + handle.num_ids + len(haystack.encode(haystack.question)) + KEY_DIGITS
     size = max(1, min(stage.batch_size, settings.batch_tokens // row))
-    return _side_by_side(haystack, handle, None if bare else least, size)
+    return _side_by_side(haystack, handle, None if bare else least, size, ranks)
 
 
 def _longest(haystack: Haystack, statements: Sequence[str]) -> int:
     return max(len(haystack.encode(" " + statement.strip().format(key="01234"))) for statement in statements)
 
 
-def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, size: int) -> Batch:
+def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, size: int, ranks: Ranks) -> Batch:
     """Contexts of one segment; without `tokens` they are bare statements of a key."""
+    own = ranks.own(size)
     question = haystack.encode(haystack.question)
     rows, answers = [], []
     for _ in range(size):
@@ -107,17 +113,21 @@ def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, si
         layout = GistLayout.from_segments([len(ids)], gists, tail=tail, sink_tokens=handle.sink_tokens)
     end = layout.num_rows - 1
     predictors = torch.arange(end - KEY_DIGITS, end)
-    return Batch(torch.tensor(rows), GistLayout.stack([layout] * size), predictors, torch.tensor(answers))
+    rows, answers = [rows[i] for i in own], [answers[i] for i in own]
+    return Batch(torch.tensor(rows), GistLayout.stack([layout] * len(own)), predictors, torch.tensor(answers), size)
 
 
-def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int, overlap: int) -> Batch:
+def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int, overlap: int, ranks: Ranks) -> Batch:
     """Contexts of `segments` segments or one more, all but the needle's in common, in one row."""
+    own_samples = ranks.own(stage.batch_size)
     pieces = plain_segments(haystack, segments - 1, stage.segment_length, overlap)
     question = haystack.encode(haystack.question)
     common = list(range(len(pieces)))
     members, tails, answers = [], [], []
-    for _ in range(stage.batch_size):
+    for sample in range(stage.batch_size):
         own, key = needle_segments(haystack, stage.segment_length, overlap)
+        if sample not in own_samples:
+            continue
         members.append([*common, *range(len(pieces), len(pieces) + len(own))])
         pieces += own
         answers.append(haystack.encode(key))
@@ -131,13 +141,13 @@ def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int,
         sink_tokens=handle.sink_tokens,
     )
     row = [token for piece in pieces for token in (*piece, *handle.segment_gist_token_ids)] + tails
-    ends = torch.arange(stage.batch_size)[:, None] * (len(tails) // stage.batch_size) + len(row) - len(tails)
+    ends = torch.arange(len(members))[:, None] * (len(tails) // len(members)) + len(row) - len(tails)
     before = len(handle.gist_token_ids) + len(question) - 1
     predictors = (ends + before + torch.arange(KEY_DIGITS)).flatten()
-    return Batch(torch.tensor([row]), layout, predictors, torch.tensor(answers))
+    return Batch(torch.tensor([row]), layout, predictors, torch.tensor(answers), stage.batch_size)
 
 
-def answer_logits(model: LlamaForCausalLM, batch: Batch, leak: bool = False) -> torch.Tensor:
+def answer_logits(model: nn.Module, batch: Batch, leak: bool = False) -> torch.Tensor:
     """Logits ``[samples, KEY_DIGITS, vocab]`` that predict the answers' digits, nothing else.
 
     With `leak` every token sees every earlier one, as in the proof of concept whose mask leaked.

@@ -6,6 +6,7 @@
     python examples/train_niah.py --preset smollm2      # a pretrained model, LoRA and gist rows
     python examples/train_niah.py --preset llama3-8b    # a recipe of configs/, through transformers' Trainer (GPU)
     python examples/train_niah.py --preset llama3-8b --dry-run          # the same code at tiny dimensions, on CPU
+    torchrun --nproc-per-node 2 examples/train_niah.py                  # the same batches, shared by two processes
 
 Writes to runs/<preset>/: checkpoints, log.jsonl, and the evaluation's report.json, report.md and heatmap.png.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -33,13 +35,18 @@ from models import build
 from opened import open_preset
 from optimizer import Optimizers
 from presets import PRESETS, RECIPES, Preset, preset
-from task import answer_logits, haystacks, make_batch
+from ranks import Ranks
+from task import ALONE, answer_logits, haystacks, make_batch
 
 __all__ = ["main", "train"]
 
 
-def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train one preset; returns the final checkpoint's folder.
+def train(
+    settings: Preset, seed: int, run: Path, resume: bool = False, overwrite: bool = False, ranks: Ranks = ALONE
+) -> Path:
+    """Train one preset, or with several `ranks` this process's part of it; returns the final checkpoint's folder.
+
+    Batches and what is trained on them do not depend on the number of processes, which may differ after a resume.
 
     Raises
     ------
@@ -58,7 +65,9 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
     else:
         if run.exists() and any(run.iterdir()) and not overwrite:
             raise ValueError(f"{run} is in use: pass --resume to go on, --overwrite to start again, or another --run")
-        _clear(run)
+        ranks.wait()  # all have looked before one of them clears
+        if ranks.is_main:
+            _clear(run)
         progress = Progress(settings.name, seed)
         model, handle, tokenizer = build(settings, seed)
     optimizers = Optimizers(model, settings.muon_factor, settings.adamw_factor, settings.adamw_betas)
@@ -69,28 +78,37 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
     drawn = haystacks(settings, tokenizer, False, str(seed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     log_path = run / "log.jsonl"
-    log_path.write_text(entries_before(log_path, curriculum.step))
+    if ranks.is_main:
+        log_path.write_text(entries_before(log_path, curriculum.step))
     model.train()
+    shared = ranks.shared(model)
     started, start_tokens = time.perf_counter(), progress.tokens
-    cpu_seconds = progress.cpu_seconds - time.process_time()
+    spent_before, own_before = progress.cpu_seconds, time.process_time()
     expected = curriculum.step + curriculum.remaining_steps
-    with log_path.open("a") as log, tqdm(total=expected, initial=curriculum.step, unit="step") as bar:
+    written = log_path if ranks.is_main else Path(os.devnull)
+    with (
+        written.open("a") as log,
+        tqdm(total=expected, initial=curriculum.step, unit="step", disable=not ranks.is_main) as bar,
+    ):
         while not curriculum.finished:
             rng = random.Random(f"{seed}-{curriculum.step}")
-            batch = make_batch(drawn, handle, curriculum.stage, settings, rng)
-            rate = _learning_rate(settings, curriculum, len(batch.answers))
-            logits = answer_logits(model, batch, settings.leak)
+            batch = make_batch(drawn, handle, curriculum.stage, settings, rng, ranks)
+            rate = _learning_rate(settings, curriculum, batch.size)
+            logits = answer_logits(shared, batch, settings.leak)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
-            loss.backward()
+            part = len(batch.answers) / batch.size
+            (loss * part * ranks.count).backward()  # the mean over the processes is that of the whole batch
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizers.step(rate)
             right = logits.argmax(-1) == batch.answers
-            measured = {"digit": right.float().mean().item(), "exact": right.all(1).float().mean().item()}
-            entry = {"step": curriculum.step, "stage": curriculum.index, "loss": loss.item(), **measured, "lr": rate}
+            own = part * loss.item(), part * right.float().mean().item(), part * right.all(1).float().mean().item()
+            mean_loss, digit, exact, tokens = ranks.sums([*own, batch.input_ids.numel()])
+            measured = {"digit": digit, "exact": exact}
+            entry = {"step": curriculum.step, "stage": curriculum.index, "loss": mean_loss, **measured, "lr": rate}
             curriculum.update(measured[settings.gate_on])
-            progress.tokens += batch.input_ids.numel()
+            progress.tokens += int(tokens)
             speed = (progress.tokens - start_tokens) / (time.perf_counter() - started)
-            entry |= {"running": curriculum.running_accuracy, "tokens": batch.input_ids.numel()}
+            entry |= {"running": curriculum.running_accuracy, "tokens": int(tokens)}
             log.write(json.dumps({**entry, "tokens_per_s": round(speed)}) + "\n")
             log.flush()
             bar.total = curriculum.step + curriculum.remaining_steps
@@ -101,8 +119,11 @@ def train(settings: Preset, seed: int, run: Path, resume: bool = False, overwrit
             )
             if curriculum.finished or curriculum.step % settings.checkpoint_every == 0:
                 progress.curriculum = curriculum.state_dict()
-                progress.cpu_seconds = cpu_seconds + time.process_time()
-                save(run, model, tokenizer, optimizers, progress)
+                (own_seconds,) = ranks.sums([time.process_time() - own_before])
+                progress.cpu_seconds = spent_before + own_seconds
+                if ranks.is_main:
+                    save(run, model, tokenizer, optimizers, progress)
+    ranks.wait()  # for the last checkpoint
     return latest(run)
 
 
@@ -163,10 +184,20 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(RECIPES))})")
         settings = preset(given.preset, given.leak)
         run = given.run or Path("runs") / settings.name
-        checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite)
+        ranks = Ranks.started()
+        checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite, ranks)
     except ValueError as error:
         parser.error(str(error))
-    evaluate_run(open_preset(checkpoint), run)
+    except RuntimeError as error:
+        if ranks.count == 1:
+            raise
+        raise SystemExit(
+            f"process {ranks.index} of {ranks.count} stops: {str(error).splitlines()[0]}\nMost likely another process "
+            f"of this run has ended. Start the command again with --resume: {latest(run) or 'no checkpoint'} is whole"
+        ) from error
+    ranks.leave()
+    if ranks.is_main:
+        evaluate_run(open_preset(checkpoint), run)
 
 
 if __name__ == "__main__":

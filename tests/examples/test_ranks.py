@@ -1,0 +1,112 @@
+"""train_niah.py under torchrun: the losses of one process, and a killed process loses nothing, and any number goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import EXAMPLES
+
+import gistkern
+from checkpoints import latest
+from models import tiny_llama
+from niah import train_tokenizer
+from presets import preset
+from ranks import Ranks
+from task import haystacks, make_batch
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(600)]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def start(processes, folder, *arguments):
+    # "--": or torchrun takes --run for the beginning of an option of its own
+    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes), "--"]
+    command = [*launcher, str(EXAMPLES / "train_niah.py"), "--preset", "smoke", "--run", str(folder), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def entries(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    process = start(1, folder)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return folder
+
+
+def same_losses(found, expected):
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "digit", "exact", "running", "lr", "stage"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), (one["step"], name)
+
+
+def ranks_of(parent):
+    """Process ids of torchrun's workers."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout
+    return sorted(map(int, children.split()))
+
+
+def test_a_killed_process_ends_the_run_and_nothing_is_lost(alone, tmp_path):
+    """Two processes train until one is killed, one goes on, and the log is that of a run by one process."""
+    folder = tmp_path / "run"
+    process = start(2, folder)
+    try:
+        while not latest(folder):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        workers = ranks_of(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[-1], signal.SIGKILL)
+        _, said = process.communicate(timeout=200)
+    finally:
+        process.terminate()
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said, "torchrun says which process died, and of what"
+    whole = latest(folder)
+    assert 0 < int(whole.name.split("-")[1]) < len(entries(alone))
+    again = start(1, folder, "--resume")
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    same_losses(entries(folder), entries(alone))
+    assert latest(folder).name == latest(alone).name
+    assert (folder / "report.json").exists(), "one process evaluates"
+    assert not list(folder.glob(".checkpoint-*.tmp"))
+
+
+def test_processes_share_every_batch():
+    """Side by side or in one row: every sample is some process's, and no one else's; all draw alike."""
+    settings = preset("smoke")
+    handle = gistkern.patch_llama(
+        tiny_llama(0), num_gist_tokens=2, num_segment_gist_tokens=2, positions="gist_first", sink_tokens=0
+    )
+    tokenizer = train_tokenizer()
+    for stage in settings.stages:
+        for seed in range(4):
+            drawn = haystacks(settings, tokenizer, False, "0")
+            whole = make_batch(drawn, handle, stage, settings, random.Random(seed))
+            parts = []
+            for index in range(2):
+                drawn = haystacks(settings, tokenizer, False, "0")
+                parts.append(make_batch(drawn, handle, stage, settings, random.Random(seed), Ranks(index, 2)))
+            assert all(part.size == whole.size == sum(len(p.answers) for p in parts) for part in parts)
+            woven = torch.empty_like(whole.answers)
+            for index, part in enumerate(parts):
+                woven[index::2] = part.answers
+            assert torch.equal(woven, whole.answers)
+
+
+def test_more_processes_than_samples_are_refused():
+    with pytest.raises(ValueError, match="a batch of 2 samples cannot be shared by 3 processes"):
+        Ranks(0, 3).own(2)
