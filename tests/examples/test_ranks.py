@@ -1,4 +1,4 @@
-"""train_niah.py under torchrun: the losses of one process, and a killed process loses nothing, and any number goes on."""
+"""train_niah.py under torchrun: the losses of one process; a killed process loses nothing, and any number goes on."""
 
 import json
 import os
