@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["peak_bytes"]
+__all__ = ["ENVIRONMENT", "peak_bytes", "resident", "start_peak"]
 
 Call = Callable[[], Any]
 # glibc keeps freed memory and hands it out again, which the resident set does not show: every block of 64 KiB or more
@@ -70,18 +70,24 @@ def _peak(plan: Callable[[], Call], device: str) -> int | str:
         peak = torch.cuda.max_memory_allocated() - before
     else:
         try:
-            ctypes.CDLL(None).malloc_trim(0)
-            before = _status("VmRSS")
+            before = start_peak()
             call = plan()
             Path("/proc/self/clear_refs").write_text("5")
             result = call()
-            peak = _status("VmHWM") - before
+            peak = resident("VmHWM") - before
         except (OSError, AttributeError):
             return "this system does not tell a process its peak"
     held = _bytes(result)
     if peak < held:
         raise RuntimeError(f"a peak of {peak} bytes was read while the result alone holds {held}")
     return peak
+
+
+def start_peak() -> int:
+    """Give freed memory back, begin a new peak, and return the bytes it begins at; OSError where there is no such."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def _bytes(result: Any) -> int:
@@ -92,7 +98,8 @@ def _bytes(result: Any) -> int:
     return cache_bytes(result)
 
 
-def _status(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process's resident set (Linux): ``"VmRSS"`` now, ``"VmHWM"`` at the peak since `start_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -89,7 +89,7 @@ gistkern::cpu::Pool torch_pool() {
 }
 
 #if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
-#if TORCH_VERSION_MINOR >= 13
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
 void* current_stream(int32_t device) { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
 #else
 // Before 2.13 only the library of torch's CUDA operators tells the stream. It is loaded already where a tensor is on a

@@ -41,16 +41,12 @@ class Ranks:
         return model if self.count == 1 else DistributedDataParallel(model)
 
     def own(self, size: int) -> range:
-        """The places of a batch of `size` samples that are this process's.
+        """The places of a batch of `size` samples that are this process's, at least one."""
+        return range(self.index, size, self.count) if self.index < size else range(1)
 
-        Raises
-        ------
-        ValueError
-            If there are fewer samples than processes.
-        """
-        if size < self.count:
-            raise ValueError(f"a batch of {size} samples cannot be shared by {self.count} processes: start fewer")
-        return range(self.index, size, self.count)
+    def weight(self, size: int) -> float:
+        """Its samples' part of the batch: 0 for a process that computes a sample of another for want of its own."""
+        return len(range(self.index, size, self.count)) / size
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value added up over the processes."""

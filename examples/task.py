@@ -47,7 +47,8 @@ class Batch:
     """Contexts in segments with their gists, then summary gists, question and answer.
 
     `predictors` are the places in each row of ids whose logits predict the digits of its `answers`
-    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples of all processes.
+    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples of
+    all processes, `weight` is the part of these in it.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +56,7 @@ class Batch:
     predictors: torch.Tensor
     answers: torch.Tensor
     size: int
+    weight: float
 
 
 def make_batch(
@@ -113,8 +115,10 @@ def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, si
         layout = GistLayout.from_segments([len(ids)], gists, tail=tail, sink_tokens=handle.sink_tokens)
     end = layout.num_rows - 1
     predictors = torch.arange(end - KEY_DIGITS, end)
-    rows, answers = [rows[i] for i in own], [answers[i] for i in own]
-    return Batch(torch.tensor(rows), GistLayout.stack([layout] * len(own)), predictors, torch.tensor(answers), size)
+    rows, answers, weight = [rows[i] for i in own], [answers[i] for i in own], ranks.weight(size)
+    return Batch(
+        torch.tensor(rows), GistLayout.stack([layout] * len(own)), predictors, torch.tensor(answers), size, weight
+    )
 
 
 def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int, overlap: int, ranks: Ranks) -> Batch:
@@ -144,7 +148,9 @@ def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int,
     ends = torch.arange(len(members))[:, None] * (len(tails) // len(members)) + len(row) - len(tails)
     before = len(handle.gist_token_ids) + len(question) - 1
     predictors = (ends + before + torch.arange(KEY_DIGITS)).flatten()
-    return Batch(torch.tensor([row]), layout, predictors, torch.tensor(answers), stage.batch_size)
+    return Batch(
+        torch.tensor([row]), layout, predictors, torch.tensor(answers), stage.batch_size, ranks.weight(stage.batch_size)
+    )
 
 
 def answer_logits(model: nn.Module, batch: Batch, leak: bool = False) -> torch.Tensor:

@@ -96,7 +96,7 @@ def train(
             rate = _learning_rate(settings, curriculum, batch.size)
             logits = answer_logits(shared, batch, settings.leak)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
-            part = len(batch.answers) / batch.size
+            part = batch.weight
             (loss * part * ranks.count).backward()  # the mean over the processes is that of the whole batch
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizers.step(rate)
@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="of a recipe: step through it at tiny dimensions")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    ranks = ALONE
     try:
         if given.preset in RECIPES:
             if given.leak or given.seed is not None:

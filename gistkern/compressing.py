@@ -23,7 +23,7 @@ __all__ = ["check_segments", "compress", "left_padded"]
 
 # raw tokens per model call of a compression in segments: enough to fill the machine, small beside a context
 CALL_TOKENS = 4096
-# the same on a CPU for segments that see each other's gists: 4,096 gained nothing there and took seven times the memory
+# the same on a CPU for segments that see each other's gists: 4,096 gained a tenth and took seven times the memory
 CPU_CALL_TOKENS = 512
 
 
@@ -48,8 +48,8 @@ def compress(
     segment_length : int, optional
         Raw tokens per segment. None compresses the context as one segment. Otherwise each segment ends in its own
         gist tokens and sees the gists of the earlier ones. Segments are read in calls of about `CALL_TOKENS`
-        (fewer on a CPU) and then dropped, so memory holds one call however long the context is. On a model with
-        ``num_segment_gist_tokens`` the segments instead write those, independently of each other, and the
+        (on a CPU `CPU_CALL_TOKENS`) and then dropped, so memory holds one call however long the context is. On a
+        model with ``num_segment_gist_tokens`` the segments instead write those, independently of each other, and the
         gist tokens that stay are a summary that sees all of them.
     segment_overlap : int
         Raw tokens at the start of each segment that repeat the end of the one before, so that what a boundary

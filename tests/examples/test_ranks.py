@@ -107,6 +107,10 @@ def test_processes_share_every_batch():
             assert torch.equal(woven, whole.answers)
 
 
-def test_more_processes_than_samples_are_refused():
-    with pytest.raises(ValueError, match="a batch of 2 samples cannot be shared by 3 processes"):
-        Ranks(0, 3).own(2)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_weights_add_up_and_spare_processes_have_none(size):
+    """A process without a sample of its own computes the first one for nothing: every process must take part."""
+    every = [Ranks(index, 3) for index in range(3)]
+    assert sum(one.weight(size) for one in every) == pytest.approx(1)
+    assert sorted(place for one in every if one.weight(size) for place in one.own(size)) == list(range(size))
+    assert all(one.own(size) == range(1) for one in every if not one.weight(size))
