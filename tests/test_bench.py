@@ -14,7 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import check, decoding, flash_varlen, flex, limits, queueing, report, sections, targets, timing
+from bench import (
+    check,
+    context_parallel,
+    decoding,
+    flash_varlen,
+    flex,
+    limits,
+    queueing,
+    report,
+    sections,
+    targets,
+    timing,
+)
 from bench.attention import PASSES, attention_case
 from bench.baselines import BASELINES, Baseline
 from bench.case import OURS, Case, measured
@@ -447,6 +459,18 @@ def test_the_guard_needs_a_record(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         check.main(["--recorded", str(tmp_path / "none.json")])
     assert "run make bench-report first" in capsys.readouterr().err
+
+
+def test_the_committed_ranks_received_what_the_wire_carried():
+    folder = DOCS / "evidence"
+    found = json.loads((folder / "context-parallel.json").read_text())
+    assert (folder / "context-parallel.md").read_text() == context_parallel.page(found)
+    shared = [run for run in found["runs"] if run["ranks"] > 1]
+    assert {(run["scheme"], run["ranks"]) for run in shared} == set(itertools.product(context_parallel.SCHEMES, (2, 4)))
+    for run in shared:
+        counted = sum(sum(one["received"].values()) for one in run["by rank"])
+        first = run["by rank"][0]
+        assert counted <= first["wire bytes of all ranks"] < first["ring attention would receive"]
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.glob("benchmarks*.json")), ids=lambda path: path.stem)
