@@ -64,5 +64,4 @@ class Ranks:
     def leave(self) -> None:
         """Disconnect: what follows is for the main process alone."""
         if self.count > 1:
-            self.wait()
             dist.destroy_process_group()

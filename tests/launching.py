@@ -8,12 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def torchrun(processes):
+    """The beginning of a command; without "--" torchrun takes a script's --run for an option of its own."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+
+
 def launch(script, processes, *arguments):
     """Run a script, which may import what lies beside it, and fail with what it said."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = os.pathsep.join([str(Path(script).parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [*torchrun, str(script), *map(str, arguments)],
+        [*torchrun(processes), str(script), *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

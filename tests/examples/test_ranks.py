@@ -5,12 +5,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import command, run
+from launching import torchrun
 
 import gistkern
 from checkpoints import latest
@@ -20,29 +20,11 @@ from presets import preset
 from ranks import Ranks
 from task import haystacks, make_batch
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(600)]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-
-
-def start(processes, folder, *arguments):
-    # "--": or torchrun takes --run for the beginning of an option of its own
-    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes), "--"]
-    command = [*launcher, str(EXAMPLES / "train_niah.py"), "--preset", "smoke", "--run", str(folder), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
 
 
 def entries(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    process = start(1, folder)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
-    return folder
 
 
 def same_losses(found, expected):
@@ -58,10 +40,13 @@ def ranks_of(parent):
     return sorted(map(int, children.split()))
 
 
-def test_a_killed_process_ends_the_run_and_nothing_is_lost(alone, tmp_path):
+def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path):
     """Two processes train until one is killed, one goes on, and the log is that of a run by one process."""
+    alone, _ = finished
     folder = tmp_path / "run"
-    process = start(2, folder)
+    process = subprocess.Popen(
+        [*torchrun(2), *command("--run", folder)[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         while not latest(folder):
             assert process.poll() is None, process.communicate()[1]
@@ -76,9 +61,8 @@ def test_a_killed_process_ends_the_run_and_nothing_is_lost(alone, tmp_path):
     assert "Signal 9 (SIGKILL)" in said, "torchrun says which process died, and of what"
     whole = latest(folder)
     assert 0 < int(whole.name.split("-")[1]) < len(entries(alone))
-    again = start(1, folder, "--resume")
-    _, said = again.communicate()
-    assert again.returncode == 0, said
+    again = run("--run", folder, "--resume")
+    assert again.returncode == 0, again.stderr
     same_losses(entries(folder), entries(alone))
     assert latest(folder).name == latest(alone).name
     assert (folder / "report.json").exists(), "one process evaluates"

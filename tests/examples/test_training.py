@@ -6,12 +6,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import command, run
 from safetensors.torch import load_file
 
 import eval_niah
@@ -26,22 +25,6 @@ from presets import preset
 from task import answer_logits, haystacks, make_batch
 
 pytestmark = pytest.mark.xdist_group("training")
-
-
-def command(*arguments):
-    return [sys.executable, str(EXAMPLES / "train_niah.py"), "--preset", "smoke", *map(str, arguments)]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "smoke"
-    done = run("--run", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done
 
 
 def test_it_writes_log_checkpoint_and_report(finished):
