@@ -20,6 +20,7 @@ _EXPORTS = {
     "KeyValueRows": "gistkern.pool",
     "gist_compact": "gistkern.pool",
     "gist_decode": "gistkern.pool",
+    "plain_prefix": "gistkern.prefix",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "gist_compact",
     "gist_decode",
     "patch_llama",
+    "plain_prefix",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle, patch_llama
     from gistkern.layout import GistLayout
     from gistkern.pool import KeyValueRows, gist_compact, gist_decode
+    from gistkern.prefix import plain_prefix
 
 
 def __getattr__(name: str) -> object:

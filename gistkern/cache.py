@@ -13,6 +13,8 @@ from gistkern.cache_plan import CacheState, CallPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gistkern.shared_cache import SharedGistCache
+
 __all__ = ["GistCache", "GistLayer"]
 
 
@@ -90,10 +92,11 @@ class GistCache(Cache):
         self._touched = False
 
     def __repr__(self) -> str:
+        name = type(self).__name__
         if self.state is None:
-            return "GistCache(empty)"
+            return f"{name}(empty)"
         return (
-            f"GistCache(batch={self.batch_size}, tokens={self.get_seq_length()}, gist rows={self.gist_rows.tolist()}, "
+            f"{name}(batch={self.batch_size}, tokens={self.get_seq_length()}, gist rows={self.gist_rows.tolist()}, "
             f"tail rows={self.tail_rows.tolist()}, {self.nbytes} bytes)"
         )
 
@@ -164,7 +167,7 @@ class GistCache(Cache):
 
     def clone(self) -> GistCache:
         """An independent copy, so that one compressed context answers several questions."""
-        copy = GistCache()
+        copy = type(self)()
         copy.positions, copy.fingerprint, copy.state = self.positions, self.fingerprint, self.state
         copy.unchecked = self.unchecked
         copy.layers = [_copy_layer(layer, torch.clone) for layer in self.layers]
@@ -178,6 +181,18 @@ class GistCache(Cache):
             moved: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(copy.state).items()}
             copy.state = CacheState(**moved)
         return copy
+
+    def shared(self) -> SharedGistCache:
+        """A copy whose rows stand once in memory, however many questions, answers or beams read them.
+
+        Raises
+        ------
+        ValueError
+            If the cache is empty or has a tail.
+        """
+        from gistkern.shared_cache import share
+
+        return share(self)
 
     def reset(self) -> None:
         """Forget everything."""

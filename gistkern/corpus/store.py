@@ -46,7 +46,7 @@ class GistStore:
     ::
 
         store = GistStore("corpus/")
-        cache = store.batch(["a", "b"])                     # ragged: each sample has its own rows
+        cache = store.batch(["a", "b", "a"], shared=True)   # ragged; samples 0 and 2 read the same rows
         model.generate(questions, past_key_values=cache)
     """
 
@@ -83,8 +83,15 @@ class GistStore:
         """One document's cache; KeyError if there is none of that name, ValueError if it is damaged."""
         return self.batch([name])
 
-    def batch(self, names: Iterable[str]) -> GistCache:
+    def batch(self, names: Iterable[str], shared: bool = False) -> GistCache:
         """A ragged batch of documents, in that order; a name may come several times.
+
+        Parameters
+        ----------
+        names : iterable of str
+            One per sample.
+        shared : bool
+            Have each document's rows once in memory, read by all samples that ask about it (`GistCache.shared`).
 
         Raises
         ------
@@ -93,10 +100,17 @@ class GistStore:
         ValueError
             If a file is torn or foreign, a document damaged, or no name is given; the message names file and document.
         """
-        found = [self._read(name) for name in names]
-        if not found:
+        names = list(names)
+        read = {name: self._read(name) for name in dict.fromkeys(names)}
+        if not read:
             raise ValueError("no names: a batch has at least one document")
-        return to_cache(found, self._settings["positions"], self._settings["fingerprint"], device=self.device)
+        documents = [read[name] for name in (read if shared else names)]
+        cache = to_cache(documents, self._settings["positions"], self._settings["fingerprint"], device=self.device)
+        if shared:
+            place = {name: index for index, name in enumerate(read)}
+            cache = cache.shared()
+            cache.batch_select_indices(torch.tensor([place[name] for name in names]))
+        return cache
 
     def _read(self, name: str) -> CompressedDocument:
         place = self._find(name)

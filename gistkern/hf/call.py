@@ -25,6 +25,7 @@ from gistkern.hf.context_parallel import (
 from gistkern.hf.fingerprint import check_cache, check_positions
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
+from gistkern.shared_cache import SharedGistCache
 
 if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle
@@ -39,6 +40,7 @@ class GistCall:
     layout: GistLayout
     backend: str
     parallel: Parallel | None = None
+    shared: SharedGistCache | None = None
 
 
 def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -104,7 +106,7 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         attention_mask=plan.layout.is_real(),
         past_key_values=cache,
         use_cache=cache is not None,
-        gist_call=GistCall(plan.layout, handle.backend),
+        gist_call=GistCall(plan.layout, handle.backend, shared=cache if isinstance(cache, SharedGistCache) else None),
     )
     return (), arguments
 

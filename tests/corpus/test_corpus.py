@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gistkern
 from gistkern import GistStore, compress, compress_corpus
+from gistkern.compressing import left_padded
 from gistkern.corpus import __main__ as command_line
 from gistkern.corpus import compressing, journal
 from gistkern.corpus.__main__ import main
@@ -86,6 +88,27 @@ def test_a_batch_of_documents_of_different_rows(tmp_path):
     assert len(set(expected)) > 2
     for sample, name in enumerate(corpus):
         assert torch.equal(rows(cache, sample), rows(store[name]))
+
+
+def test_a_queue_of_questions_is_served(handle, store, corpus):
+    """Requests in batches as they come, some on one document: each is answered as if it were alone."""
+    drawn = random.Random(0)
+    queue = [(drawn.choice(list(corpus)[:6]), documents(1, 2, 9, seed=place)["doc-0"]) for place in range(23)]
+    served = []
+    for first in range(0, len(queue), 5):
+        names, questions = zip(*queue[first : first + 5], strict=True)
+        cache = store.batch(names, shared=True)
+        assert cache.nbytes == store.batch(dict.fromkeys(names)).nbytes, "a document's rows once"
+        ids, real = left_padded([torch.tensor(question) for question in questions])
+        out = handle.model.generate(
+            ids, attention_mask=real.long(), past_key_values=cache, max_new_tokens=4, do_sample=False
+        )
+        served += out[:, ids.shape[1] :].tolist()
+    assert len({name for name, _ in queue}) < len(queue)
+    for (name, question), said in zip(queue, served, strict=True):
+        alone = compress(handle.model, torch.tensor([corpus[name]]))
+        out = handle.model.generate(torch.tensor([question]), past_key_values=alone, max_new_tokens=4, do_sample=False)
+        assert out[0, len(question) :].tolist() == said
 
 
 def test_the_store_does_not_depend_on_how_many_processes_wrote_it(handle, corpus, store, tmp_path):

@@ -1,71 +1,139 @@
-"""Gist rows as the prefix of a model that was never patched (docs/serving.md): where positions allow it, where not."""
+"""Gist rows as the prefix of a model that was never patched (docs/serving.md)."""
 
 import copy
 
 import pytest
 import torch
-from conftest import make_model, random_ids
+from conftest import FAMILIES, make_model, random_ids
 from transformers import DynamicCache
 
-from gistkern import compress, patch_llama
+from gistkern import GistCache, compress, patch_llama, plain_prefix
 
 LENGTH = 40
+CASES = [
+    pytest.param({"positions": positions, "sink_tokens": sinks, **summary}, segments, id=name)
+    for positions in ("absolute", "gist_first")
+    for sinks in (0, 1)
+    for name, summary, segments in (
+        ("one-segment", {}, {}),
+        ("segments", {}, {"segment_length": 16, "segment_overlap": 4}),
+        ("hierarchical", {"num_segment_gist_tokens": 3}, {"segment_length": 16}),
+    )
+]
 
 
-def models(**options):
+def models(family="llama", config=None, **options):
     """A patched model and the same weights unpatched."""
-    plain = make_model(initializer_range=0.3)
+    plain = make_model(family, initializer_range=0.3, **(config or {}))
     return patch_llama(copy.deepcopy(plain), num_gist_tokens=4, **options).model, plain
 
 
-def prefix_of(cache, plain):
-    """A DynamicCache that holds the gist rows."""
-    prefix = DynamicCache(config=plain.config)
-    for number, layer in enumerate(cache.layers):
-        prefix.update(layer.keys.clone(), layer.values.clone(), number)
-    return prefix
+def ask(model, prefix, question, columns=None):
+    """Greedy answers behind a prefix of which sample b owns the last `columns[b]` columns."""
+    rows = prefix.get_seq_length()
+    placeholders = torch.ones(len(question), rows, dtype=torch.long)  # generate would mask the padding token
+    ids = torch.cat([placeholders, question], 1)
+    own = torch.full((len(ids),), rows) if columns is None else columns
+    mask = torch.arange(ids.shape[1]) >= rows - own[:, None]
+    said = model.generate(
+        ids, attention_mask=mask.long(), past_key_values=prefix, max_new_tokens=8, do_sample=False, logits_to_keep=1
+    )
+    return said[:, rows:]
 
 
-@pytest.mark.parametrize("segments", [{}, {"segment_length": 16}, {"segment_length": 16, "segment_overlap": 4}])
+@pytest.mark.parametrize(("options", "segments"), CASES)
 @torch.no_grad()
-def test_rows_are_a_prefix_where_the_tail_begins_behind_them(segments):
-    gist, plain = models(positions="gist_first", sink_tokens=0)
+def test_an_unpatched_model_reads_the_rows(options, segments):
+    gist, plain = models(**options)
     context, question = random_ids(2, LENGTH), random_ids(2, 7, seed=2)
     cache = compress(gist, context, **segments)
-    rows = int(cache.gist_rows[0])
-    prefix = prefix_of(cache, plain)
-    assert prefix.get_seq_length() == rows < LENGTH
+    prefix = plain_prefix(cache, plain.config)
+    assert prefix.get_seq_length() == int(cache.gist_rows[0]) < LENGTH
     expected = gist(question, past_key_values=cache.clone()).logits
     found = plain(question, past_key_values=copy.deepcopy(prefix)).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # the rotation's angles are fp32 in transformers
     said = gist.generate(question, past_key_values=cache, max_new_tokens=8, do_sample=False)
-    placeholders = torch.ones(2, rows, dtype=torch.long)  # generate would mask the padding token
-    ids = torch.cat([placeholders, question], 1)
-    answers = plain.generate(ids, past_key_values=prefix, max_new_tokens=8, do_sample=False)
-    assert torch.equal(answers[:, rows:], said)
+    assert torch.equal(ask(plain, prefix, question), said)
 
 
-HIERARCHICAL = {"positions": "gist_first", "sink_tokens": 0, "num_segment_gist_tokens": 3}
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family(family):
+    gist, plain = models(family)
+    cache, question = compress(gist, random_ids(1, LENGTH)), random_ids(1, 7, seed=2)
+    found = plain(question, past_key_values=plain_prefix(cache, plain.config)).logits
+    torch.testing.assert_close(found, gist(question, past_key_values=cache).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("options", "segments"),
+    "rotation",
     [
-        ({"positions": "absolute", "sink_tokens": 0}, {}),
-        ({"positions": "gist_first", "sink_tokens": 1}, {}),
-        (HIERARCHICAL, {"segment_length": 16}),
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     ],
+    ids=lambda rotation: rotation["rope_type"],
 )
 @torch.no_grad()
-def test_other_positions_need_more_than_a_prefix(options, segments):
-    gist, plain = models(**options)
-    context, question = random_ids(1, LENGTH), random_ids(1, 7, seed=2)
-    cache = compress(gist, context, **segments)
-    found = plain(question, past_key_values=prefix_of(cache, plain)).logits
-    expected = gist(question, past_key_values=cache.clone()).logits
-    assert (found - expected).abs().max() > 1e-2
-    # the rows are right: at the positions that they were made for the unpatched model reads them
-    begin = int(gist.model(question, past_key_values=cache.clone()).past_key_values.state.tail_position[0])
-    positions = begin + torch.arange(question.shape[1])[None]
-    told = plain(question, past_key_values=prefix_of(cache, plain), position_ids=positions).logits
-    torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-4)
+def test_scaled_rotations(rotation):
+    gist, plain = models(config={"rope_parameters": {"rope_theta": 10000.0, **rotation}})
+    cache, question = compress(gist, random_ids(1, LENGTH)), random_ids(1, 7, seed=2)
+    found = plain(question, past_key_values=plain_prefix(cache, plain.config)).logits
+    torch.testing.assert_close(found, gist(question, past_key_values=cache).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_samples_of_different_rows():
+    gist, plain = models()
+    context = random_ids(2, LENGTH)
+    real = torch.ones(2, LENGTH, dtype=torch.long)
+    real[1, :27] = 0
+    cache, question = compress(gist, context, real, segment_length=10), random_ids(2, 7, seed=2)
+    rows = cache.gist_rows
+    assert rows[0] > rows[1]
+    said = gist.generate(question, past_key_values=cache.clone(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(ask(plain, plain_prefix(cache, plain.config), question, rows), said)
+
+
+@torch.no_grad()
+def test_the_turn_is_what_makes_it_so():
+    """The rows as they are, without the turn, are read at the wrong distance."""
+    gist, plain = models()
+    cache, question = compress(gist, random_ids(1, LENGTH)), random_ids(1, 7, seed=2)
+    raw = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        raw.update(layer.keys.clone(), layer.values.clone(), index)
+    found = plain(question, past_key_values=raw).logits
+    assert (found - gist(question, past_key_values=cache).logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_cache_is_left_as_it_was():
+    gist, plain = models()
+    cache = compress(gist, random_ids(1, LENGTH))
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    plain(random_ids(1, 7), past_key_values=plain_prefix(cache, plain.config))
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+@torch.no_grad()
+def test_what_cannot_be_a_prefix_is_refused():
+    gist, plain = models()
+    with pytest.raises(ValueError, match="the cache is empty: compress a context first"):
+        plain_prefix(GistCache(), plain.config)
+    cache = compress(gist, random_ids(1, LENGTH))
+    dynamic = copy.deepcopy(plain.config)
+    dynamic.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type 'dynamic' turns keys by the length of the text"):
+        plain_prefix(cache, dynamic)
+    gist(random_ids(1, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match="uncompressed tail"):
+        plain_prefix(cache, plain.config)

@@ -1,0 +1,78 @@
+"""Gist rows as an ordinary prefix, for models and engines that know nothing of gist tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from gistkern.cache import GistCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["plain_prefix"]
+
+# rotations by fixed frequencies; others (dynamic, longrope) change them with the length of the text
+_FIXED = ("default", "linear", "llama3", "yarn")
+
+
+def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
+    """The rows of a compressed context as the cache of a model that was never patched.
+
+    Rotary position embeddings (Su et al. 2021, "RoFormer") make scores depend on differences of positions only. So the
+    keys are turned back by as much as the tail's first position exceeds the number of rows: what follows then begins
+    right behind the rows, as behind any prefix of so many tokens, whatever the position scheme, sinks and summaries.
+
+    Parameters
+    ----------
+    cache : GistCache
+        Of `gistkern.compress`, a file or a store, without a tail.
+    config : PreTrainedConfig
+        Of the model that wrote it (its rotary embedding).
+
+    Returns
+    -------
+    DynamicCache
+        Keys and values ``[B, Hkv, G, D]``, copies. Samples that own fewer than G rows have theirs in the last columns:
+        hide the columns before by an attention mask, from which `generate` counts positions too.
+
+    Raises
+    ------
+    ValueError
+        If the cache is empty or has a tail, or the rotation depends on the length of the text.
+
+    Examples
+    --------
+    ::
+
+        prefix = gistkern.plain_prefix(store["a"], plain.config)
+        placeholders = torch.ones(1, prefix.get_seq_length(), dtype=torch.long)     # counted, never read
+        plain.generate(torch.cat([placeholders, question], 1), past_key_values=prefix)
+    """
+    state = cache.state
+    if state is None:
+        raise ValueError("the cache is empty: compress a context first")
+    if state.tail_columns:
+        raise ValueError("the cache has an uncompressed tail: make the prefix before asking, from a clone")
+    kind = config.rope_parameters["rope_type"]
+    if kind not in _FIXED:
+        raise ValueError(
+            f"rope_type {kind!r} turns keys by the length of the text: expected one of {', '.join(_FIXED)}"
+        )
+    back = (state.gist_rows - state.tail_position).double()
+    frequencies = LlamaRotaryEmbedding(config).inv_freq.to(back.device).double()  # type: ignore[arg-type]
+    angles = (back[:, None] * frequencies)[:, None, None]  # [B, 1, 1, D / 2]
+    cosine, sine = angles.cos(), angles.sin()
+    prefix = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        prefix.update(_turn(layer.keys, cosine, sine), layer.values.clone(), index)
+    return prefix
+
+
+def _turn(keys: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (d, d + D / 2), in fp64: once per document."""
+    first, second = keys.double().chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(keys.dtype)
