@@ -20,7 +20,7 @@ _EXPORTS = {
     "KeyValueRows": "gistkern.pool",
     "gist_compact": "gistkern.pool",
     "gist_decode": "gistkern.pool",
-    "plain_prefix": "gistkern.prefix",
+    "plain_prefix": "gistkern.hf.prefix",
 }
 
 __all__ = [
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from gistkern.corpus.compressing import compress_corpus
     from gistkern.corpus.store import GistStore
     from gistkern.hf.patch import GistHandle, patch_llama
+    from gistkern.hf.prefix import plain_prefix
     from gistkern.layout import GistLayout
     from gistkern.pool import KeyValueRows, gist_compact, gist_decode
-    from gistkern.prefix import plain_prefix
 
 
 def __getattr__(name: str) -> object:

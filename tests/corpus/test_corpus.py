@@ -132,7 +132,10 @@ def start(out, notes, rank):
 
 
 @pytest.mark.timeout(400)
-def test_two_thousand_documents_two_processes_one_killed(tmp_path):
+def test_two_thousand_documents_two_processes_one_killed(tmp_path, request):
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # as the workers, or the store of one process rounds otherwise
     out, notes = tmp_path / "store", tmp_path / "notes"
     first, second = start(out, notes, 0), start(out, notes, 1)
     # the second has finished a file and is in the middle of another one

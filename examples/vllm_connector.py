@@ -1,0 +1,172 @@
+"""A vLLM connector that reads compressed documents from a `GistStore`: each request is answered from gist rows.
+
+A prototype, run with vLLM 0.32 on CPU (docs/serving.md). vLLM needs no patch and no knowledge of gist tokens: a
+document is a prefix whose keys and values happen to be known (`gistkern.plain_prefix`).
+
+    llm = LLM(model, kv_transfer_config=transfer_config("corpus/"))       # the trained weights as a plain checkpoint
+    prompts, parameters = zip(*(request_for(store, name, question_ids, max_tokens=32) for name, question_ids in queue))
+    answers = llm.generate(prompts, parameters)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams, TokensPrompt
+from vllm.config import KVTransferConfig, get_layers_from_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from gistkern import GistStore, plain_prefix
+
+__all__ = ["GistConnector", "request_for", "transfer_config"]
+
+PLACEHOLDER = 0  # stands for a gist row in a prompt: counted, never embedded
+logger = init_logger(__name__)
+
+
+def transfer_config(store: str | Path) -> KVTransferConfig:
+    """What `LLM` and `vllm serve` take to answer from a store's folder."""
+    return KVTransferConfig(
+        kv_connector="GistConnector",
+        kv_connector_module_path=__name__,
+        kv_role="kv_consumer",
+        kv_connector_extra_config={"store": str(store)},
+    )
+
+
+def request_for(
+    store: GistStore, name: str, question_ids: Sequence[int], **sampling: Any
+) -> tuple[TokensPrompt, SamplingParams]:
+    """A question about a document, as `LLM.generate` takes it; `sampling` are arguments of `SamplingParams`.
+
+    Requests about one document share its whole blocks: the salt of vLLM's prefix cache is the document's name.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If the store has no such document, or it is damaged; if the question is empty.
+    """
+    if not question_ids:
+        raise ValueError("the question is empty: give at least one token")
+    rows = int(store[name].gist_rows[0])
+    prompt = TokensPrompt(prompt_token_ids=[PLACEHOLDER] * rows + list(question_ids), cache_salt=name)
+    document = {"gist_document": name, "gist_rows": rows}
+    return prompt, SamplingParams(**sampling, extra_args={"kv_transfer_params": document})
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows ``[first, rows)`` of a document for the blocks of one request."""
+
+    name: str
+    first: int
+    rows: int
+    blocks: list[int]
+
+    def slots(self, block_size: int) -> torch.Tensor:
+        """Where each row goes, in the numbering of vLLM's slot mappings."""
+        row = torch.arange(self.first, self.rows)
+        return torch.tensor(self.blocks)[row // block_size] * block_size + row % block_size
+
+
+@dataclass
+class Loads(KVConnectorMetadata):
+    """What the worker loads before a step."""
+
+    loads: list[Load] = field(default_factory=list)
+
+
+class GistConnector(KVConnectorBase_V1, SupportsHMA):
+    """Tells the scheduler that a document's rows are there already, and writes them into the request's blocks.
+
+    A document that cannot be read fails its own request (`kv_load_failure_policy`), no other.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        parallel = vllm_config.parallel_config
+        if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+            raise ValueError("GistConnector loads all heads and layers: use one process per model")
+        if len(kv_cache_config.kv_cache_groups) > 1:
+            raise ValueError("GistConnector serves models whose layers all have full attention")
+        self._config = vllm_config
+        self._block_size: int = vllm_config.cache_config.block_size
+        self._store = GistStore(vllm_config.kv_transfer_config.kv_connector_extra_config["store"])
+        self._loads: list[Load] = []
+        self._failed: set[int] = set()
+
+    # ---- the scheduler's side
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """The rows behind what vLLM's own prefix cache holds; loaded within the step."""
+        rows = (request.kv_transfer_params or {}).get("gist_rows", 0)
+        return max(0, rows - num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """The request has its blocks, after a preemption new ones."""
+        if num_external_tokens:
+            document = request.kv_transfer_params
+            rows = document["gist_rows"]
+            (own,) = blocks.get_block_ids()
+            self._loads.append(Load(document["gist_document"], rows - num_external_tokens, rows, list(own)))
+
+    def build_connector_meta(self, scheduler_output: Any) -> Loads:
+        """The loads of this step."""
+        loads, self._loads = self._loads, []
+        return Loads(loads)
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        """Blocks are freed as usual."""
+        return False, None
+
+    # ---- the worker's side
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Write the rows as the engine writes keys and values that it computed itself."""
+        loads = self._get_connector_metadata()
+        assert isinstance(loads, Loads)
+        for load in loads.loads:
+            try:
+                self._write(load)
+            except (KeyError, ValueError) as error:
+                logger.error("document %r is not loaded: %s", load.name, error)
+                self._failed |= set(load.blocks)
+
+    def _write(self, load: Load) -> None:
+        prefix = plain_prefix(self._store[load.name], self._config.model_config.hf_config)
+        layers = get_layers_from_vllm_config(self._config, Attention)
+        if len(layers) != len(prefix.layers):
+            raise ValueError(f"{len(prefix.layers)} layers are stored, the model has {len(layers)}")
+        if prefix.get_seq_length() != load.rows:
+            raise ValueError(f"{prefix.get_seq_length()} rows are stored, the request names {load.rows}")
+        slots = load.slots(self._block_size)
+        for name, layer in layers.items():
+            stored = prefix.layers[extract_layer_index(name)]
+            keys, values = (t[0, :, load.first :].transpose(0, 1) for t in (stored.keys, stored.values))
+            if (layer.num_kv_heads, layer.head_size) != keys.shape[1:]:
+                raise ValueError(f"{tuple(keys.shape[1:])} heads and dimensions are stored, {name} has others")
+            cache = layer.kv_cache
+            keys, values = (t.contiguous().to(cache.device, layer.dtype) for t in (keys, values))
+            layer.impl.do_kv_cache_update(layer, keys, values, cache, slots.to(cache.device))
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that hold nothing useful."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are done before the step."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing is saved: documents are compressed with gistkern."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""

