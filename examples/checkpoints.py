@@ -22,6 +22,7 @@ from gistkern import GistHandle
 from models import Model, read
 from optimizer import Optimizers
 from presets import Preset, preset
+from ranks import whole_tensor
 
 __all__ = ["Progress", "latest", "load_model", "load_progress", "newest", "recipe_of", "save"]
 
@@ -51,21 +52,30 @@ class Progress:
         return preset(self.preset.removesuffix("-leak"), self.preset.endswith("-leak"))
 
 
-def save(run: Path, model: Model, tokenizer: Tokenizer, optimizers: Optimizers, progress: Progress) -> Path:
-    """Write ``run/checkpoint-<step>`` in one step and drop all but the newest few."""
+def save(
+    run: Path, model: Model, tokenizer: Tokenizer, optimizers: Optimizers, progress: Progress, is_main: bool = True
+) -> None:
+    """Write ``run/checkpoint-<step>`` in one step and drop all but the newest few.
+
+    Every process of a run calls it, since a sharded model is put together by all; the main one writes.
+    """
+    once = {name for found in (model.named_parameters(), model.named_buffers()) for name, _ in found}  # tied ones
+    weights = {name: whole_tensor(one) for name, one in model.state_dict().items() if name in once}
+    states = optimizers.tensors()
+    if not is_main:
+        return
     target = run / f"checkpoint-{progress.curriculum['step']:06d}"
     temporary = run / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save(str(temporary / "tokenizer.json"))
-    save_file(optimizers.tensors(), temporary / "optimizer.safetensors")
+    save_file(states, temporary / "optimizer.safetensors")
     (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
     for old in _all(run)[:-KEEP]:
         shutil.rmtree(old)
-    return target
 
 
 def _all(run: Path) -> list[Path]:

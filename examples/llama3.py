@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import Dataset
 from transformers import (
@@ -36,7 +37,16 @@ from gistkern.training.recipe import CurriculumSection, Recipe, read_recipe
 from niah import Haystack, train_tokenizer
 from opened import Opened
 
-__all__ = ["PasskeyDataset", "load_base", "load_trained", "make_trainer", "open_trained", "tiny", "train_from_config"]
+__all__ = [
+    "DRY_STEPS",
+    "PasskeyDataset",
+    "load_base",
+    "load_trained",
+    "make_trainer",
+    "open_trained",
+    "tiny",
+    "train_from_config",
+]
 
 DRY_STEPS = 4
 TINY = {
@@ -56,8 +66,8 @@ def train_from_config(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-) -> Path:
-    """Train the recipe in `path`; returns the folder of the trained adapter.
+) -> Path | None:
+    """Train the recipe in `path`; returns the folder of the trained adapter, or None in all processes but the main one.
 
     Parameters
     ----------
@@ -83,13 +93,20 @@ def train_from_config(
             raise ValueError("a dry run makes its own model and tokenizer: leave them out")
         recipe = tiny(recipe)
     source = model or (str(run / "tiny-model") if dry_run else recipe.model.name)
-    checkpoint = _prepare(run, recipe, resume, overwrite)
-    if dry_run and not resume:
-        _write_tiny_model(recipe, Path(source))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        _prepare(run, recipe, resume, overwrite)
+        if dry_run and not resume:
+            _write_tiny_model(recipe, Path(source))
+    state.wait_for_everyone()
+    checkpoint = get_last_checkpoint(str(run)) if resume else None
     trainer = make_trainer(recipe, source, tokenizer or source, run)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(run / "adapter"))
-    return run / "adapter"
+    state.wait_for_everyone()
+    is_main = state.is_main_process
+    state.destroy_process_group()  # what follows is for the main process alone
+    return run / "adapter" if is_main else None
 
 
 def make_trainer(recipe: Recipe, source: str, tokenizer_source: str, run: Path) -> GistTrainer:
@@ -106,12 +123,13 @@ def make_trainer(recipe: Recipe, source: str, tokenizer_source: str, run: Path) 
             "its states stay in ordinary memory.",
             file=sys.stderr,
         )
-    samples = curriculum.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
+    arguments = training.arguments(run, curriculum.max_steps, use_cpu=on_cpu)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * arguments.world_size
     return GistTrainer(
         model=model,
-        args=training.arguments(run, curriculum.max_steps, use_cpu=on_cpu),
+        args=arguments,
         data_collator=GistDataCollator(tokenizer, handle, teacher=recipe.objectives.distillation > 0),
-        train_dataset=PasskeyDataset(recipe, tokenizer, curriculum, samples),
+        train_dataset=PasskeyDataset(recipe, tokenizer, curriculum, curriculum.max_steps * batch),
         objectives=recipe.objectives,
         curriculum=curriculum,
     )
@@ -258,19 +276,18 @@ def _write_tiny_model(recipe: Recipe, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), pad_token="<pad>").save_pretrained(folder)
 
 
-def _prepare(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to resume from, or an empty folder for a fresh run."""
+def _prepare(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """An empty folder for a fresh run; ValueError for one in use, or where nothing can be resumed."""
     written = json.dumps(asdict(recipe), indent=2)
     file = run / "recipe.json"
     if resume:
-        checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
-        if checkpoint is None:
+        if not run.is_dir() or get_last_checkpoint(str(run)) is None:
             raise ValueError(f"nothing to resume: {run} holds no checkpoint")
         if file.read_text() != written:
             raise ValueError(
                 f"{run} is a run of another recipe (see {file}): resume with the recipe it was started with"
             )
-        return checkpoint
+        return
     if run.exists() and any(run.iterdir()):
         if not overwrite:
             raise ValueError(f"{run} is in use: resume it, overwrite it, or name another folder")
@@ -278,4 +295,3 @@ def _prepare(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str | 
             shutil.rmtree(folder, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     file.write_text(written)
-    return None

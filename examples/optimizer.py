@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ranks import whole_tensor
 
 __all__ = ["Muon", "Optimizers"]
 
@@ -72,15 +75,22 @@ class Optimizers:
             optimizer.zero_grad()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizers' state by parameter name, for safetensors."""
-        return {f"{name}/{key}": value.contiguous() for name, state in self._states() for key, value in state.items()}
+        """The optimizers' state by parameter name, for safetensors; of a sharded model all processes ask for it."""
+        return {
+            f"{name}/{key}": whole_tensor(value).contiguous()
+            for name, state in self._states()
+            for key, value in state.items()
+        }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore what `tensors` returned."""
-        states = dict(self._states())
+        states, parameters = dict(self._states()), {name: parameter for parameter, name in self._names.items()}
         for name, value in tensors.items():
-            parameter, key = name.rsplit("/", 1)
-            states[parameter][key] = value
+            owner, key = name.rsplit("/", 1)
+            parameter = parameters[owner]
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            states[owner][key] = value
 
     def _states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for optimizer, _ in self._all:

@@ -3,50 +3,102 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks"]
+__all__ = ["WHOLE", "Ranks", "Share", "whole_tensor"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `count`-th sample of a batch, from the one at `index` on."""
+
+    index: int
+    count: int
+
+    def own(self, size: int) -> range:
+        """The places, in a batch of `size` samples, of this share: at least one."""
+        return range(self.index, size, self.count) if self.index < size else range(1)
+
+    def weight(self, size: int) -> float:
+        """Its samples' part of the batch: 0 for a share that computes a sample of another for want of its own."""
+        return len(range(self.index, size, self.count)) / size
+
+
+WHOLE = Share(0, 1)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process of how many this is; one by itself needs no process group."""
+    """Which process of how many this is; one by itself needs no process group.
+
+    With `sharded` parameters, gradients and the optimizers' states lie in parts on the processes (FSDP2), otherwise
+    every process holds them all (DDP).
+    """
 
     index: int = 0
     count: int = 1
+    sharded: bool = False
 
     @classmethod
-    def started(cls) -> Ranks:
-        """This process as its launcher describes it in the environment; connects to the others."""
+    def started(cls, sharded: bool = False) -> Ranks:
+        """This process as its launcher describes it in the environment; connects to the others.
+
+        Raises ValueError if the model is to be `sharded` over one process.
+        """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
+            if sharded:
+                raise ValueError(
+                    "--fsdp shares the model between processes, and there is one: start several (torchrun)"
+                )
             return cls()
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), sharded)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes, shows and evaluates."""
         return self.index == 0
 
-    def shared(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are means over the processes; itself where there is one."""
-        return model if self.count == 1 else DistributedDataParallel(model)
+    def shared(self, model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+        """The model whose gradients are means over the processes; itself where there is one.
 
-    def own(self, size: int) -> range:
-        """The places of a batch of `size` samples that are this process's, at least one."""
-        return range(self.index, size, self.count) if self.index < size else range(1)
+        Sharding replaces the model's parameters, so optimizers are made after it.
+        """
+        if self.count == 1:
+            return model
+        if not self.sharded:
+            return DistributedDataParallel(model)
+        mesh = dist.init_device_mesh("cpu", (self.count,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
 
-    def weight(self, size: int) -> float:
-        """Its samples' part of the batch: 0 for a process that computes a sample of another for want of its own."""
-        return len(range(self.index, size, self.count)) / size
+    def micro_batches(self, model: nn.Module, count: int) -> Iterator[tuple[Share, bool, AbstractContextManager]]:
+        """This process's part of a batch in `count` shares, whether each is the last, and what to compute it under.
+
+        Gradients add up, and are exchanged with the last, which is the one that has samples if any has.
+        """
+        for place in reversed(range(count)):
+            last = place == 0
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(last)
+            waits = isinstance(model, DistributedDataParallel) and not last
+            yield (
+                Share(self.index + place * self.count, count * self.count),
+                last,
+                (model.no_sync() if waits else nullcontext()),
+            )
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value added up over the processes."""
@@ -65,3 +117,8 @@ class Ranks:
         """Disconnect: what follows is for the main process alone."""
         if self.count > 1:
             dist.destroy_process_group()
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together, which all processes take part in; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

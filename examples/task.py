@@ -15,12 +15,11 @@ from gistkern import GistHandle, GistLayout
 from gistkern.training import Stage
 from niah import KEY_DIGITS, Haystack
 from presets import Preset
-from ranks import Ranks
+from ranks import WHOLE, Share
 from shared_haystack import needle_segments, plain_segments, shared_layout
 
-__all__ = ["ALONE", "Batch", "Haystacks", "answer_logits", "haystacks", "make_batch"]
+__all__ = ["Batch", "Haystacks", "answer_logits", "haystacks", "make_batch"]
 
-ALONE = Ranks()
 # by language, one per filler of the preset
 Haystacks = Mapping[str, list[Haystack]]
 
@@ -47,8 +46,8 @@ class Batch:
     """Contexts in segments with their gists, then summary gists, question and answer.
 
     `predictors` are the places in each row of ids whose logits predict the digits of its `answers`
-    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples of
-    all processes, `weight` is the part of these in it.
+    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples
+    drawn, `weight` is the part of these in it.
     """
 
     input_ids: torch.Tensor
@@ -60,9 +59,9 @@ class Batch:
 
 
 def make_batch(
-    drawn: Haystacks, handle: GistHandle, stage: Stage, settings: Preset, rng: random.Random, ranks: Ranks = ALONE
+    drawn: Haystacks, handle: GistHandle, stage: Stage, settings: Preset, rng: random.Random, share: Share = WHOLE
 ) -> Batch:
-    """A batch of the stage's contexts, in one language and one filler: every process draws all and keeps its own.
+    """A batch of the stage's contexts, in one language and one filler: all are drawn, those of `share` are kept.
 
     Contexts of one segment, up to a quarter shorter than the stage's length or of a length drawn from its `tokens`,
     stand side by side; of more segments they have their haystack in common. A length that fits a language's bare
@@ -81,21 +80,21 @@ def make_batch(
     if stage.segments is not None:
         segments = rng.randint(*stage.segments)
         if segments > 1:
-            return _shared(haystack, handle, stage, segments, settings.segment_overlap, ranks)
+            return _shared(haystack, handle, stage, segments, settings.segment_overlap, share)
         assert stage.segment_length is not None
         least = stage.segment_length - rng.randrange(stage.segment_length // 4)
     row = least + handle.num_ids + len(haystack.encode(haystack.question)) + KEY_DIGITS
     size = max(1, min(stage.batch_size, settings.batch_tokens // row))
-    return _side_by_side(haystack, handle, None if bare else least, size, ranks)
+    return _side_by_side(haystack, handle, None if bare else least, size, share)
 
 
 def _longest(haystack: Haystack, statements: Sequence[str]) -> int:
     return max(len(haystack.encode(" " + statement.strip().format(key="01234"))) for statement in statements)
 
 
-def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, size: int, ranks: Ranks) -> Batch:
+def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, size: int, share: Share) -> Batch:
     """Contexts of one segment; without `tokens` they are bare statements of a key."""
-    own = ranks.own(size)
+    own = share.own(size)
     question = haystack.encode(haystack.question)
     rows, answers = [], []
     for _ in range(size):
@@ -115,15 +114,15 @@ def _side_by_side(haystack: Haystack, handle: GistHandle, tokens: int | None, si
         layout = GistLayout.from_segments([len(ids)], gists, tail=tail, sink_tokens=handle.sink_tokens)
     end = layout.num_rows - 1
     predictors = torch.arange(end - KEY_DIGITS, end)
-    rows, answers, weight = [rows[i] for i in own], [answers[i] for i in own], ranks.weight(size)
+    rows, answers, weight = [rows[i] for i in own], [answers[i] for i in own], share.weight(size)
     return Batch(
         torch.tensor(rows), GistLayout.stack([layout] * len(own)), predictors, torch.tensor(answers), size, weight
     )
 
 
-def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int, overlap: int, ranks: Ranks) -> Batch:
+def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int, overlap: int, share: Share) -> Batch:
     """Contexts of `segments` segments or one more, all but the needle's in common, in one row."""
-    own_samples = ranks.own(stage.batch_size)
+    own_samples = share.own(stage.batch_size)
     pieces = plain_segments(haystack, segments - 1, stage.segment_length, overlap)
     question = haystack.encode(haystack.question)
     common = list(range(len(pieces)))
@@ -149,7 +148,7 @@ def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int,
     before = len(handle.gist_token_ids) + len(question) - 1
     predictors = (ends + before + torch.arange(KEY_DIGITS)).flatten()
     return Batch(
-        torch.tensor([row]), layout, predictors, torch.tensor(answers), stage.batch_size, ranks.weight(stage.batch_size)
+        torch.tensor([row]), layout, predictors, torch.tensor(answers), stage.batch_size, share.weight(stage.batch_size)
     )
 
 

@@ -7,6 +7,7 @@
     python examples/train_niah.py --preset llama3-8b    # a recipe of configs/, through transformers' Trainer (GPU)
     python examples/train_niah.py --preset llama3-8b --dry-run          # the same code at tiny dimensions, on CPU
     torchrun --nproc-per-node 2 examples/train_niah.py                  # the same batches, shared by two processes
+    accelerate launch --cpu --num_processes 2 examples/train_niah.py --fsdp --accumulate 2    # the model shared as well
 
 Writes to runs/<preset>/: checkpoints, log.jsonl, and the evaluation's report.json, report.md and heatmap.png.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 from tqdm import tqdm
 
 from checkpoints import Progress, latest, load_model, load_progress, save
@@ -36,17 +38,26 @@ from opened import open_preset
 from optimizer import Optimizers
 from presets import PRESETS, RECIPES, Preset, preset
 from ranks import Ranks
-from task import ALONE, answer_logits, haystacks, make_batch
+from task import Batch, answer_logits, haystacks, make_batch
 
 __all__ = ["main", "train"]
 
+ALONE = Ranks()
+
 
 def train(
-    settings: Preset, seed: int, run: Path, resume: bool = False, overwrite: bool = False, ranks: Ranks = ALONE
+    settings: Preset,
+    seed: int,
+    run: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+    accumulate: int = 1,
 ) -> Path:
     """Train one preset, or with several `ranks` this process's part of it; returns the final checkpoint's folder.
 
-    Batches and what is trained on them do not depend on the number of processes, which may differ after a resume.
+    Each process computes its part of a batch in `accumulate` micro-batches. Batches and what is trained on them do not
+    depend on that, nor on the number of processes; both may differ after a resume.
 
     Raises
     ------
@@ -70,6 +81,7 @@ def train(
             _clear(run)
         progress = Progress(settings.name, seed)
         model, handle, tokenizer = build(settings, seed)
+    shared = ranks.shared(model, handle.inner.layers)
     optimizers = Optimizers(model, settings.muon_factor, settings.adamw_factor, settings.adamw_betas)
     curriculum = Curriculum(settings.stages, smoothing=settings.smoothing)
     if found is not None:
@@ -81,7 +93,6 @@ def train(
     if ranks.is_main:
         log_path.write_text(entries_before(log_path, curriculum.step))
     model.train()
-    shared = ranks.shared(model)
     started, start_tokens = time.perf_counter(), progress.tokens
     spent_before, own_before = progress.cpu_seconds, time.process_time()
     expected = curriculum.step + curriculum.remaining_steps
@@ -91,18 +102,18 @@ def train(
         tqdm(total=expected, initial=curriculum.step, unit="step", disable=not ranks.is_main) as bar,
     ):
         while not curriculum.finished:
-            rng = random.Random(f"{seed}-{curriculum.step}")
-            batch = make_batch(drawn, handle, curriculum.stage, settings, rng, ranks)
+            own = [0.0] * 4
+            for share, last, together in ranks.micro_batches(shared, accumulate):
+                rng = random.Random(f"{seed}-{curriculum.step}")
+                batch = make_batch(drawn, handle, curriculum.stage, settings, rng, share)
+                if batch.weight or last:
+                    with together:
+                        part = _forward_backward(shared, batch, settings.leak, ranks.count)
+                    own = [sum(pair) for pair in zip(own, part, strict=True)]
             rate = _learning_rate(settings, curriculum, batch.size)
-            logits = answer_logits(shared, batch, settings.leak)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
-            part = batch.weight
-            (loss * part * ranks.count).backward()  # the mean over the processes is that of the whole batch
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizers.step(rate)
-            right = logits.argmax(-1) == batch.answers
-            own = part * loss.item(), part * right.float().mean().item(), part * right.all(1).float().mean().item()
-            mean_loss, digit, exact, tokens = ranks.sums([*own, batch.input_ids.numel()])
+            mean_loss, digit, exact, tokens = ranks.sums(own)
             measured = {"digit": digit, "exact": exact}
             entry = {"step": curriculum.step, "stage": curriculum.index, "loss": mean_loss, **measured, "lr": rate}
             curriculum.update(measured[settings.gate_on])
@@ -121,10 +132,19 @@ def train(
                 progress.curriculum = curriculum.state_dict()
                 (own_seconds,) = ranks.sums([time.process_time() - own_before])
                 progress.cpu_seconds = spent_before + own_seconds
-                if ranks.is_main:
-                    save(run, model, tokenizer, optimizers, progress)
+                save(run, model, tokenizer, optimizers, progress, ranks.is_main)
     ranks.wait()  # for the last checkpoint
     return latest(run)
+
+
+def _forward_backward(model: nn.Module, batch: Batch, leak: bool, processes: int) -> list[float]:
+    """Add the gradients of a share; its part of the mean loss and accuracies, and the tokens it read."""
+    logits = answer_logits(model, batch, leak)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+    (loss * batch.weight * processes).backward()  # the mean over the processes is that of the whole batch
+    right = (logits.argmax(-1) == batch.answers).float()
+    measured = loss.item(), right.mean().item(), right.prod(1).mean().item()
+    return [*(batch.weight * one for one in measured), batch.input_ids.numel()]
 
 
 def _clear(run: Path) -> None:
@@ -157,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         default=1,
         help="two are faster than one on idle cores, and need OMP_WAIT_POLICY=PASSIVE on busy ones",
     )
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N micro-batches")
+    parser.add_argument("--fsdp", action="store_true", help="share the model between processes (FSDP2), not copy it")
     parser.add_argument("--model", help="of a recipe: folder or hub name of its base model, instead of its own")
     parser.add_argument("--tokenizer", help="of a recipe: folder or hub name; by default the model's")
     parser.add_argument("--dry-run", action="store_true", help="of a recipe: step through it at tiny dimensions")
@@ -165,8 +187,11 @@ def main(arguments: list[str] | None = None) -> None:
     ranks = ALONE
     try:
         if given.preset in RECIPES:
-            if given.leak or given.seed is not None:
-                raise ValueError(f"{given.preset} is a recipe: its file sets the seed, and it has no --leak")
+            if given.leak or given.seed is not None or given.accumulate != 1 or given.fsdp:
+                raise ValueError(
+                    f"{given.preset} is a recipe: its file sets seed and accumulation, accelerate's settings how it is "
+                    "shared, and it has no --leak"
+                )
             from llama3 import open_trained, train_from_config  # brings the Trainer, which nothing else needs
 
             run = given.run or Path("runs") / given.preset
@@ -179,14 +204,17 @@ def main(arguments: list[str] | None = None) -> None:
                 overwrite=given.overwrite,
                 dry_run=given.dry_run,
             )
-            evaluate_run(open_trained(adapter, given.model), run)
+            if adapter is not None:
+                evaluate_run(open_trained(adapter, given.model), run)
             return
         if given.model or given.tokenizer or given.dry_run:
             raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(RECIPES))})")
         settings = preset(given.preset, given.leak)
         run = given.run or Path("runs") / settings.name
-        ranks = Ranks.started()
-        checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite, ranks)
+        if given.accumulate < 1:
+            raise ValueError(f"--accumulate counts micro-batches, at least 1, got {given.accumulate}")
+        ranks = Ranks.started(given.fsdp)
+        checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite, ranks, given.accumulate)
     except ValueError as error:
         parser.error(str(error))
     except RuntimeError as error:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launching import launch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,7 +16,7 @@ import gistkern
 import niah
 import train_niah
 from gistkern.training.recipe import read_recipe
-from llama3 import PasskeyDataset, load_trained, make_trainer, open_trained, tiny, train_from_config
+from llama3 import DRY_STEPS, PasskeyDataset, load_trained, make_trainer, open_trained, tiny, train_from_config
 from presets import RECIPES
 
 OURS, THEIRS = RECIPES["llama3-8b"], RECIPES["llama3-8b-poc"]
@@ -216,6 +217,23 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(dry_runs, tmp_path):
     start = load_file(whole / "checkpoint-2" / "adapter_model.safetensors")
     assert not all(torch.equal(first[name], start[name]) for name in first), "it did train on"
     assert log_of(part) == [{**entry} for entry in log_of(whole)]
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_write_and_evaluate_once_and_one_goes_on(tmp_path):
+    """train_niah.py under torchrun: the global batch is twice as large, no sample comes twice, one log, one report."""
+    script, run = OURS.parents[1] / "train_niah.py", tmp_path / "run"
+    launch(script, 2, "--preset", OURS.stem, "--dry-run", "--run", run)
+    assert [entry["step"] for entry in log_of(run)] == list(range(1, DRY_STEPS + 1))
+    state = json.loads((run / f"checkpoint-{DRY_STEPS}" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1.0
+    assert len((run / "answers.jsonl").read_text().splitlines()) == 3 * len(read_recipe(OURS).evaluation.rows)
+    shutil.rmtree(run / f"checkpoint-{DRY_STEPS}")
+    shutil.rmtree(run / "adapter")
+    before = log_of(run)
+    assert train_from_config(OURS, run, dry_run=True, resume=True) == run / "adapter"
+    assert log_of(run)[: DRY_STEPS // 2] == before[: DRY_STEPS // 2]
+    assert [entry["step"] for entry in log_of(run)] == list(range(1, DRY_STEPS + 1))
 
 
 @pytest.mark.parametrize("path", [OURS, THEIRS], ids=lambda path: path.stem)

@@ -5,19 +5,21 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import command, run
+from conftest import command
 from launching import torchrun
+from safetensors.torch import load_file
 
 import gistkern
 from checkpoints import latest
 from models import tiny_llama
 from niah import train_tokenizer
 from presets import preset
-from ranks import Ranks
+from ranks import Ranks, Share
 from task import haystacks, make_batch
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
@@ -40,12 +42,25 @@ def ranks_of(parent):
     return sorted(map(int, children.split()))
 
 
-def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path):
-    """Two processes train until one is killed, one goes on, and the log is that of a run by one process."""
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "resumed_by", "resume_options"),
+    [
+        pytest.param(["--accumulate", 2], command()[:1], [], id="ddp-then-one-process"),
+        pytest.param(["--fsdp", "--accumulate", 2], ACCELERATE, ["--fsdp"], id="fsdp-then-fsdp-by-accelerate"),
+    ],
+)
+def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, options, resumed_by, resume_options):
+    """Two processes train until one is killed, others go on, and the log is that of a run by one process."""
     alone, _ = finished
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [*torchrun(2), *command("--run", folder)[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*torchrun(2), *command("--run", folder, *options)[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         while not latest(folder):
@@ -61,10 +76,16 @@ def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path):
     assert "Signal 9 (SIGKILL)" in said, "torchrun says which process died, and of what"
     whole = latest(folder)
     assert 0 < int(whole.name.split("-")[1]) < len(entries(alone))
-    again = run("--run", folder, "--resume")
+    again = subprocess.run(
+        [*resumed_by, *command("--run", folder, "--resume", *resume_options)[1:]], capture_output=True, text=True
+    )
     assert again.returncode == 0, again.stderr
     same_losses(entries(folder), entries(alone))
     assert latest(folder).name == latest(alone).name
+    weights = [load_file(latest(run) / "model.safetensors") for run in (folder, alone)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-3, atol=1e-4)
     assert (folder / "report.json").exists(), "one process evaluates"
     assert not list(folder.glob(".checkpoint-*.tmp"))
 
@@ -83,7 +104,7 @@ def test_processes_share_every_batch():
             parts = []
             for index in range(2):
                 drawn = haystacks(settings, tokenizer, False, "0")
-                parts.append(make_batch(drawn, handle, stage, settings, random.Random(seed), Ranks(index, 2)))
+                parts.append(make_batch(drawn, handle, stage, settings, random.Random(seed), Share(index, 2)))
             assert all(part.size == whole.size == sum(len(p.answers) for p in parts) for part in parts)
             woven = torch.empty_like(whole.answers)
             for index, part in enumerate(parts):
@@ -94,7 +115,26 @@ def test_processes_share_every_batch():
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_weights_add_up_and_spare_processes_have_none(size):
     """A process without a sample of its own computes the first one for nothing: every process must take part."""
-    every = [Ranks(index, 3) for index in range(3)]
+    every = [Share(index, 3) for index in range(3)]
     assert sum(one.weight(size) for one in every) == pytest.approx(1)
     assert sorted(place for one in every if one.weight(size) for place in one.own(size)) == list(range(size))
     assert all(one.own(size) == range(1) for one in every if not one.weight(size))
+
+
+def test_micro_batches_divide_a_process_s_share():
+    """Together they are the batch; the last one of a process has samples if any has."""
+    model = torch.nn.Identity()
+    shares = [[share for share, *_ in Ranks(index, 2).micro_batches(model, 3)] for index in range(2)]
+    lasts = [[last for _, last, _ in Ranks(index, 2).micro_batches(model, 3)] for index in range(2)]
+    assert lasts == [[False, False, True]] * 2
+    for size in (1, 2, 5, 12):
+        places = sorted(place for own in shares for one in own if one.weight(size) for place in one.own(size))
+        assert places == list(range(size))
+        for own in shares:
+            assert own[-1].weight(size) >= max(one.weight(size) for one in own)
+
+
+def test_one_process_shares_its_model_with_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="--fsdp shares the model between processes, and there is one"):
+        Ranks.started(sharded=True)

@@ -102,7 +102,10 @@ def test_evaluating_a_dataset(finished, tmp_path, capsys):
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--dry-run"], "are for recipes (llama3-8b, llama3-8b-poc)"),
         (["--preset", "llama3-8b", "--leak"], "it has no --leak"),
-        (["--preset", "llama3-8b", "--seed", "1"], "its file sets the seed"),
+        (["--preset", "llama3-8b", "--seed", "1"], "its file sets seed"),
+        (["--preset", "llama3-8b", "--fsdp"], "accelerate's settings how it is shared"),
+        (["--accumulate", "0"], "--accumulate counts micro-batches, at least 1, got 0"),
+        (["--fsdp"], "there is one: start several (torchrun)"),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys):
