@@ -52,14 +52,13 @@ class Ranks:
     def started(cls, sharded: bool = False) -> Ranks:
         """This process as its launcher describes it in the environment; connects to the others.
 
-        Raises ValueError if the model is to be `sharded` over one process.
+        ``accelerate launch --use_fsdp`` asks for a `sharded` model too. Raises ValueError if that has one process only.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
+        sharded = sharded or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if count == 1:
             if sharded:
-                raise ValueError(
-                    "--fsdp shares the model between processes, and there is one: start several (torchrun)"
-                )
+                raise ValueError("FSDP shares the model between processes, and there is one: start several (torchrun)")
             return cls()
         if not dist.is_initialized():
             dist.init_process_group("gloo")

@@ -7,7 +7,8 @@
     python examples/train_niah.py --preset llama3-8b    # a recipe of configs/, through transformers' Trainer (GPU)
     python examples/train_niah.py --preset llama3-8b --dry-run          # the same code at tiny dimensions, on CPU
     torchrun --nproc-per-node 2 examples/train_niah.py                  # the same batches, shared by two processes
-    accelerate launch --cpu --num_processes 2 examples/train_niah.py --fsdp --accumulate 2    # the model shared as well
+    torchrun --nproc-per-node 2 examples/train_niah.py --fsdp --accumulate 2    # the model shared, in micro-batches
+    accelerate launch --multi_gpu --num_processes 2 examples/train_niah.py      # as torchrun, GPUs or not
 
 Writes to runs/<preset>/: checkpoints, log.jsonl, and the evaluation's report.json, report.md and heatmap.png.
 """

@@ -42,14 +42,23 @@ def ranks_of(parent):
     return sorted(map(int, children.split()))
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--use_fsdp",
+    "--fsdp_version",
+    "2",
+    "--num_processes",
+    "2",
+]
 
 
 @pytest.mark.parametrize(
     ("options", "resumed_by", "resume_options"),
     [
         pytest.param(["--accumulate", 2], command()[:1], [], id="ddp-then-one-process"),
-        pytest.param(["--fsdp", "--accumulate", 2], ACCELERATE, ["--fsdp"], id="fsdp-then-fsdp-by-accelerate"),
+        pytest.param(["--fsdp", "--accumulate", 2], ACCELERATE, [], id="fsdp-then-fsdp-by-accelerate"),
     ],
 )
 def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, options, resumed_by, resume_options):
@@ -96,14 +105,12 @@ def test_processes_share_every_batch():
     handle = gistkern.patch_llama(
         tiny_llama(0), num_gist_tokens=2, num_segment_gist_tokens=2, positions="gist_first", sink_tokens=0
     )
-    tokenizer = train_tokenizer()
+    drawn = haystacks(settings, train_tokenizer(), False, "0")
     for stage in settings.stages:
         for seed in range(4):
-            drawn = haystacks(settings, tokenizer, False, "0")
             whole = make_batch(drawn, handle, stage, settings, random.Random(seed))
             parts = []
             for index in range(2):
-                drawn = haystacks(settings, tokenizer, False, "0")
                 parts.append(make_batch(drawn, handle, stage, settings, random.Random(seed), Share(index, 2)))
             assert all(part.size == whole.size == sum(len(p.answers) for p in parts) for part in parts)
             woven = torch.empty_like(whole.answers)
@@ -136,5 +143,5 @@ def test_micro_batches_divide_a_process_s_share():
 
 def test_one_process_shares_its_model_with_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="--fsdp shares the model between processes, and there is one"):
+    with pytest.raises(ValueError, match="FSDP shares the model between processes, and there is one"):
         Ranks.started(sharded=True)
