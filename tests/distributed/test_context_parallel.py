@@ -76,6 +76,35 @@ def test_a_model_equals_one_process(ranks, padded):
     torch.testing.assert_close(torch.cat(shards, 1), logits, **CLOSE)
 
 
+def test_activation_checkpointing(ranks):
+    handle = model_of()
+    loss, gradients, _ = losses_and_gradients(handle, [contexts(handle, 0, padded=True)])
+    for found in ranks("checkpointed"):
+        torch.testing.assert_close(found["loss"], loss, **LOSS)
+        assert_gradients(found, gradients)
+
+
+def test_autocast(ranks):
+    """bf16 layers: gradients err by what those of one process under autocast err, against fp64."""
+    handle, plain = model_of(), model_of()
+    batch = contexts(handle, 0, padded=True)
+    _, exact, _ = losses_and_gradients(handle, [batch])
+    plain.model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = plain.model(batch[0], attention_mask=batch[1], labels=batch[2], use_cache=False).loss
+    loss.backward()
+    whole = {name: parameter.grad for name, parameter in plain.model.named_parameters()}
+
+    def error(found):
+        return sum(((found[name] - value) ** 2).sum() for name, value in exact.items()) ** 0.5
+
+    budget = error(whole)
+    assert budget > 1e-4, "bf16 was used"
+    for found in ranks("autocast"):
+        assert error({name: found[f"grad/{name}"] for name in exact}) <= 2 * budget
+        assert abs(found["loss"] - loss) < 1e-2 * loss
+
+
 @pytest.mark.parametrize("name", TAILS)
 def test_the_training_losses_equal_one_process(ranks, name):
     handle = model_of()

@@ -47,6 +47,31 @@ def model_case(group, padded):
     return {"loss": output.loss.detach(), "logits": output.logits.detach()} | averaged(handle.model, group)
 
 
+def checkpointed_case(group):
+    """The same with activations computed again in the backward, exchanges included."""
+    handle = model_of(group)
+    handle.model.train()
+    handle.model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, mask, labels = contexts(handle, 0, padded=True)
+    with count_traffic() as traffic:
+        loss = handle.model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        once = traffic.received["gists"]
+        loss.backward()
+    assert traffic.received["gists"] == 2 * once, "the layers ran twice"
+    return {"loss": loss.detach()} | averaged(handle.model, group)
+
+
+def autocast_case(group):
+    """An fp32 model under bf16 autocast."""
+    handle = model_of(group)
+    handle.model.float()
+    ids, mask, labels = contexts(handle, 0, padded=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = handle.model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | averaged(handle.model, group)
+
+
 def tail_case(group):
     """`answer_loss`, whose few columns lie in one shard or in several, its averaged gradients, and kept logits."""
     handle = model_of(group)
@@ -135,6 +160,8 @@ if __name__ == "__main__":
     for padded in (False, True):
         save(folder, f"model-{padded}", model_case(dist.group.WORLD, padded))
     save(folder, "tail", tail_case(dist.group.WORLD))
+    save(folder, "checkpointed", checkpointed_case(dist.group.WORLD))
+    save(folder, "autocast", autocast_case(dist.group.WORLD))
     if processes == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
         for wrap in ("ddp", "fsdp"):
