@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ class GistStore:
     """Compressed documents in a folder that `gistkern.compress_corpus` wrote.
 
     Opening reads the index only, or where there is none (a corpus still in work) the headers of the files that are
-    there; documents are memory-mapped and checked one by one.
+    there; documents are memory-mapped and checked one by one. Threads may share a store, and a pickled one opens its
+    folder again (workers of a DataLoader).
 
     Parameters
     ----------
@@ -56,9 +58,13 @@ class GistStore:
             raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
         self._settings = _settings(self.folder)
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
         self.damaged: list[str] = []
         self._index = read_index(self.folder)
         self._scanned: dict[str, tuple[int, int]] = {} if self._index is not None else self._scan()
+
+    def __reduce__(self) -> tuple[type[GistStore], tuple[Path, torch.device | str]]:
+        return type(self), (self.folder, self.device)
 
     def __len__(self) -> int:
         return len(self._scanned) if self._index is None else len(self._index["hashes"])
@@ -140,12 +146,13 @@ class GistStore:
         return None
 
     def _shard(self, chunk: int) -> Shard:
-        if chunk not in self._open:
-            self._open[chunk] = Shard(shard_path(self.folder, chunk), chunk, self._settings)
-            while len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(chunk)
-        return self._open[chunk]
+        with self._lock:
+            if chunk not in self._open:
+                self._open[chunk] = Shard(shard_path(self.folder, chunk), chunk, self._settings)
+                while len(self._open) > _OPEN_FILES:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(chunk)
+            return self._open[chunk]
 
     def _scan(self) -> dict[str, tuple[int, int]]:
         found: dict[str, tuple[int, int]] = {}

@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,19 @@ def test_a_queue_of_questions_is_served(handle, store, corpus):
         alone = compress(handle.model, torch.tensor([corpus[name]]))
         out = handle.model.generate(torch.tensor([question]), past_key_values=alone, max_new_tokens=4, do_sample=False)
         assert out[0, len(question) :].tolist() == said
+
+
+def test_threads_share_a_store_and_processes_get_their_own(store, corpus, monkeypatch):
+    """More files than are kept open, so that threads take them from each other; a pickled store opens its folder."""
+    monkeypatch.setattr("gistkern.corpus.store._OPEN_FILES", 1)
+    expected = {name: rows(store[name]) for name in corpus}
+    names = [name for place in range(5) for name in random.Random(place).sample(list(corpus), len(corpus))]
+    with ThreadPoolExecutor(8) as threads:
+        for name, cache in zip(names, threads.map(store.__getitem__, names), strict=True):
+            assert torch.equal(rows(cache), expected[name])
+    again = pickle.loads(pickle.dumps(store))
+    assert (again.folder, again.device, len(again)) == (store.folder, store.device, len(store))
+    assert torch.equal(rows(again["doc-3"]), expected["doc-3"])
 
 
 def test_the_store_does_not_depend_on_how_many_processes_wrote_it(handle, corpus, store, tmp_path):
