@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     write_json(given.output / "requests.json", requests)
     opened.handle.unpatch()
+    vars(opened.model.config).pop("gistkern", None)  # the settings of a checkpoint that was written patched
     opened.model.save_pretrained(given.output / "model")
     opened.tokenizer.save(str(given.output / "model" / "tokenizer.json"))
     right = sum(one["said"] == one["answer"] for one in requests)

@@ -1,0 +1,53 @@
+"""serve_queue.py on a small checkpoint, and the page of vllm_queue.py; tests/serving runs the engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import gistkern
+import serve_queue
+import vllm_queue
+from checkpoints import latest
+from opened import open_preset
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+
+
+@pytest.mark.xdist_group("training")
+@pytest.mark.timeout(600)
+def test_a_queue_is_answered_and_handed_on(finished, tmp_path, capsys):
+    run, _ = finished
+    serve_queue.main(
+        ["--checkpoint", str(run), "--output", str(tmp_path), "--documents", "3", "--requests", "2", "--batch", "4"]
+    )
+    assert "answers right, about 3 documents of 120 tokens" in capsys.readouterr().out
+    requests = json.loads((tmp_path / "requests.json").read_text())
+    assert sorted(one["document"] for one in requests) == sorted(2 * list({one["document"] for one in requests}))
+    opened = open_preset(latest(run))
+    samples = {sample.id: sample for dataset in opened.datasets(0) for sample in dataset}
+    reader = opened.reader()
+    for one in requests:
+        ((alone, *_),) = reader.read([samples[one["document"]]])
+        assert one["said"] == alone
+        assert (one["question"], one["answer"]) == (samples[one["document"]].question, samples[one["document"]].answer)
+    # the weights are the checkpoint's, without anything of gistkern: what vLLM loads reads the store's rows
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not hasattr(plain.config, "gistkern")
+    assert not any("gist" in name for name in plain.state_dict())
+    document, question = requests[0]["document"], torch.tensor([[5, 6, 7]])
+    cache = gistkern.GistStore(tmp_path / "corpus")[document]
+    with torch.no_grad():
+        found = plain(question, past_key_values=gistkern.plain_prefix(cache, plain.config)).logits
+        expected = opened.model(question, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_committed_page_is_the_committed_report(tmp_path, capsys):
+    report = json.loads((EVIDENCE / "vllm.json").read_text())
+    assert vllm_queue.page(report) == (EVIDENCE / "vllm.md").read_text()
+    with pytest.raises(SystemExit):
+        vllm_queue.main(["--folder", str(tmp_path)])
+    assert "holds no requests.json: run examples/serve_queue.py first" in capsys.readouterr().err
