@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--segment-length", type=int, help="tokens per segment; one segment by default")
     parser.add_argument("--segment-overlap", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens compressed together, padding included")
-    parser.add_argument("--chunk-documents", type=int, default=256, help="documents of one file")
+    parser.add_argument("--chunk-documents", type=int, default=256, help="documents of one file, at most")
+    parser.add_argument("--chunk-length", type=int, default=4_000_000, help="characters or tokens of one file, at most")
     parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16, ...")
     parser.add_argument("--device", default=_device(), help="by default this process's GPU under torchrun, or the CPU")
     given = parser.parse_args(arguments)
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
             segment_overlap=given.segment_overlap,
             batch_tokens=given.batch_tokens,
             chunk_documents=given.chunk_documents,
+            chunk_length=given.chunk_length,
         )
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Sized
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from gistkern.compressing import check_segments, compress, left_padded
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
-from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, own_documents, read_chunk
+from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
 from gistkern.corpus.rows import CompressedDocument, from_cache
 from gistkern.corpus.shard_file import FORMAT, SETTINGS, Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
@@ -37,6 +38,7 @@ def compress_corpus(
     segment_overlap: int = 0,
     batch_tokens: int = 16384,
     chunk_documents: int = 256,
+    chunk_length: int = 4_000_000,
     rank: int | None = None,
     ranks: int | None = None,
     progress: bool = True,
@@ -58,8 +60,10 @@ def compress_corpus(
         As `gistkern.compress`.
     batch_tokens : int
         Tokens compressed together, padding included.
-    chunk_documents : int
-        Documents of one file. A chunk is one process's: take fewer where processes would have none.
+    chunk_documents, chunk_length : int
+        Documents of one file: at most so many, and of at most so many characters (texts) or tokens (ids) together. A
+        chunk is one process's, which holds its rows until it is finished: take less where processes would have none,
+        or memory is short.
     rank, ranks : int, optional
         This process and how many there are; by default those of torchrun, or one alone.
     progress : bool
@@ -85,6 +89,7 @@ def compress_corpus(
     check_segments(segment_length, segment_overlap)
     check_count("batch_tokens", batch_tokens, least=1)
     check_count("chunk_documents", chunk_documents, least=1)
+    check_count("chunk_length", chunk_length, least=1)
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     rank, ranks = _ranks(rank, ranks)
@@ -99,14 +104,18 @@ def compress_corpus(
         "segment_overlap": segment_overlap,
         "batch_tokens": batch_tokens,
         "chunk_documents": chunk_documents,
+        "chunk_length": chunk_length,
     }
     _agree(folder, settings)
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
     encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
     number = -1
-    total = own_documents(len(documents), chunk_documents, rank, ranks) if isinstance(documents, Sized) else None
+    total = None
+    if not isinstance(documents, Iterator):  # which can be read but once
+        chunks = chunks_of(documents, chunk_documents, chunk_length)
+        total = sum(map(len, itertools.islice(chunks, rank, None, ranks)))
     with tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar:
-        for number, chunk in enumerate(chunks_of(documents, chunk_documents)):
+        for number, chunk in enumerate(chunks_of(documents, chunk_documents, chunk_length)):
             if number % ranks == rank:
                 given = read_chunk(chunk, encode, handle.first_id)
                 _compress_chunk(model, given, folder, number, segments, settings, bar)

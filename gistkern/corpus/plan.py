@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Document", "Documents", "batches_of", "chunks_of", "own_documents", "read_chunk"]
+__all__ = ["Document", "Documents", "batches_of", "chunks_of", "read_chunk"]
 
 Content: TypeAlias = "str | Sequence[int]"
 Documents: TypeAlias = "Mapping[str, Content] | Iterable[Content | tuple[str, Content]]"
@@ -32,16 +32,23 @@ class Document:
         return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
 
 
-def chunks_of(documents: Documents, size: int) -> Iterator[list[tuple[str, Content]]]:
-    """Lists of `size` consecutive names and contents; documents without a name are called by their number."""
+def chunks_of(documents: Documents, size: int, length: int) -> Iterator[list[tuple[str, Content]]]:
+    """Lists of consecutive names and contents; documents without a name are called by their number.
+
+    A chunk holds at most `size` documents, of at most `length` characters (texts) and tokens (ids) together; a longer
+    document stands alone. Lengths as they are given are known to every process without encoding all texts.
+    """
     pairs = iter(documents.items()) if isinstance(documents, Mapping) else map(_named, itertools.count(), documents)
-    while chunk := list(itertools.islice(pairs, size)):
+    chunk: list[tuple[str, Content]] = []
+    filled = 0
+    for pair in pairs:
+        if chunk and (len(chunk) == size or filled + len(pair[1]) > length):
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append(pair)
+        filled += len(pair[1])
+    if chunk:
         yield chunk
-
-
-def own_documents(count: int, size: int, rank: int, ranks: int) -> int:
-    """How many of `count` documents lie in the chunks of `size` that are one rank's."""
-    return sum(min(size, count - begin) for begin in range(rank * size, count, ranks * size))
 
 
 def _named(number: int, document: Any) -> tuple[str, Content]:

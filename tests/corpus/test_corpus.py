@@ -25,7 +25,7 @@ from gistkern.compressing import left_padded
 from gistkern.corpus import __main__ as command_line
 from gistkern.corpus import compressing, journal
 from gistkern.corpus.__main__ import main
-from gistkern.corpus.plan import batches_of, chunks_of, own_documents, read_chunk
+from gistkern.corpus.plan import batches_of, chunks_of, read_chunk
 
 HERE = Path(__file__).parent
 SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}
@@ -169,7 +169,7 @@ def test_two_thousand_documents_two_processes_one_killed(tmp_path, request):
     assert start(out, notes, 1).wait(timeout=200) == 0
     begun = notes.read_text().splitlines()
     corpus = documents(2000)
-    chunks = [read_chunk(chunk, None, WORDS) for chunk in chunks_of(corpus, 128)]
+    chunks = [read_chunk(chunk, None, WORDS) for chunk in chunks_of(corpus, 128, 10**6)]
     batches = sum(len(batches_of(chunk, 1500)) for chunk in chunks)
     assert len(half) < batches
     assert len(set(begun)) == batches
@@ -402,7 +402,7 @@ def test_a_hierarchical_model_needs_segments(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("name", ["batch_tokens", "chunk_documents"])
+@pytest.mark.parametrize("name", ["batch_tokens", "chunk_documents", "chunk_length"])
 def test_counts_are_positive(handle, tmp_path, name):
     with pytest.raises(ValueError, match=name):
         compress_corpus(handle.model, [[1, 2]], tmp_path / "store", **{name: 0})
@@ -436,14 +436,47 @@ def test_batches_hold_no_more_than_they_may():
     assert batches_of(found, 10) == [[place] for place in sorted(range(50), key=lambda one: -len(found[one].ids))]
 
 
+@pytest.mark.parametrize(("size", "length"), [(8, 10**6), (8, 150), (50, 60), (1, 1)])
+def test_chunks_hold_no_more_than_they_may(size, length):
+    """Documents in order; a chunk ends where one more would be too many or too long."""
+    corpus = documents(50)
+    chunks = list(chunks_of(corpus, size, length))
+    assert [pair for chunk in chunks for pair in chunk] == list(corpus.items())
+    totals = [sum(len(ids) for _, ids in chunk) for chunk in chunks]
+    for chunk, total, after in zip(chunks, totals, [*chunks[1:], None], strict=True):
+        assert len(chunk) <= size
+        assert total <= length or len(chunk) == 1
+        assert after is None or len(chunk) == size or total + len(after[0][1]) > length
+    assert list(chunks_of(list(corpus.values()), size, length)) == [
+        [(name.removeprefix("doc-"), ids) for name, ids in chunk] for chunk in chunks
+    ]
+
+
+def test_long_documents_make_small_files(handle, corpus, tmp_path):
+    """The store is the same, in more files."""
+    store = compress_corpus(handle.model, corpus, tmp_path, **SMALL, chunk_length=100)
+    sizes = [len(chunk) for chunk in chunks_of(corpus, SMALL["chunk_documents"], 100)]
+    assert max(sizes) < SMALL["chunk_documents"]
+    assert len(list(tmp_path.glob("chunk-*.safetensors"))) == len(sizes)
+    assert list(store) == list(corpus)
+    with pytest.raises(ValueError, match="was begun with chunk_length 100, not 200"):
+        compress_corpus(handle.model, corpus, tmp_path, **SMALL, chunk_length=200)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_bar_counts_the_documents_of_its_rank(handle, corpus, tmp_path, capsys, ranks):
+    """It knows the total beforehand, so it can tell the time that is left; of a stream nobody knows it."""
+    options = {**SMALL, "progress": True, "chunk_length": 150}
+    chunks = [len(chunk) for chunk in chunks_of(corpus, SMALL["chunk_documents"], 150)]
+    for rank in range(ranks):
+        compress_corpus(handle.model, corpus, tmp_path / "store", rank=rank, ranks=ranks, **options)
+        own = sum(chunks[rank::ranks])
+        assert f"{own}/{own} " in capsys.readouterr().err
+    compress_corpus(handle.model, iter(corpus.items()), tmp_path / "stream", **options)
+    assert f"{len(corpus)}document [" in capsys.readouterr().err
+
+
 # ---- the command line
-
-
-def test_a_bar_counts_the_documents_of_its_rank():
-    for count, size, ranks in ((21, 8, 3), (16, 4, 2), (3, 8, 2)):
-        own = [own_documents(count, size, rank, ranks) for rank in range(ranks)]
-        chunks = [len(chunk) for chunk in chunks_of([[1]] * count, size)]
-        assert own == [sum(chunks[rank::ranks]) for rank in range(ranks)]
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch):
