@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from training_cases import arguments, lora, make_features, patched
 
 from gistkern.training import Curriculum, GistDataCollator, GistTrainer, Objectives, Stage
@@ -18,6 +20,18 @@ CASES = {
         "arguments": {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False},
     },
     "peft": {"scheme": "segments", "arguments": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
+    # accelerate has FSDP for accelerators only, so this case says that it runs on one
+    "fsdp": {
+        "scheme": "hierarchical",
+        "arguments": {
+            "fsdp": True,
+            "fsdp_config": {
+                "fsdp_version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            },
+        },
+    },
 }
 
 
@@ -32,6 +46,8 @@ class Recording(GistDataCollator):
 def train(case, folder, processes):
     """One run of `case`; returns what it logged and what this process saw."""
     given = CASES[case]
+    if processes == 1:
+        given = {**given, "arguments": {k: v for k, v in given["arguments"].items() if not k.startswith("fsdp")}}
     model, handle, segments = patched(given["scheme"])
     model.lm_head.weight.data[7] *= 20  # one token is said often, and half of the answers hold it
     if case == "peft":
@@ -47,6 +63,8 @@ def train(case, folder, processes):
         save_steps=3,
         **given["arguments"],
     )
+    if settings.fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     curriculum = Curriculum([Stage(2, gate=1.0, tokens=(4, 9)), Stage(9, tokens=(4, 20))])
     trainer = GistTrainer(
         model,
@@ -62,8 +80,10 @@ def train(case, folder, processes):
     )
     trainer.train()
     found = {"seen": collate.seen, "curriculum": curriculum.state_dict(), "eval": trainer.evaluate()}
+    trained = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    found["sharded"] = [name for name, value in trained.items() if isinstance(value, DTensor)]
+    weights = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in trained.items()}
     if trainer.is_world_process_zero():
-        weights = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
         save_file(weights, folder / "weights.safetensors")
     return found
 

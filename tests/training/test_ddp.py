@@ -41,6 +41,7 @@ def test_two_processes_equal_one(launched, case, tmp_path):
         assert two == pytest.approx(one, rel=1e-6), "loss, its parts, gradient norm, accuracies, curriculum"
     assert any(0 < entry["token_accuracy"] < 1 for entry in steps[0]), "or else the curricula would agree anyway"
     for rank in ranks:
+        assert bool(rank[case]["sharded"]) == (case == "fsdp")
         assert rank[case]["curriculum"] == alone["curriculum"]
         for name in ("eval_exact", "eval_token_accuracy"):
             assert rank[case]["eval"][name] == alone["eval"][name]
