@@ -10,7 +10,7 @@ document is a prefix whose keys and values happen to be known (`gistkern.plain_p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gistkern import GistStore, plain_prefix
 __all__ = ["GistConnector", "request_for", "transfer_config"]
 
 PLACEHOLDER = 0  # stands for a gist row in a prompt: counted, never embedded
+NAME, ROWS = "gist_document", "gist_rows"  # of a request's kv_transfer_params
 logger = init_logger(__name__)
 
 
@@ -38,16 +39,18 @@ def transfer_config(store: str | Path) -> KVTransferConfig:
         kv_connector="GistConnector",
         kv_connector_module_path=__name__,
         kv_role="kv_consumer",
+        kv_load_failure_policy="fail",
         kv_connector_extra_config={"store": str(store)},
     )
 
 
 def request_for(
-    store: GistStore, name: str, question_ids: Sequence[int], **sampling: Any
+    store: GistStore, name: str, question_ids: Sequence[int], *, extra_args: Mapping[str, Any] | None = None, **sampling
 ) -> tuple[TokensPrompt, SamplingParams]:
-    """A question about a document, as `LLM.generate` takes it; `sampling` are arguments of `SamplingParams`.
+    """A question about a document, as `LLM.generate` takes it; all else are arguments of `SamplingParams`.
 
-    Requests about one document share its whole blocks: the salt of vLLM's prefix cache is the document's name.
+    Requests about one document share its whole blocks: the salt of vLLM's prefix cache is the document's name. (If a
+    document is compressed again under its name, reset the engine's prefix cache.)
 
     Raises
     ------
@@ -58,23 +61,57 @@ def request_for(
         raise ValueError("the question is empty: give at least one token")
     rows = int(store[name].gist_rows[0])
     prompt = TokensPrompt(prompt_token_ids=[PLACEHOLDER] * rows + list(question_ids), cache_salt=name)
-    document = {"gist_document": name, "gist_rows": rows}
-    return prompt, SamplingParams(**sampling, extra_args={"kv_transfer_params": document})
+    extra = {**(extra_args or {}), "kv_transfer_params": {NAME: name, ROWS: rows}}
+    return prompt, SamplingParams(**sampling, extra_args=extra)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The document that a request names, and how many tokens of its prompt that stands for.
+
+    With a `problem` the request cannot be served: all of its prompt that can be is claimed, so that it fails.
+    """
+
+    name: Any
+    rows: int
+    problem: str = ""
+
+
+def asked_by(request: Any) -> Asked | None:
+    """What a vLLM request asks; None for an ordinary one. Its parameters and prompt may come from anywhere."""
+    given = request.kv_transfer_params or {}
+    if not given.keys() & {NAME, ROWS}:
+        return None
+    name, rows, prompt = given.get(NAME), given.get(ROWS), request.prompt_token_ids or []
+    if not isinstance(name, str):
+        problem = f"{NAME} must be a string, got {name!r}"
+    elif type(rows) is not int or not 1 <= rows < len(prompt):
+        problem = f"{ROWS} must be a number from 1 to {len(prompt) - 1}, all tokens of the prompt but one, got {rows!r}"
+    elif any(token != PLACEHOLDER for token in prompt[:rows]):
+        problem = f"the prompt must begin with {rows} placeholders ({PLACEHOLDER})"
+    elif request.cache_salt != name:
+        problem = f"cache_salt must be the document's name, got {request.cache_salt!r}"
+    else:
+        return Asked(name, rows)
+    return Asked(name, len(prompt) - 1, problem)
 
 
 @dataclass(frozen=True)
 class Load:
-    """Rows ``[first, rows)`` of a document for the blocks of one request."""
+    """Rows from `first` on of what was asked, for the blocks of one request."""
 
-    name: str
+    asked: Asked
     first: int
-    rows: int
     blocks: list[int]
 
     def slots(self, block_size: int) -> torch.Tensor:
         """Where each row goes, in the numbering of vLLM's slot mappings."""
-        row = torch.arange(self.first, self.rows)
+        row = torch.arange(self.first, self.asked.rows)
         return torch.tensor(self.blocks)[row // block_size] * block_size + row % block_size
+
+    def own_blocks(self, block_size: int) -> set[int]:
+        """Those that it fills: blocks before them may be shared with other requests."""
+        return set((self.slots(block_size) // block_size).tolist())
 
 
 @dataclass
@@ -87,36 +124,42 @@ class Loads(KVConnectorMetadata):
 class GistConnector(KVConnectorBase_V1, SupportsHMA):
     """Tells the scheduler that a document's rows are there already, and writes them into the request's blocks.
 
-    A document that cannot be read fails its own request (`kv_load_failure_policy`), no other.
+    A request whose document cannot be read, or whose parameters make no sense, fails by itself.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        parallel = vllm_config.parallel_config
+        parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
         if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
             raise ValueError("GistConnector loads all heads and layers: use one process per model")
         if len(kv_cache_config.kv_cache_groups) > 1:
             raise ValueError("GistConnector serves models whose layers all have full attention")
+        if transfer.kv_load_failure_policy != "fail":
+            raise ValueError("placeholders cannot be recomputed: set kv_load_failure_policy='fail'")
         self._config = vllm_config
         self._block_size: int = vllm_config.cache_config.block_size
-        self._store = GistStore(vllm_config.kv_transfer_config.kv_connector_extra_config["store"])
+        self._store = GistStore(transfer.kv_connector_extra_config["store"])
         self._loads: list[Load] = []
         self._failed: set[int] = set()
 
     # ---- the scheduler's side
 
+    def on_new_request(self, request: Any) -> None:
+        """A document's rows are never computed, so caches are read whatever the request says (prompt_logprobs)."""
+        if asked_by(request) is not None:
+            request.skip_reading_prefix_cache = False
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """The rows behind what vLLM's own prefix cache holds; loaded within the step."""
-        rows = (request.kv_transfer_params or {}).get("gist_rows", 0)
-        return max(0, rows - num_computed_tokens), False
+        asked = asked_by(request)
+        return (0 if asked is None else max(0, asked.rows - num_computed_tokens)), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The request has its blocks, after a preemption new ones."""
-        if num_external_tokens:
-            document = request.kv_transfer_params
-            rows = document["gist_rows"]
+        asked = asked_by(request)
+        if asked is not None and num_external_tokens:
             (own,) = blocks.get_block_ids()
-            self._loads.append(Load(document["gist_document"], rows - num_external_tokens, rows, list(own)))
+            self._loads.append(Load(asked, asked.rows - num_external_tokens, list(own)))
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         """The loads of this step."""
@@ -136,17 +179,19 @@ class GistConnector(KVConnectorBase_V1, SupportsHMA):
         for load in loads.loads:
             try:
                 self._write(load)
-            except (KeyError, ValueError) as error:
-                logger.error("document %r is not loaded: %s", load.name, error)
-                self._failed |= set(load.blocks)
+            except Exception as error:  # whatever it is, the step belongs to other requests too
+                logger.error("document %r is not loaded, its request fails: %s", load.asked.name, error)
+                self._failed |= load.own_blocks(self._block_size)
 
     def _write(self, load: Load) -> None:
-        prefix = plain_prefix(self._store[load.name], self._config.model_config.hf_config)
+        if load.asked.problem:
+            raise ValueError(load.asked.problem)
+        prefix = plain_prefix(self._store[load.asked.name], self._config.model_config.hf_config)
         layers = get_layers_from_vllm_config(self._config, Attention)
         if len(layers) != len(prefix.layers):
             raise ValueError(f"{len(prefix.layers)} layers are stored, the model has {len(layers)}")
-        if prefix.get_seq_length() != load.rows:
-            raise ValueError(f"{prefix.get_seq_length()} rows are stored, the request names {load.rows}")
+        if prefix.get_seq_length() != load.asked.rows:
+            raise ValueError(f"{prefix.get_seq_length()} rows are stored, the request names {load.asked.rows}")
         slots = load.slots(self._block_size)
         for name, layer in layers.items():
             stored = prefix.layers[extract_layer_index(name)]

@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not (given.folder / "requests.json").exists():
         parser.error(f"{given.folder} holds no requests.json: run examples/serve_queue.py first")
     requests = json.loads((given.folder / "requests.json").read_text())
-    said, cached = serve(given.folder, requests)
+    said = serve(given.folder, requests)
+    store = GistStore(given.folder / "corpus")
     report = {
         "command": shlex.join(
             ["python", "examples/vllm_queue.py", *(sys.argv[1:] if arguments is None else arguments)]
@@ -52,15 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
             "transformers": sum(one["said"] == one["answer"] for one in requests),
             "vllm": sum(text == one["answer"] for text, one in zip(said, requests, strict=True)),
         },
-        "rows": sorted({int(rows) for rows in cached}),
+        "rows": sorted({int(store[one["document"]].gist_rows[0]) for one in requests}),
     }
     write_json(given.folder / "vllm.json", report)
     (given.folder / "vllm.md").write_text(page(report), encoding="utf-8")
     print(page(report))
 
 
-def serve(folder: Path, requests: Sequence[Mapping[str, str]]) -> tuple[list[str], list[int]]:
-    """vLLM's answers, and the tokens of each prompt that it did not compute."""
+def serve(folder: Path, requests: Sequence[Mapping[str, str]]) -> list[str]:
+    """vLLM's answers."""
     # the engine in this process, so that an error in it is one here; prompts are short, so is the cache
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -89,7 +90,7 @@ def serve(folder: Path, requests: Sequence[Mapping[str, str]]) -> tuple[list[str
         kv_transfer_config=transfer_config(corpus),
     )
     outputs = llm.generate(prompts, parameters)
-    return [tokenizer.decode(out.outputs[0].token_ids) for out in outputs], [out.num_cached_tokens for out in outputs]
+    return [tokenizer.decode(out.outputs[0].token_ids) for out in outputs]
 
 
 def page(report: Mapping[str, Any]) -> str:

@@ -148,6 +148,11 @@ class GistCache(Cache):
         """Bytes of the stored keys and values."""
         return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
 
+    def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[B, Hkv, G, D]`` of the compact rows of a layer; samples that own fewer have the last."""
+        columns = self._state().gist_columns
+        return self.layers[layer].keys[:, :, :columns], self.layers[layer].values[:, :, :columns]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens read so far by the longest sample."""
         return 0 if self.state is None else self.state.length

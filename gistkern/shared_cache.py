@@ -33,20 +33,33 @@ class SharedGistCache(GistCache):
         int64 ``[B]``: where each sample's rows begin in the pool.
     """
 
-    pool: list[KeyValueRows]
-    first: torch.Tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool: list[KeyValueRows] = []
+        self.first = torch.zeros(0, dtype=torch.int64)
 
     def begin(self, plan: CallPlan) -> None:
         """As `GistCache.begin`; layers hold tails only, so the plan's columns are counted from there."""
-        assert self.state is not None
-        if plan.layout.gather.shape[1]:
+        state = self.state
+        if state is None:
+            raise ValueError("a shared cache is made by GistCache.shared(), of a compressed context")
+        if plan.keep is not None and bool(plan.layout.is_gist.any()):
             raise ValueError(
-                "a shared cache cannot take gist tokens (or sinks) after its context: pass a cache of its own, "
+                "a shared cache cannot take gist tokens after its context: pass a cache of its own, "
                 "GistStore.batch(names) or the one that shared() was called on"
             )
-        columns = self.state.gist_columns
-        arrange, keep = (None if c is None else c[:, columns:] - columns for c in (plan.arrange, plan.keep))
+        if plan.after.gist_rows is not state.gist_rows and not torch.equal(plan.after.gist_rows, state.gist_rows):
+            raise ValueError("a shared cache keeps all rows of its context: this gist_layout would drop or add some")
+        arrange = None if plan.arrange is None else plan.arrange[:, state.gist_columns :] - state.gist_columns
+        keep = None if plan.keep is None else plan.keep[:, plan.after.gist_columns :] - state.gist_columns
         super().begin(replace(plan, arrange=arrange, keep=keep))
+        self._begin, self._end = (
+            (column + self._ahead()).int() for column in (plan.layout.gist_begin, plan.layout.gist_end)
+        )
+
+    def _ahead(self) -> torch.Tensor:
+        """int64 ``[B, 1]``: from a sample's column to its place in the pool."""
+        return (self.first - (self._state().gist_columns - self.gist_rows))[:, None]
 
     def attend(
         self,
@@ -60,29 +73,35 @@ class SharedGistCache(GistCache):
     ) -> torch.Tensor:
         """Attention of one layer: `gist_attention` whose past rows are in the pool. `k`, `v` are ``[tail, new]``."""
         pool = self.pool[layer]
-        own = self.gist_rows
-        ahead = self.first - (layout.past - own)  # from a sample's column to its place in the pool
-        in_place = q.shape[2] <= DECODE_ROWS and q.dtype != torch.float64 and not q.requires_grad
-        if in_place:
-            begin, end = ((vector + ahead[:, None]).int() for vector in (layout.gist_begin, layout.gist_end))
+        dtype = torch.promote_types(v.dtype, pool.value.dtype)  # they differ under autocast
+        q, k, v, key, value = (t.to(dtype) for t in (q, k, v, pool.key, pool.value))
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        if q.shape[2] <= DECODE_ROWS and dtype != torch.float64 and not learns:
             out, _ = gist_decode(
                 q,
-                pool,
+                KeyValueRows(key, value),
                 KeyValueRows(k, v),
-                gist_begin=begin,
-                gist_end=end,
+                gist_begin=self._begin,
+                gist_end=self._end,
                 local_begin=layout.local_begin,
                 gist_capacity=layout.past,
                 scale=scale,
                 backend=backend,
             )
             return out
-        column = torch.arange(layout.past, device=own.device)
-        place = (column + ahead[:, None]).clamp(min=0)  # columns that a sample does not own are never seen
-        past_key, past_value = (rows[place].transpose(1, 2) for rows in (pool.key, pool.value))
+        past_key, past_value = (self._columns(rows) for rows in (key, value))
         return gist_attention(  # type: ignore[return-value]
             q, k, v, layout, past_key=past_key, past_value=past_value, scale=scale, backend=backend
         )
+
+    def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `GistCache.compact`, copied out of the pool."""
+        return self._columns(self.pool[layer].key), self._columns(self.pool[layer].value)
+
+    def _columns(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[B, Hkv, G, D]``; what stands in columns that a sample does not own is never seen."""
+        column = torch.arange(self._state().gist_columns, device=rows.device)
+        return rows[(column + self._ahead()).clamp(min=0)].transpose(1, 2)
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +152,12 @@ def share(cache: GistCache) -> SharedGistCache:
     made = SharedGistCache()
     made.positions, made.fingerprint, made.unchecked = cache.positions, cache.fingerprint, cache.unchecked
     made.state = state
-    made.pool = [
-        KeyValueRows(*(t.transpose(1, 2)[owned] for t in (layer.keys, layer.values))) for layer in cache.layers
-    ]
     made.first = state.gist_rows.cumsum(0) - state.gist_rows
-    made.layers = [GistLayer.holding(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers]
+    for layer in cache.layers:
+        # compressed under autocast keys are wider than values, and are read as those
+        rows = (t.transpose(1, 2)[owned].to(layer.values.dtype) for t in (layer.keys, layer.values))
+        made.pool.append(KeyValueRows(*rows))
+        # not a view: it would keep the original's rows in memory
+        tails = (t.new_empty((*t.shape[:2], 0, t.shape[3])) for t in (layer.keys, layer.values))
+        made.layers.append(GistLayer.holding(*tails))
     return made

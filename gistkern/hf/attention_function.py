@@ -24,14 +24,14 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
     layout, backend = gist_call.layout, gist_call.backend
+    if gist_call.shared is not None:
+        out = gist_call.shared.attend(module.layer_idx, query, key, value, layout, scaling, backend)
+        return out.transpose(1, 2), None
     if torch.is_autocast_enabled(value.device.type):  # the rotation promotes queries and keys to fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     if gist_call.parallel is not None:
         shard, group = gist_call.parallel.shard, gist_call.parallel.group
         out = parallel_attention(query, key, value, shard, group, scale=scaling, backend=backend)
-        return out.transpose(1, 2), None
-    if gist_call.shared is not None:
-        out = gist_call.shared.attend(module.layer_idx, query, key, value, layout, scaling, backend)
         return out.transpose(1, 2), None
     past_key, past_value = (t[:, :, : layout.past] if layout.past else None for t in (key, value))
     out = gist_attention(  # type: ignore[assignment]

@@ -44,13 +44,19 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
     ValueError
         If the cache is empty or has a tail, or the rotation depends on the length of the text.
 
+    Notes
+    -----
+    The frequencies are those of the config, in fp32. ``model.to(torch.bfloat16)`` rounds a model's own, and with them
+    all that it compresses; ``from_pretrained(..., dtype=torch.bfloat16)`` does not.
+
     Examples
     --------
     ::
 
         prefix = gistkern.plain_prefix(store["a"], plain.config)
-        placeholders = torch.ones(1, prefix.get_seq_length(), dtype=torch.long)     # counted, never read
-        plain.generate(torch.cat([placeholders, question], 1), past_key_values=prefix)
+        placeholders = torch.zeros(1, prefix.get_seq_length(), dtype=torch.long)    # counted, never read
+        ids = torch.cat([placeholders, question], 1)
+        plain.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=prefix)
     """
     state = cache.state
     if state is None:
@@ -67,8 +73,9 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
     angles = (back[:, None] * frequencies)[:, None, None]  # [B, 1, 1, D / 2]
     cosine, sine = angles.cos(), angles.sin()
     prefix = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        prefix.update(_turn(layer.keys, cosine, sine), layer.values.clone(), index)
+    for index in range(len(cache.layers)):
+        keys, values = cache.compact(index)
+        prefix.update(_turn(keys, cosine, sine), values.clone(), index)
     return prefix
 
 
