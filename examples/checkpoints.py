@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
@@ -37,7 +38,8 @@ logging.set_verbosity_error()
 class Progress:
     """Where a run stands and what it has cost. Batches follow from seed and step alone: no generator state is needed.
 
-    `tokens` are rows of the training streams, `cpu_seconds` those of all threads together.
+    `tokens` are rows of the training streams as they were computed (rows that samples share count once per process and
+    micro-batch), `cpu_seconds` those of all threads together.
     """
 
     preset: str
@@ -59,9 +61,7 @@ def save(
 
     Every process of a run calls it, since a sharded model is put together by all; the main one writes.
     """
-    once = {name for found in (model.named_parameters(), model.named_buffers()) for name, _ in found}  # tied ones
-    weights = {name: whole_tensor(one) for name, one in model.state_dict().items() if name in once}
-    states = optimizers.tensors()
+    weights, states = _weights(model, is_main), optimizers.tensors(is_main)
     if not is_main:
         return
     target = run / f"checkpoint-{progress.curriculum['step']:06d}"
@@ -76,6 +76,20 @@ def save(
     os.replace(temporary, target)
     for old in _all(run)[:-KEEP]:
         shutil.rmtree(old)
+
+
+def _weights(model: Model, keep: bool) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model, put together one by one; nothing unless it is to `keep` them."""
+    whole = isinstance(model, PreTrainedModel)  # of an adapter's model only what is trained is written
+    once = {name for name, parameter in model.named_parameters() if whole or parameter.requires_grad}  # tied ones once
+    once |= {name for name, _ in model.named_buffers()}
+    found = {}
+    for name, value in model.state_dict().items():
+        if name in once:
+            value = whole_tensor(value)
+            if keep:
+                found[name] = value
+    return found
 
 
 def _all(run: Path) -> list[Path]:

@@ -94,9 +94,11 @@ def train_from_config(
         recipe = tiny(recipe)
     source = model or (str(run / "tiny-model") if dry_run else recipe.model.name)
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.is_main_process:
-        _prepare(run, recipe, resume, overwrite)
-        if dry_run and not resume:
+    _check(run, recipe, resume, overwrite)
+    state.wait_for_everyone()  # all have looked before one of them clears
+    if state.is_main_process and not resume:
+        _clear(run, recipe)
+        if dry_run:
             _write_tiny_model(recipe, Path(source))
     state.wait_for_everyone()
     checkpoint = get_last_checkpoint(str(run)) if resume else None
@@ -213,7 +215,8 @@ def open_trained(adapter: Path, source: str | None = None, recipe_file: Path | N
 class PasskeyDataset(Dataset):
     """Passkey samples by number: the number alone decides a sample, within the curriculum's present stage.
 
-    So a resumed run goes on with the samples that the interrupted one had not seen.
+    So a resumed run goes on with the samples that the interrupted one had not seen, if it has as many processes: with
+    others the Trainer's batches, and the order in which they come, are others too.
     """
 
     def __init__(
@@ -276,22 +279,27 @@ def _write_tiny_model(recipe: Recipe, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), pad_token="<pad>").save_pretrained(folder)
 
 
-def _prepare(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """An empty folder for a fresh run; ValueError for one in use, or where nothing can be resumed."""
-    written = json.dumps(asdict(recipe), indent=2)
+def _check(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """ValueError for a folder in use, or where nothing can be resumed."""
     file = run / "recipe.json"
     if resume:
         if not run.is_dir() or get_last_checkpoint(str(run)) is None:
             raise ValueError(f"nothing to resume: {run} holds no checkpoint")
-        if file.read_text() != written:
+        if file.read_text() != _written(recipe):
             raise ValueError(
                 f"{run} is a run of another recipe (see {file}): resume with the recipe it was started with"
             )
-        return
-    if run.exists() and any(run.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{run} is in use: resume it, overwrite it, or name another folder")
-        for folder in (*run.glob("checkpoint-*"), run / "adapter", run / "tiny-model"):
-            shutil.rmtree(folder, ignore_errors=True)
+    elif run.exists() and any(run.iterdir()) and not overwrite:
+        raise ValueError(f"{run} is in use: resume it, overwrite it, or name another folder")
+
+
+def _clear(run: Path, recipe: Recipe) -> None:
+    """A folder for a fresh run, without what an earlier one trained."""
+    for folder in (*run.glob("checkpoint-*"), run / "adapter", run / "tiny-model"):
+        shutil.rmtree(folder, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
-    file.write_text(written)
+    (run / "recipe.json").write_text(_written(recipe))
+
+
+def _written(recipe: Recipe) -> str:
+    return json.dumps(asdict(recipe), indent=2)

@@ -74,13 +74,18 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizers' state by parameter name, for safetensors; of a sharded model all processes ask for it."""
-        return {
-            f"{name}/{key}": whole_tensor(value).contiguous()
-            for name, state in self._states()
-            for key, value in state.items()
-        }
+    def tensors(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The optimizers' state by parameter name, for safetensors.
+
+        Every process of a sharded model asks for it; one that is not to `keep` it gets nothing.
+        """
+        found = {}
+        for name, state in self._states():
+            for key, value in state.items():
+                value = whole_tensor(value)
+                if keep:
+                    found[f"{name}/{key}"] = value.contiguous()
+        return found
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore what `tensors` returned."""

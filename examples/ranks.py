@@ -99,6 +99,10 @@ class Ranks:
                 (model.no_sync() if waits else nullcontext()),
             )
 
+    def all_idle(self, share: Share, size: int) -> bool:
+        """Whether no process has samples of a batch of `size` in this micro-batch; if one has, all must compute it."""
+        return share.index - self.index >= size
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value added up over the processes."""
         if self.count == 1:

@@ -107,7 +107,7 @@ def train(
             for share, last, together in ranks.micro_batches(shared, accumulate):
                 rng = random.Random(f"{seed}-{curriculum.step}")
                 batch = make_batch(drawn, handle, curriculum.stage, settings, rng, share)
-                if batch.weight or last:
+                if last or not ranks.all_idle(share, batch.size):
                     with together:
                         part = _forward_backward(shared, batch, settings.leak, ranks.count)
                     own = [sum(pair) for pair in zip(own, part, strict=True)]
@@ -115,7 +115,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizers.step(rate)
             mean_loss, digit, exact, tokens = ranks.sums(own)
-            measured = {"digit": digit, "exact": exact}
+            measured = {"digit": min(1.0, digit), "exact": min(1.0, exact)}  # sums of parts, so rounding may exceed 1
             entry = {"step": curriculum.step, "stage": curriculum.index, "loss": mean_loss, **measured, "lr": rate}
             curriculum.update(measured[settings.gate_on])
             progress.tokens += int(tokens)
@@ -219,11 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     except RuntimeError as error:
-        if ranks.count == 1:
+        if ranks.count == 1 or "onnection" not in str(error):
             raise
+        whole = latest(run)
+        again = f"--resume: {whole} is whole" if whole else "--overwrite: there is no checkpoint yet"
         raise SystemExit(
             f"process {ranks.index} of {ranks.count} stops: {str(error).splitlines()[0]}\nMost likely another process "
-            f"of this run has ended. Start the command again with --resume: {latest(run) or 'no checkpoint'} is whole"
+            f"of this run has ended, see what it said. Start the command again with {again}"
         ) from error
     ranks.leave()
     if ranks.is_main:

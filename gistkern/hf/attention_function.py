@@ -25,8 +25,8 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
         raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
     layout, backend = gist_call.layout, gist_call.backend
     if gist_call.shared is not None:
-        out = gist_call.shared.attend(module.layer_idx, query, key, value, layout, scaling, backend)
-        return out.transpose(1, 2), None
+        shared_out = gist_call.shared.attend(module.layer_idx, query, key, value, layout, scaling, backend)
+        return shared_out.transpose(1, 2), None
     if torch.is_autocast_enabled(value.device.type):  # the rotation promotes queries and keys to fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     if gist_call.parallel is not None:

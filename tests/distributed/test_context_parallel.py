@@ -101,7 +101,7 @@ def test_autocast(ranks):
     budget = error(whole)
     assert budget > 1e-4, "bf16 was used"
     for found in ranks("autocast"):
-        assert error({name: found[f"grad/{name}"] for name in exact}) <= 2 * budget
+        assert budget / 10 < error({name: found[f"grad/{name}"] for name in exact}) <= 2 * budget
         assert abs(found["loss"] - loss) < 1e-2 * loss
 
 

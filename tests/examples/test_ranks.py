@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import command
-from launching import torchrun
+from launching import launch, torchrun
+from ranks_worker import BATCHES
+from ranks_worker import run as train_shares
 from safetensors.torch import load_file
 
 import gistkern
@@ -97,6 +100,23 @@ def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, o
         torch.testing.assert_close(weights[0][name], value, rtol=1e-3, atol=1e-4)
     assert (folder / "report.json").exists(), "one process evaluates"
     assert not list(folder.glob(".checkpoint-*.tmp"))
+
+
+def test_micro_batches_of_two_processes_equal_one_batch(tmp_path):
+    """Gradients, by the optimizers' states, which no normalisation hides; under DDP and FSDP2."""
+    launch(Path(__file__).with_name("ranks_worker.py"), 2, tmp_path)
+    for batch in BATCHES:
+        alone = tmp_path / f"alone-{batch}"
+        train_shares(alone, batch, Ranks(), accumulate=1)
+        expected = load_file(latest(alone) / "optimizer.safetensors")
+        for name in ("ddp", "fsdp"):
+            folder = tmp_path / f"{name}-{batch}"
+            same_losses(entries(folder), entries(alone))
+            found = load_file(latest(folder) / "optimizer.safetensors")
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                scale = value.float().abs().max()
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-3 * float(scale), msg=f"{name} {key}")
 
 
 def test_processes_share_every_batch():
