@@ -23,8 +23,8 @@ class SharedGistCache(GistCache):
     `GistCache.shared` makes one. Samples that are repeated or selected (several questions, answers or beams on a
     document) and clones bring tails of their own and no rows: `nbytes` counts the rows once. Calls of up to 8 rows read
     the pool in place where the backend's kernel does (`gistkern.gist_decode`: ``cpu`` and ``cuda``); all others copy a
-    layer's rows for as long as the layer runs. The rows stay as they are: gist tokens after the context, and `save`, are
-    for a cache of its own.
+    layer's rows for as long as the layer runs. The rows stay as they are: gist tokens after the context, and `save`,
+    are for a cache of its own.
 
     Attributes
     ----------
