@@ -23,8 +23,6 @@ import argparse
 import hashlib
 import json
 import random
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +38,7 @@ from answers import AnswerFile
 from global_tasks import GlobalSample
 from metrics import judged, rows_of
 from niah import Sample
-from results import environment, environment_line, table, write_json
+from results import command_line, environment, environment_line, table, write_json
 from samples import read_samples
 
 __all__ = ["METHODS", "Reader", "draw_samples", "main", "make_press", "page"]
@@ -202,11 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    command = shlex.join(
-        ["python", "examples/kvpress_baseline.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
     try:
-        _run(given, command)
+        _run(given, command_line("kvpress_baseline.py", arguments))
     except ValueError as error:
         parser.error(str(error))
 

@@ -94,14 +94,13 @@ def train_from_config(
         recipe = tiny(recipe)
     source = model or (str(run / "tiny-model") if dry_run else recipe.model.name)
     state = PartialState(cpu=not torch.cuda.is_available())
-    _check(run, recipe, resume, overwrite)
+    checkpoint = _checked(run, recipe, resume, overwrite)
     state.wait_for_everyone()  # all have looked before one of them clears
     if state.is_main_process and not resume:
         _clear(run, recipe)
         if dry_run:
             _write_tiny_model(recipe, Path(source))
     state.wait_for_everyone()
-    checkpoint = get_last_checkpoint(str(run)) if resume else None
     trainer = make_trainer(recipe, source, tokenizer or source, run)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(run / "adapter"))
@@ -279,18 +278,21 @@ def _write_tiny_model(recipe: Recipe, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), pad_token="<pad>").save_pretrained(folder)
 
 
-def _check(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """ValueError for a folder in use, or where nothing can be resumed."""
+def _checked(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
+    """The checkpoint to resume from, if any; ValueError for a folder in use, or where nothing can be resumed."""
     file = run / "recipe.json"
     if resume:
-        if not run.is_dir() or get_last_checkpoint(str(run)) is None:
+        checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
+        if checkpoint is None:
             raise ValueError(f"nothing to resume: {run} holds no checkpoint")
         if file.read_text() != _written(recipe):
             raise ValueError(
                 f"{run} is a run of another recipe (see {file}): resume with the recipe it was started with"
             )
-    elif run.exists() and any(run.iterdir()) and not overwrite:
+        return checkpoint
+    if run.exists() and any(run.iterdir()) and not overwrite:
         raise ValueError(f"{run} is in use: resume it, overwrite it, or name another folder")
+    return None
 
 
 def _clear(run: Path, recipe: Recipe) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment", "environment_line", "table", "write_json"]
+__all__ = ["command_line", "environment", "environment_line", "table", "write_json"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,6 +32,11 @@ def environment(*packages: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
+
+
+def command_line(script: str, arguments: Sequence[str] | None) -> str:
+    """The command line of one of these scripts, whose `main` was given `arguments`."""
+    return shlex.join(["python", f"examples/{script}", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def environment_line(found: Mapping[str, Any]) -> str:

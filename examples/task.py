@@ -46,8 +46,8 @@ class Batch:
     """Contexts in segments with their gists, then summary gists, question and answer.
 
     `predictors` are the places in each row of ids whose logits predict the digits of its `answers`
-    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples
-    drawn, `weight` is the part of these in it.
+    ``[samples, KEY_DIGITS]``, sample after sample. `size` counts the samples drawn, `weight` is the part of these in
+    it.
     """
 
     input_ids: torch.Tensor

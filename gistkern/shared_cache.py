@@ -54,9 +54,8 @@ class SharedGistCache(GistCache):
         arrange = None if plan.arrange is None else plan.arrange[:, state.gist_columns :] - state.gist_columns
         keep = None if plan.keep is None else plan.keep[:, plan.after.gist_columns :] - state.gist_columns
         super().begin(replace(plan, arrange=arrange, keep=keep))
-        self._begin, self._end = (
-            (column + self._ahead()).int() for column in (plan.layout.gist_begin, plan.layout.gist_end)
-        )
+        ahead = self._ahead()
+        self._begin, self._end = ((column + ahead).int() for column in (plan.layout.gist_begin, plan.layout.gist_end))
 
     def _ahead(self) -> torch.Tensor:
         """int64 ``[B, 1]``: from a sample's column to its place in the pool."""
@@ -75,12 +74,12 @@ class SharedGistCache(GistCache):
         """Attention of one layer: `gist_attention` whose past rows are in the pool. `k`, `v` are ``[tail, new]``."""
         pool = self.pool[layer]
         dtype = torch.promote_types(v.dtype, pool.value.dtype)  # they differ under autocast
-        q, k, v, key, value = (t.to(dtype) for t in (q, k, v, pool.key, pool.value))
+        q, k, v = (t.to(dtype) for t in (q, k, v))
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         if q.shape[2] <= DECODE_ROWS and dtype != torch.float64 and not learns:
             out, _ = gist_decode(
                 q,
-                KeyValueRows(key, value),
+                KeyValueRows(pool.key.to(dtype), pool.value.to(dtype)),
                 KeyValueRows(k, v),
                 gist_begin=self._begin,
                 gist_end=self._end,
@@ -90,19 +89,16 @@ class SharedGistCache(GistCache):
                 backend=backend,
             )
             return out
-        past_key, past_value = (self._columns(rows) for rows in (key, value))
+        past_key, past_value = (t.to(dtype) for t in self.compact(layer))
         return gist_attention(  # type: ignore[return-value]
             q, k, v, layout, past_key=past_key, past_value=past_value, scale=scale, backend=backend
         )
 
     def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `GistCache.compact`, copied out of the pool."""
-        return self._columns(self.pool[layer].key), self._columns(self.pool[layer].value)
-
-    def _columns(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[B, Hkv, G, D]``; what stands in columns that a sample does not own is never seen."""
-        column = torch.arange(self._state().gist_columns, device=rows.device)
-        return rows[(column + self._ahead()).clamp(min=0)].transpose(1, 2)
+        """As `GistCache.compact`, copied out of the pool; columns that a sample does not own hold rows of others."""
+        place = (torch.arange(self._state().gist_columns, device=self.first.device) + self._ahead()).clamp(min=0)
+        pool = self.pool[layer]
+        return pool.key[place].transpose(1, 2), pool.value[place].transpose(1, 2)
 
     @property
     def nbytes(self) -> int:
@@ -144,11 +140,7 @@ class SharedGistCache(GistCache):
 
 def share(cache: GistCache) -> SharedGistCache:
     """See `GistCache.shared`."""
-    state = cache.state
-    if state is None:
-        raise ValueError("the cache is empty: compress a context first")
-    if state.tail_columns:
-        raise ValueError("the cache has an uncompressed tail: share it before asking")
+    state = cache.without_tail("share it before asking")
     owned = torch.arange(state.gist_columns, device=state.seen.device) >= state.gist_columns - state.gist_rows[:, None]
     made = SharedGistCache()
     made.positions, made.fingerprint, made.unchecked = cache.positions, cache.fingerprint, cache.unchecked

@@ -25,11 +25,6 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._count = sum(1 for line in file if line.strip())
-
-    def __len__(self) -> int:
-        return self._count
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         with self.path.open(encoding="utf-8") as file:

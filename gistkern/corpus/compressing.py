@@ -111,7 +111,7 @@ def compress_corpus(
     encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
     number = -1
     total = None
-    if not isinstance(documents, Iterator):  # which can be read but once
+    if progress and not isinstance(documents, Iterator):  # which can be read but once
         chunks = chunks_of(documents, chunk_documents, chunk_length)
         total = sum(map(len, itertools.islice(chunks, rank, None, ranks)))
     with tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar:

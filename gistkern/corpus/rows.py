@@ -28,10 +28,7 @@ class CompressedDocument:
 
 def from_cache(cache: GistCache) -> list[CompressedDocument]:
     """The samples of a cache that `gistkern.compress` made."""
-    state = cache.state
-    assert state is not None
-    if state.tail_columns:
-        raise ValueError("the cache has an uncompressed tail: only compressed documents are stored")
+    state = cache.without_tail("only compressed documents are stored")
     layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]  # [2, B, Hkv, G, D]
     rows = torch.stack(layers).permute(2, 4, 0, 1, 3, 5).cpu()  # [B, G, layers, 2, Hkv, D]
     return [

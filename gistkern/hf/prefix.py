@@ -58,11 +58,7 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
         ids = torch.cat([placeholders, question], 1)
         plain.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=prefix)
     """
-    state = cache.state
-    if state is None:
-        raise ValueError("the cache is empty: compress a context first")
-    if state.tail_columns:
-        raise ValueError("the cache has an uncompressed tail: make the prefix before asking, from a clone")
+    state = cache.without_tail("make the prefix before asking, from a clone")
     kind = config.rope_parameters["rope_type"]
     if kind not in _FIXED:
         raise ValueError(

@@ -58,13 +58,13 @@ ACCELERATE = [
 
 
 @pytest.mark.parametrize(
-    ("options", "resumed_by", "resume_options"),
+    ("options", "resumed_by"),
     [
-        pytest.param(["--accumulate", 2], command()[:1], [], id="ddp-then-one-process"),
-        pytest.param(["--fsdp", "--accumulate", 2], ACCELERATE, [], id="fsdp-then-fsdp-by-accelerate"),
+        pytest.param(["--accumulate", 2], command()[:1], id="ddp-then-one-process"),
+        pytest.param(["--fsdp", "--accumulate", 2], ACCELERATE, id="fsdp-then-fsdp-by-accelerate"),
     ],
 )
-def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, options, resumed_by, resume_options):
+def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, options, resumed_by):
     """Two processes train until one is killed, others go on, and the log is that of a run by one process."""
     alone, _ = finished
     folder = tmp_path / "run"
@@ -88,9 +88,7 @@ def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, o
     assert "Signal 9 (SIGKILL)" in said, "torchrun says which process died, and of what"
     whole = latest(folder)
     assert 0 < int(whole.name.split("-")[1]) < len(entries(alone))
-    again = subprocess.run(
-        [*resumed_by, *command("--run", folder, "--resume", *resume_options)[1:]], capture_output=True, text=True
-    )
+    again = subprocess.run([*resumed_by, *command("--run", folder, "--resume")[1:]], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     same_losses(entries(folder), entries(alone))
     assert latest(folder).name == latest(alone).name

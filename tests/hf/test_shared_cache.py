@@ -7,7 +7,7 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern import native, shared_cache
+from gistkern import compressing, native, shared_cache
 from gistkern.schemes import decode_rows
 from gistkern.shared_cache import SharedGistCache
 
@@ -33,9 +33,8 @@ def patched(request):
 
 
 def left_padded(rows):
-    width = max(len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-    return ids, (ids != 0).long()
+    ids, real = compressing.left_padded(rows)
+    return ids, real.long()
 
 
 def ragged(model, segments, lengths=(37, 9, 20)):
