@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def compress_corpus(
     out_dir : path
         The store's folder. A chunk of documents is one safetensors file, corpus.json says how it was made.
     tokenizer : PreTrainedTokenizerBase, optional
-        For texts; it adds its special tokens.
+        For texts, which begin as it begins documents (`gistkern.hf.texts`); it must do so every time.
     segment_length, segment_overlap
         As `gistkern.compress`.
     batch_tokens : int
@@ -84,6 +85,7 @@ def compress_corpus(
     """
     from gistkern.hf.fingerprint import fingerprint
     from gistkern.hf.patch import handle_of
+    from gistkern.hf.texts import context_ids, context_prefix
 
     handle = handle_of(model)
     check_segments(segment_length, segment_overlap)
@@ -100,6 +102,7 @@ def compress_corpus(
         "positions": handle.positions,
         "sink_tokens": handle.sink_tokens,
         "gist_tokens": [len(handle.gist_token_ids), len(handle.segment_gist_token_ids)],
+        "context_prefix": None if tokenizer is None else context_prefix(tokenizer),
         "segment_length": segment_length,
         "segment_overlap": segment_overlap,
         "batch_tokens": batch_tokens,
@@ -108,7 +111,7 @@ def compress_corpus(
     }
     _agree(folder, settings)
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
-    encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
+    encode = None if tokenizer is None else partial(context_ids, tokenizer)
     number = -1
     total = None
     if progress and not isinstance(documents, Iterator):  # which can be read but once
