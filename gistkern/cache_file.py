@@ -1,29 +1,52 @@
-"""A compressed context on disk: one safetensors file with its settings, checksum and model fingerprint."""
+"""A compressed context on disk: one safetensors file with its settings, checksum and model fingerprint.
+
+A checksum says that a file is what somebody wrote, not that it makes sense: `load` holds every number against the
+tensors before a cache is made of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
-from pathlib import Path
+import reprlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
 
 from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
+from gistkern.files import field_of, parse_json, read_bytes, replacing
+from gistkern.positions import SCHEMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load", "save"]
+__all__ = ["check_shape", "load", "save"]
 
 _FORMAT = "gistkern-cache-1"
-_STATE_TENSORS = ("seen", "gist_rows", "tail_rows", "tail_position", "tail_is_gist")
-_STATE_NUMBERS = ("gist_columns", "tail_columns", "length", "fed", "tail_has_gists", "moving")
+# a field of CacheState is a line here: tensors (int64 [B], or bool of B by so many columns), numbers with their type
+_STATE_TENSORS = {"seen": "", "gist_rows": "", "tail_rows": "", "tail_position": "", "tail_is_gist": "tail_columns"}
+_STATE_NUMBERS: dict[str, type] = {
+    "gist_columns": int,
+    "tail_columns": int,
+    "length": int,
+    "fed": int,
+    "tail_has_gists": bool,
+    "moving": bool,
+}
+_OVERFLOW = "the model overflowed, compute in bfloat16 or float32"
+_MOST = 2**31 - 1  # positions and columns are int32 in a layout
+_ROW_DTYPES = {
+    getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "int8"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    )
+}
 
 
 def save(cache: GistCache, path: str | os.PathLike) -> None:
@@ -40,52 +63,154 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
         "layers": len(cache.layers),
         "state": {name: getattr(state, name) for name in _STATE_NUMBERS},
     }
+    for name, tensor in tensors.items():
+        if name.startswith("layers.") and not finite(tensor):
+            warnings.warn(f"{name} holds inf or NaN, which GistCache.load refuses: {_OVERFLOW}", stacklevel=3)
+            break
     header["sha256"] = _checksum(tensors, header)
-    target = Path(path)
-    # written beside the target and renamed: a killed process leaves the old file or none
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"gistkern": json.dumps(header)})
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as draft:
+        safetensors.save_file(tensors, draft, metadata={"gistkern": json.dumps(header)})
 
 
 def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.device | str) -> GistCache:
     """See `GistCache.load`."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is torn or no safetensors file ({error}): compress the context again") from error
-    header = json.loads(metadata.get("gistkern", "{}"))
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a gist cache of format {_FORMAT!r} (found {header.get('format')!r})")
-    if header.pop("sha256", None) != _checksum(tensors, header):
-        raise ValueError(f"{path} is damaged: its checksum does not match; compress the context again")
-    if model is not None:
-        device = model.device
+    device = _device(device) if model is None else model.device
+    header, tensors = _read(path)
+    _check(header, tensors, f"{path} was not written by GistCache.save")
     cache = GistCache()
     cache.positions, cache.fingerprint = header["positions"], header["fingerprint"]
-    cache.state = CacheState(
-        **{name: tensors[f"state.{name}"].to(device) for name in _STATE_TENSORS}, **header["state"]
-    )
+    state: dict[str, Any] = {
+        name: tensors[f"state.{name}"].to(device, torch.bool if columns else torch.int64)
+        for name, columns in _STATE_TENSORS.items()
+    }
+    cache.state = CacheState(**state, **header["state"])
     for index in range(header["layers"]):
         keys, values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
         cache.layers.append(GistLayer.holding(keys, values))
-    if model is not None:
-        from gistkern.hf.fingerprint import check_cache
-
-        check_cache(cache, model)
-    else:
+    if model is None:
         cache.unchecked = True
+        return cache
+    from gistkern.hf.fingerprint import check_cache
+
+    check_shape(cache, model)
+    check_cache(cache, model)
     return cache
+
+
+def check_shape(cache: GistCache, model: PreTrainedModel) -> None:
+    """Raise ValueError unless the layers of `cache` have the shape of those of `model` (patched)."""
+    from gistkern.hf.patch import handle_of
+
+    config = handle_of(model).inner.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wanted = (config.num_hidden_layers, heads, width)
+    keys = cache.layers[0].keys
+    found = (len(cache.layers), keys.shape[1], keys.shape[3])
+    if found != wanted:
+        said = (f"{layers} layers of {heads} key/value heads of {width}" for layers, heads, width in (found, wanted))
+        raise ValueError("the cache was written by another model: it holds {}, the model has {}".format(*said))
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"device={given!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no data: pass the device of the model")
+    return device
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and tensors of a file that is whole.
+
+    The bytes are read, not mapped: a file that somebody cuts while it is mapped ends the process.
+    """
+    content = read_bytes(path)
+    try:
+        tensors = safetensors.load(content)
+    except (SafetensorError, KeyError, AssertionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is torn or no safetensors file ({error}): compress the context again") from error
+    size = int.from_bytes(content[:8], "little")
+    text = parse_json(content[8 : 8 + size], f"the header of {path}").get("__metadata__", {}).get("gistkern", "{}")
+    header = parse_json(text, f"the header of {path}")
+    if header.get("format") != _FORMAT:
+        found = reprlib.repr(header.get("format"))
+        raise ValueError(f"{path} is not a gist cache of format {_FORMAT!r} (found {found})")
+    try:
+        whole = header.pop("sha256", None) == _checksum(tensors, header)
+    except RecursionError as error:
+        raise ValueError(f"the header of {path} is nested too deeply") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged: its checksum does not match; compress the context again")
+    return header, tensors
+
+
+def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raise ValueError, beginning with `where` and naming the field, unless header and tensors are a cache's."""
+
+    def require(met: bool | torch.Tensor, field: str, wanted: str, found: Any) -> None:
+        if not met:
+            raise ValueError(f"{where}: {field} must be {wanted}, found {reprlib.repr(found)}")
+
+    def same_names(found: set[str], wanted: set[str], field: str) -> None:
+        if found != wanted:
+            said = [
+                *(f"{name} is missing" for name in wanted - found),
+                *(f"{name!r} is new" for name in found - wanted),
+            ]
+            raise ValueError(f"{where}: of the {field} {', '.join(sorted(said)[:5])}")
+
+    same_names(set(header), {"format", "positions", "fingerprint", "layers", "state"}, "fields")
+    state, count = field_of(header, "state", dict, where), field_of(header, "layers", int, where)
+    same_names(set(state), set(_STATE_NUMBERS), "numbers of its state")
+    require(header["positions"] in SCHEMES, "positions", f"one of {list(SCHEMES)}", header["positions"])
+    mark = header["fingerprint"]
+    require(mark is None or type(mark) is str, "fingerprint", "a digest of the model", mark)
+    for name, kind in _STATE_NUMBERS.items():
+        value = field_of(state, name, kind, where)
+        require(0 <= value <= _MOST, name, f"between 0 and {_MOST}", value)
+
+    require(0 < count <= len(tensors), "layers", "the number of its layers", count)
+    rows = [f"layers.{index}.{name}" for index in range(count) for name in ("keys", "values")]
+    same_names(set(tensors), {*rows, *(f"state.{name}" for name in _STATE_TENSORS)}, "tensors")
+    first = tensors[rows[0]]
+    require(first.dim() == 4 and min(first.shape[1::2]) > 0, rows[0], "[B, Hkv, rows, D]", tuple(first.shape))
+    samples = len(first)
+    wanted = (samples, first.shape[1], state["gist_columns"] + state["tail_columns"], first.shape[3])
+    require(first.dtype in _ROW_DTYPES, rows[0], "numbers a model computes in", first.dtype)
+    for name in rows:
+        require(tensors[name].shape == wanted, name, f"of shape {wanted}", tuple(tensors[name].shape))
+        require(tensors[name].dtype == first.dtype, name, f"{first.dtype}, as {rows[0]}", tensors[name].dtype)
+        require(finite(tensors[name]), name, f"finite ({_OVERFLOW})", "inf or NaN")
+
+    for name, columns in _STATE_TENSORS.items():
+        tensor, shape = tensors[f"state.{name}"], (samples, state[columns]) if columns else (samples,)
+        require(tensor.shape == shape, name, f"of shape {shape}", tuple(tensor.shape))
+        dtypes = (torch.bool,) if columns else (torch.int64, torch.int32)
+        require(tensor.dtype in dtypes, name, str(dtypes[0]), tensor.dtype)
+        most = 1 if columns else _MOST
+        numbers = tensor.view(torch.uint8) if columns else tensor  # the byte of a True is 1
+        require(((numbers >= 0) & (numbers <= most)).all(), name, f"between 0 and {most}", numbers.tolist())
+    seen, gist_rows, tail_rows, is_gist = (
+        tensors[f"state.{name}"] for name in ("seen", "gist_rows", "tail_rows", "tail_is_gist")
+    )
+    for name, owned, columns in (("gist_rows", gist_rows, "gist_columns"), ("tail_rows", tail_rows, "tail_columns")):
+        require((owned <= state[columns]).all(), name, f"at most the {state[columns]} {columns}", owned.tolist())
+    # not at least gist_rows: a layout may keep a sink's row twice
+    require((seen >= tail_rows + (gist_rows > 0)).all(), "seen", "the tokens that made its rows", seen.tolist())
+    require((seen <= state["length"]).all(), "length", "at least what was seen", state["length"])
+    column = torch.arange(state["tail_columns"])
+    strange = is_gist & (column < state["tail_columns"] - tail_rows[:, None])
+    require(not strange.any(), "tail_is_gist", "of rows that a sample owns", is_gist.tolist())
+    require(state["tail_has_gists"] or not is_gist.any(), "tail_has_gists", "true where the tail has gists", False)
+
+
+def finite(rows: torch.Tensor) -> bool:
+    """Whether all numbers are; also of 8 bits, which torch does not ask."""
+    return bool(torch.isfinite(rows.float() if rows.itemsize == 1 else rows).all())
 
 
 def _checksum(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
