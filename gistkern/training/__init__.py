@@ -15,6 +15,7 @@ _EXPORTS = {
     "Stage": "gistkern.training.curriculum",
     "answer_loss": "gistkern.training.objectives",
     "distillation_loss": "gistkern.training.objectives",
+    "ignore_gist_labels": "gistkern.training.labels",
     "reconstruction_loss": "gistkern.training.objectives",
 }
 
@@ -27,6 +28,7 @@ __all__ = [
     "Stage",
     "answer_loss",
     "distillation_loss",
+    "ignore_gist_labels",
     "reconstruction_loss",
 ]
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from gistkern.training.callback import GistCallback
     from gistkern.training.collator import GistDataCollator
     from gistkern.training.curriculum import Curriculum, Stage
+    from gistkern.training.labels import ignore_gist_labels
     from gistkern.training.objectives import Objectives, answer_loss, distillation_loss, reconstruction_loss
     from gistkern.training.trainer import GistTrainer
 

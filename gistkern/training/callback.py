@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from gistkern.training.curriculum import Curriculum
+from gistkern.training.interrupt import Interrupt
 from gistkern.training.log_file import entries_before
 
 __all__ = ["GistCallback"]
@@ -34,12 +36,18 @@ class GistCallback(TrainerCallback, ExportableState):
     ----------
     accuracy : float or None
         Of the step just made, over all processes; set by the trainer.
+    interrupt : Interrupt or None
+        Set by the trainer: asked after every step whether to save and end.
+    saved_at_interrupt : str or None
+        The checkpoint that an interrupt left; None if there was none, or training was over with that step.
     """
 
     def __init__(self, curriculum: Curriculum | None = None, log_file: str | None = "log.jsonl") -> None:
         self.curriculum = curriculum
         self.log_file = log_file
         self.accuracy: float | None = None
+        self.interrupt: Interrupt | None = None
+        self.saved_at_interrupt: str | None = None
 
     def state(self) -> dict[str, Any]:
         """What transformers writes into trainer_state.json."""
@@ -48,6 +56,7 @@ class GistCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Restore the curriculum of a checkpoint, and take back the log to where it was written."""
+        self.saved_at_interrupt = None
         if state.global_step and self.curriculum is not None:
             self._restore(state.stateful_callbacks.get(type(self).__name__))
         if self.log_file is not None and state.is_world_process_zero:
@@ -68,14 +77,27 @@ class GistCallback(TrainerCallback, ExportableState):
             raise ValueError("nothing to resume: the checkpoint's curriculum is finished")
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Tell the curriculum the accuracy of the step."""
-        if self.curriculum is None:
-            return
-        if self.accuracy is None:
-            raise ValueError("a curriculum needs the accuracy of each step, which GistTrainer measures: train with it")
-        self.curriculum.update(self.accuracy)
-        self.accuracy = None
-        control.should_training_stop |= self.curriculum.finished
+        """Tell the curriculum the accuracy of the step; save and end where Ctrl-C was pressed."""
+        if self.curriculum is not None:
+            if self.accuracy is None:
+                raise ValueError(
+                    "a curriculum needs the accuracy of each step, which GistTrainer measures: train with it"
+                )
+            self.curriculum.update(self.accuracy)
+            self.accuracy = None
+            control.should_training_stop |= self.curriculum.finished
+        if self.interrupt is not None and self._interrupted_anywhere(args):
+            if not control.should_training_stop:
+                self.saved_at_interrupt = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            control.should_save = control.should_training_stop = True
+
+    def _interrupted_anywhere(self, args) -> bool:
+        """Whether a process of the run was: all save, and end, after the same step."""
+        assert self.interrupt is not None
+        requested = torch.tensor(float(self.interrupt.requested), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(requested)
+        return bool(requested)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Append a line."""

@@ -15,6 +15,7 @@ from gistkern.hf.patch import handle_of
 from gistkern.training.callback import GistCallback
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.curriculum import Curriculum
+from gistkern.training.interrupt import Interrupt
 from gistkern.training.objectives import Losses, Objectives
 from gistkern.training.streams import IGNORED
 
@@ -33,6 +34,8 @@ class GistTrainer(Trainer):
       a `compute_metrics` of your own gets logits ``[n, T, vocabulary]`` and the labels ``[n, T]`` that they predict.
     - Checkpoints: transformers' own. With peft that is the adapter, which holds the gist rows, and beside it
       gistkern.json: the settings to patch a fresh base model with.
+    - Ctrl-C: `train` ends the step, saves a checkpoint, whatever `save_strategy` says, and raises KeyboardInterrupt
+      with the call that goes on from there. A second Ctrl-C stops at once.
 
     Parameters
     ----------
@@ -104,6 +107,16 @@ class GistTrainer(Trainer):
         for message, applies in refused.items():
             if applies:
                 raise ValueError(message)
+
+    # ---- training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `train`, in which Ctrl-C loses nothing."""
+        with Interrupt() as self.gist_callback.interrupt:
+            output = super().train(*args, **kwargs)
+        if (folder := self.gist_callback.saved_at_interrupt) is not None:
+            raise KeyboardInterrupt(f"saved {folder}: go on with trainer.train(resume_from_checkpoint={folder!r})")
+        return output
 
     # ---- the loss
 
