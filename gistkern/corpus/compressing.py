@@ -85,7 +85,7 @@ def compress_corpus(
     """
     from gistkern.hf.fingerprint import fingerprint
     from gistkern.hf.patch import handle_of
-    from gistkern.hf.texts import context_ids, context_prefix
+    from gistkern.hf.texts import check_prefix, context_ids, context_prefix
 
     handle = handle_of(model)
     check_segments(segment_length, segment_overlap)
@@ -94,6 +94,8 @@ def compress_corpus(
     check_count("chunk_length", chunk_length, least=1)
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
+    if tokenizer is not None:
+        check_prefix(handle.context_prefix, tokenizer, "the model's training")
     rank, ranks = _ranks(rank, ranks)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)

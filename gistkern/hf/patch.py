@@ -16,6 +16,7 @@ from gistkern.hf.attention_function import NAME, register
 from gistkern.hf.context_parallel import group_of, row_cost
 from gistkern.hf.embedding import GistEmbedding
 from gistkern.hf.saved import agreed_settings, load_rows
+from gistkern.hf.texts import agreed_prefix, check_prefix
 from gistkern.positions import SCHEMES, check_scheme
 from gistkern.schemes import check_count
 
@@ -39,6 +40,7 @@ def patch_llama(
     backend: str = "auto",
     num_segment_gist_tokens: int = 0,
     context_parallel: ProcessGroup | DeviceMesh | None = None,
+    context_prefix: list[int] | None = None,
 ) -> GistHandle:
     """Teach a Llama, Mistral, Qwen2 or Qwen3 model gist tokens, in place.
 
@@ -69,6 +71,9 @@ def patch_llama(
         Ranks that share each context (docs/distributed.md): all are called with the whole of it, each computes its
         shard's rows and logits, and `loss` is the whole context's on every rank. Average gradients over the group, as
         DDP and FSDP do.
+    context_prefix : list of int, optional
+        Special tokens that contexts began with in training, as gistkern.json records them beside an adapter. Who makes
+        contexts from texts later has to begin them so too.
 
     Returns
     -------
@@ -115,7 +120,12 @@ def patch_llama(
         raise ValueError("the model is patched already: use model.gistkern_handle, or unpatch it first")
     saved = getattr(model.config, "gistkern", None)
     settings = given if saved is None else agreed_settings(saved, given, _DEFAULTS)
-    return GistHandle(model, tokenizer, backend, saved, **settings, context_parallel=context_parallel)
+    prefix = agreed_prefix(None if saved is None else saved.get("context_prefix"), context_prefix)
+    if tokenizer is not None:
+        check_prefix(prefix, tokenizer, "the training")
+    handle = GistHandle(model, tokenizer, backend, saved, **settings, context_parallel=context_parallel)
+    handle.context_prefix = prefix
+    return handle
 
 
 def handle_of(model: Any) -> GistHandle:
@@ -198,6 +208,16 @@ class GistHandle:
             for name, wrapper in (("prepare_inputs_for_generation", call.prepare_inputs), ("generate", call.generate)):
                 setattr(model, name, partial(wrapper, self, getattr(model, name)))
         setattr(model, _ATTRIBUTE, self)
+
+    @property
+    def context_prefix(self) -> list[int] | None:
+        """Special tokens that contexts begin with, as trained; None where nobody knows. Saved with the model."""
+        return self.model.config.gistkern.get("context_prefix")
+
+    @context_prefix.setter
+    def context_prefix(self, ids: list[int] | None) -> None:
+        if ids is not None:
+            self.model.config.gistkern["context_prefix"] = list(ids)
 
     def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
         """bool, like `ids`: which are gist tokens."""

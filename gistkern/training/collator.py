@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gistkern.hf.texts import check_prefix, context_ids, context_prefix, text_ids
 from gistkern.training.streams import Streams, left_padded
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ class GistDataCollator:
     """Batches whose masked forward computes what `gistkern.compress` and decoding from its cache will.
 
     A feature holds `context_ids`, `question_ids` and `answer_ids` (token ids), or with a tokenizer their texts
-    `context`, `question` and `answer`, which are tokenised as they stand: no special tokens are added. A row of the
-    batch is the context with its gist tokens, the question, the answer; padding stands on the left; only the answer
-    is labelled.
+    `context`, `question` and `answer`. A context begins with the special tokens that the tokenizer puts in front of a
+    text (BOS), once, as in `gistkern.compress_corpus`; question and answer get none but those they spell out. A row of
+    the batch is the context with its gist tokens, the question, the answer; padding stands on the left; only the
+    answer is labelled.
 
     Parameters
     ----------
@@ -51,8 +53,9 @@ class GistDataCollator:
     Raises
     ------
     ValueError
-        For segments that `gistkern.compress` refuses; for a field that is unknown, missing, empty, given twice or
-        holds gist tokens; for texts without a tokenizer.
+        For segments that `gistkern.compress` refuses; for a field that is unknown, missing, empty, given twice, no
+        list of ids or holds gist tokens; for texts without a tokenizer, and a tokenizer that begins contexts otherwise
+        than the model was trained.
 
     Examples
     --------
@@ -83,6 +86,10 @@ class GistDataCollator:
         if not isinstance(pad_id, int):
             self.tokenizer, pad_id = tokenizer_or_pad_id, pad_id.pad_token_id
         self.pad_id: int = 0 if pad_id is None else pad_id  # hidden by the mask: any id will do
+        self.prefix: list[int] | None = None  # what contexts begin with; None where nobody knows
+        if self.tokenizer is not None:
+            check_prefix(handle.context_prefix, self.tokenizer, "the model's training")
+            self.prefix = context_prefix(self.tokenizer)
         self.streams = Streams.of(handle, segment_length, segment_overlap)
         self.teacher = teacher
         self.cue = None
@@ -140,14 +147,20 @@ class GistDataCollator:
         if not name.endswith("_ids"):
             if self.tokenizer is None:
                 raise ValueError(f"{name} is a text, which needs a tokenizer instead of the padding id: pass ids")
-            if not isinstance(value, str):
-                raise ValueError(f"{name} of {where} must be a text, got {type(value).__name__}")
-            value = self.tokenizer(value, add_special_tokens=False)["input_ids"]
-        ids = torch.as_tensor(value)
+            try:
+                value = (context_ids if name == "context" else text_ids)(self.tokenizer, value)
+            except ValueError as error:
+                raise ValueError(f"{name} of {where}: {error}") from error
+        try:
+            ids = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} of {where} must be a list of token ids, got {value!r:.80}: {error}") from error
         if ids.dim() != 1 or not len(ids):
             raise ValueError(f"{name} of {where} must be a list of at least one token, got shape {tuple(ids.shape)}")
-        if ids.is_floating_point() or ids.dtype == torch.bool:
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"{name} of {where} must be token ids, got {ids.dtype}")
+        if bool((ids < 0).any()):
+            raise ValueError(f"{name} of {where} must be token ids, got {int(ids.min())}")
         if self.streams.holds_gists(ids):
             raise ValueError(f"{name} of {where} holds gist tokens: pass raw tokens, the gist tokens are added here")
         return ids.long().cpu()

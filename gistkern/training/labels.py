@@ -69,10 +69,8 @@ class _Ignoring:
     def _ignored(self, name: str, labels: Any) -> Any:
         if not isinstance(labels, (torch.Tensor, np.ndarray)):
             raise TypeError(f"{name} of a batch must be a tensor or an array, got {type(labels).__name__}")
-        gists = (labels >= self.first) & (labels < self.first + self.count)
-        if isinstance(labels, torch.Tensor):
-            return labels.masked_fill(gists, IGNORED)
-        return np.where(gists, IGNORED, labels)
+        gists: Any = (labels >= self.first) & (labels < self.first + self.count)
+        return (torch if isinstance(labels, torch.Tensor) else np).where(gists, IGNORED, labels)
 
     def __getattr__(self, name: str) -> Any:
         # a Trainer asks its collator for its tokenizer; copying asks for special names before there is a collator

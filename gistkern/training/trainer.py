@@ -33,7 +33,7 @@ class GistTrainer(Trainer):
     - Evaluation: the answer's loss, and `eval_exact` and `eval_token_accuracy` unless `compute_metrics` is given;
       a `compute_metrics` of your own gets logits ``[n, T, vocabulary]`` and the labels ``[n, T]`` that they predict.
     - Checkpoints: transformers' own. With peft that is the adapter, which holds the gist rows, and beside it
-      gistkern.json: the settings to patch a fresh base model with.
+      gistkern.json: the settings to patch a fresh base model with, and what contexts began with (BOS).
     - Ctrl-C: `train` ends the step, saves a checkpoint, whatever `save_strategy` says, and raises KeyboardInterrupt
       with the call that goes on from there. A second Ctrl-C stops at once.
 
@@ -70,6 +70,8 @@ class GistTrainer(Trainer):
         self.objectives = objectives or Objectives()
         self.curriculum = curriculum
         self._check(curriculum)
+        if isinstance(self.data_collator, GistDataCollator):  # saved with the settings, and compared by who reads texts
+            handle_of(self.model).context_prefix = self.data_collator.prefix
         self.gist_callback = GistCallback(curriculum, log_file)
         self.add_callback(self.gist_callback)
         if self.compute_metrics is None and not self.args.batch_eval_metrics:

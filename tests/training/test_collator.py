@@ -82,12 +82,14 @@ class Words:
 
     pad_token_id = None
 
+    def __init__(self, bos=()):
+        self.bos = list(bos)
+
     def __call__(self, text, add_special_tokens=True):
-        assert not add_special_tokens
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": self.bos * add_special_tokens + [int(word, 16) for word in text.split()]}
 
 
-def test_texts_are_tokenised_as_they_stand():
+def test_texts_are_their_ids():
     _, handle, _ = patched()
     collate = GistDataCollator(Words(), handle, cue="5 6")
     texts = collate([{"context": "1 2 3", "question": "4", "answer_ids": [8, 9]}])
@@ -97,6 +99,25 @@ def test_texts_are_tokenised_as_they_stand():
     assert torch.equal(texts["input_ids"], ids["input_ids"])
     assert torch.equal(texts["reconstruction"]["input_ids"], ids["reconstruction"]["input_ids"])
     assert set(collate.fields) >= {"context", "span_ids", "answer"}
+
+
+@pytest.mark.parametrize("text", ["b c", "7 b c"])
+def test_a_context_begins_as_in_a_corpus_and_what_follows_does_not(text, tmp_path):
+    """Whatever spells the BOS out, it stands there once: in training, and in what is compressed for serving."""
+    model, handle, _ = patched()
+    trained = GistDataCollator(Words([7]), handle)([{"context": text, "question": "d", "answer": "e f"}])
+    gists = handle.gist_token_ids
+    assert trained["input_ids"].tolist() == [[7, 11, 12, *gists, 13, 14, 15]]
+    store = gistkern.compress_corpus(model.eval(), {"d": text}, tmp_path, Words([7]), progress=False)
+    assert store["d"].get_seq_length() == 3 + len(gists)
+
+
+def test_a_model_remembers_how_contexts_began():
+    _, handle, _ = patched()
+    handle.context_prefix = [7]
+    GistDataCollator(Words([7]), handle)
+    with pytest.raises(ValueError, match=r"contexts of the model's training begin with \[7\], this tokenizer .* no "):
+        GistDataCollator(Words(), handle)
 
 
 def test_a_worker_gets_a_copy_without_the_model():
@@ -120,6 +141,7 @@ def test_accelerate_moves_the_layout_with_the_batch():
 
 
 GOOD = {"context_ids": [1, 2], "question_ids": [3], "answer_ids": [4]}
+TEXTS = {"context": "1 2", "question": "3", "answer": "4"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +152,10 @@ GOOD = {"context_ids": [1, 2], "question_ids": [3], "answer_ids": [4]}
         ({"answer_ids": []}, "answer_ids of feature 1 must be a list of at least one token"),
         ({"context_ids": [[1, 2]]}, r"at least one token, got shape \(1, 2\)"),
         ({"question_ids": [0.5]}, "question_ids of feature 1 must be token ids, got torch.float32"),
+        ({"question_ids": [5, -1]}, "question_ids of feature 1 must be token ids, got -1"),
+        ({"question_ids": None}, "question_ids of feature 1 must be a list of token ids, got None"),
+        ({"question_ids": "ask"}, "question_ids of feature 1 must be a list of token ids, got 'ask'"),
+        ({"question_ids": [[1], [2, 3]]}, "question_ids of feature 1 must be a list of token ids, got"),
         ({"depth": 0.5}, r"feature 1 has unknown fields \['depth'\]: expected some of \['context_ids'"),
         ({"context": "x"}, r"unknown fields \['context'\] \(texts need a tokenizer"),
         ({"span_ids": [1]}, r"unknown fields \['span_ids'\] \(a span is read where the collator has a cue\)"),
@@ -148,6 +174,8 @@ def test_more_bad_input():
         (GistDataCollator(0, handle), [{"context_ids": [1], "answer_ids": [2]}], "feature 0 lacks question_ids"),
         (GistDataCollator(Words(), handle), [{**GOOD, "answer": "4"}], "both answer_ids and answer"),
         (GistDataCollator(Words(), handle), [{**GOOD, "context": ["1"]}], "both context_ids and context"),
+        (GistDataCollator(Words(), handle), [{**TEXTS, "question": None}], "question of feature 0: a text must be a s"),
+        (GistDataCollator(Words(), handle), [{**TEXTS, "context": "\ud83d"}], "context of feature 0: character 0 of"),
         (GistDataCollator(0, handle, cue=[1]), [GOOD, {**GOOD, "span_ids": [1]}], "1 of 2 features have a span"),
     ]:
         with pytest.raises(ValueError, match=message):

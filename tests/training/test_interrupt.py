@@ -65,7 +65,7 @@ def test_one_saves_and_what_it_says_goes_on(tmp_path, step, capfd):
 
 def test_two_stop_at_once(tmp_path):
     trainer = make(tmp_path, press=[Press(2, times=2)])
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

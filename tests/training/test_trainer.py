@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, processors
 from training_cases import arguments, lora, make_features, make_model, patched
-from transformers import Trainer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 import gistkern
 from gistkern.training import (
@@ -25,13 +26,15 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 ALL = Objectives(answer=1.0, distillation=0.5, reconstruction=0.25)
 
 
-def make_trainer(folder, scheme="hierarchical", peft=False, trainer=GistTrainer, dtype=torch.float64, **given):
+def make_trainer(
+    folder, scheme="hierarchical", peft=False, dtype=torch.float64, trainer=GistTrainer, tokenizer=0, **given
+):
     changes = given.pop("arguments", {})
     model, handle, segments = patched(scheme, dtype=dtype)
     if peft:
         torch.manual_seed(1)
         model = lora(model, init_lora_weights=False, lora_dropout=0.0).to(dtype)
-    collate = given.pop("collate", None) or GistDataCollator(0, handle, **segments, teacher=True, cue=[9])
+    collate = given.pop("collate", None) or GistDataCollator(tokenizer, handle, **segments, teacher=True, cue=[9])
     given.setdefault("train_dataset", make_features(16))
     return trainer(model, arguments(folder, **changes), data_collator=collate, **given)
 
@@ -207,6 +210,7 @@ def test_an_adapters_checkpoint_holds_what_was_trained_and_comes_back(tmp_path):
     assert sum(value.numel() for value in tensors.values()) == trained + settings
     assert not list(folder.glob("model*.safetensors"))
     settings = json.loads((folder / "gistkern.json").read_text())
+    assert "context_prefix" not in settings, "ids were trained on, so nobody knows"
     base = make_model(torch.float32)
     gistkern.patch_llama(base, **settings)
     again = PeftModel.from_pretrained(base, folder)
@@ -220,13 +224,34 @@ def test_an_adapters_checkpoint_holds_what_was_trained_and_comes_back(tmp_path):
 
 
 def test_a_full_checkpoint_comes_back(tmp_path):
-    from transformers import LlamaForCausalLM
-
     trainer = settled(tmp_path, peft=False, steps=3)
     again = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     assert gistkern.patch_llama(again).gist_token_ids == [60, 61, 62]
     assert torch.equal(again.model.gist_embeddings.weight, trainer.model.model.gist_embeddings.weight)
     assert not (tmp_path / "checkpoint-3" / "gistkern.json").exists(), "config.json holds the settings"
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_checkpoint_says_what_contexts_began_with(tmp_path, peft):
+    raw = Tokenizer(models.WordLevel({"<s>": 7, "?": 1, "a": 2}, unk_token="?"))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 7)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", pad_token="?")
+    trainer = make_trainer(tmp_path, "single", peft, torch.float32, tokenizer=tokenizer)
+    trainer.save_model()
+    if peft:
+        base = make_model(torch.float32)
+        handle = gistkern.patch_llama(base, **json.loads((tmp_path / "gistkern.json").read_text()))
+    else:
+        handle = gistkern.patch_llama(LlamaForCausalLM.from_pretrained(tmp_path))
+    assert handle.context_prefix == [7]
+    GistDataCollator(tokenizer, handle)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ValueError, match=r"begin with \[7\] \('<s>'\), this tokenizer begins them with no special"):
+        gistkern.compress_corpus(handle.model, {"d": "a"}, tmp_path / "store", tokenizer)
+    handle.unpatch()
+    for wrong in ([1.5], "<s>", 7, [-1], [True]):
+        with pytest.raises(ValueError, match="context_prefix must be a list of token ids"):
+            gistkern.patch_llama(make_model(), context_prefix=wrong)
 
 
 # ---- curriculum
