@@ -83,8 +83,10 @@ def check_prefix(recorded: Sequence[int] | None, tokenizer: Any, where: str) -> 
 
     None, recorded or found, says that nobody knows: it agrees with everything.
     """
+    if recorded is None:
+        return
     found = context_prefix(tokenizer)
-    if recorded is not None and found is not None and list(recorded) != found:
+    if found is not None and list(recorded) != found:
         raise ValueError(
             f"contexts of {where} begin with {_spelled(tokenizer, recorded)}, this tokenizer begins them with "
             f"{_spelled(tokenizer, found)}: pass the tokenizer that was used there (its add_bos_token as it was)"
