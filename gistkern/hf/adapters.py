@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from gistkern.hf.rotation import check_rotation
+
 __all__ = ["ADAPTERS", "Adapter", "adapter_for", "inner_model"]
 
 
@@ -36,18 +38,44 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     """
     supported = ", ".join(ADAPTERS)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"expected a transformers model of type {supported}, got {type(model).__name__}")
+        wrapped = any(hasattr(model, name) for name in ("module", "_orig_mod"))
+        raise TypeError(
+            f"expected a transformers model of type {supported}, got {type(model).__name__}"
+            + (": patch the model itself, then wrap it (DDP, FSDP, torch.compile)" if wrapped else "")
+        )
     if model.config.model_type not in ADAPTERS:
         raise TypeError(f"models of type {model.config.model_type!r} are not supported: expected one of {supported}")
-    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if getattr(model.config, "sliding_window", None) or layer_types != {"full_attention"}:
-        raise ValueError(
-            "the model's own sliding window would be ignored by the gist mask: load it with "
-            "config.sliding_window=None if full attention inside a segment is what you want"
+    adapter = ADAPTERS[model.config.model_type]
+    inner = getattr(model, adapter.decoder, model)
+    if not hasattr(inner, "layers") or (inner is not model and not model.can_generate()):
+        raise TypeError(
+            f"{type(model).__name__} cannot be patched: its head reads other columns and labels than a language "
+            "model's. Expected a causal model (...ForCausalLM), or the inner model of one"
+            + (f": patch_llama(model.{adapter.decoder}) compresses for this one" if hasattr(inner, "layers") else "")
         )
-    return ADAPTERS[model.config.model_type]
+    _check_windows(model.config)
+    check_rotation(model.config, inner)
+    return adapter
 
 
 def inner_model(model: PreTrainedModel) -> Any:
     """The module that embeds tokens and runs the decoder layers."""
-    return getattr(model, adapter_for(model).decoder, model)
+    return getattr(model, ADAPTERS[model.config.model_type].decoder, model)
+
+
+def _check_windows(config: Any) -> None:
+    """Raise ValueError if a layer has a sliding window, which the gist mask would not keep."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        if getattr(config, "sliding_window", None) is None:
+            return
+        change = "config.sliding_window = None"
+    elif set(kinds) == {"full_attention"}:
+        return  # a window may be named that no layer uses
+    else:
+        change = "config.sliding_window, config.layer_types = None, ['full_attention'] * config.num_hidden_layers"
+    raise ValueError(
+        "the model's own sliding window would be ignored by the gist mask. If full attention inside a segment is what "
+        f"you want, change its config, config = AutoConfig.from_pretrained(path); {change}, and load the model with "
+        "from_pretrained(path, config=config)"
+    )

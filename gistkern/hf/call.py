@@ -200,8 +200,7 @@ def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict
 
 def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch.Tensor:
     """Token embeddings ``[B, N, hidden]`` in which gist ids take their learned rows."""
-    vocabulary = handle.inner.get_input_embeddings()
-    words = vocabulary(ids.masked_fill(is_gist, 0))
+    words = handle.embed_words(ids.masked_fill(is_gist, 0))
     gists = handle.inner.gist_embeddings((ids - handle.first_id).clamp(0, handle.num_ids - 1))
     return torch.where(is_gist[..., None], gists.to(words.dtype), words)
 

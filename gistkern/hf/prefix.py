@@ -9,14 +9,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gistkern.cache import GistCache
+from gistkern.hf.rotation import check_rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["plain_prefix"]
-
-# rotations by fixed frequencies; others (dynamic, longrope) change them with the length of the text
-_FIXED = ("default", "linear", "llama3", "yarn")
 
 
 def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
@@ -59,11 +57,7 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
         plain.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=prefix)
     """
     state = cache.without_tail("make the prefix before asking, from a clone")
-    kind = config.rope_parameters["rope_type"]
-    if kind not in _FIXED:
-        raise ValueError(
-            f"rope_type {kind!r} turns keys by the length of the text: expected one of {', '.join(_FIXED)}"
-        )
+    check_rotation(config)
     back = (state.gist_rows - state.tail_position).double()
     frequencies = LlamaRotaryEmbedding(config).inv_freq.to(back.device).double()  # type: ignore[arg-type]
     angles = (back[:, None] * frequencies)[:, None, None]  # [B, 1, 1, D / 2]

@@ -194,10 +194,8 @@ class GistTrainer(Trainer):
         """transformers' checkpoint, and beside an adapter the settings that the base model is to be patched with."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(self.model, "get_base_model"):
-            settings = dict(handle_of(self.model).model.config.gistkern)
-            settings.pop("first_gist_id")  # follows from the tokenizer, and is checked against the adapter's rows
             path = Path(str(output_dir or self.args.output_dir)) / "gistkern.json"
-            path.write_text(json.dumps(settings, indent=2))
+            path.write_text(json.dumps(handle_of(self.model).arguments(), indent=2))
 
 
 def answer_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,0 +1,268 @@
+"""A patched model's gist settings and rows, and the way back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gistkern.hf.attention_function import NAME
+from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
+from gistkern.hf.offload import on_device
+from gistkern.hf.peft_state import LOADED_UNPATCHED, active_adapters, adapters_with_rows
+from gistkern.positions import SCHEMES
+
+if TYPE_CHECKING:
+    from gistkern.hf.settings import GistSettings
+
+__all__ = ["ATTRIBUTE", "GistHandle", "handle_of"]
+
+ATTRIBUTE = "gistkern_handle"
+_WRAPPERS = ("get_base_model", "_orig_mod", "module")  # peft's, torch.compile's, DDP's and FSDP's
+
+
+def handle_of(model: Any) -> GistHandle:
+    """The handle of a patched model, also seen through wrappers (peft, DDP, FSDP, torch.compile).
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched, or wrapped so that gist tokens would not reach the patch.
+    """
+    base = model
+    while (step := next((name for name in _WRAPPERS if hasattr(base, name)), None)) is not None:
+        if vars(base).get("_peft_config"):  # of prompt learning only
+            raise ValueError(
+                f"{type(base.active_peft_config).__name__} and gist tokens do not go together: peft embeds the ids "
+                "itself and knows no gist tokens. Train the gist rows alone, or with LoRA"
+            )
+        base = base.get_base_model() if step == "get_base_model" else getattr(base, step)
+    handle = getattr(base, ATTRIBUTE, None)
+    if handle is not None:
+        return handle
+    if adapters_with_rows(base):
+        raise ValueError(LOADED_UNPATCHED)
+    if hasattr(getattr(base, "model", None), ATTRIBUTE):
+        raise ValueError("only the model's inner model is patched: pass that one, or patch the whole model instead")
+    raise ValueError("the model knows no gist tokens: call gistkern.patch_llama(model) first")
+
+
+class GistHandle:
+    """A patched model's gist settings, and the way back. Made by `patch_llama`.
+
+    Attributes
+    ----------
+    gist_token_ids : list of int
+        Ids of the tokens that close a context; `segment_gist_token_ids` those of hierarchical segments.
+    model, inner : nn.Module
+        The patched model and its inner model.
+    context_parallel : ProcessGroup or None
+        Ranks that share each context.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inner: Any,
+        settings: GistSettings,
+        first_id: int,
+        *,
+        ids_from_tokenizer: bool,
+        backend: str,
+        context_parallel: Any = None,
+        row_cost: float = 0.0,
+        drawn: torch.Tensor | None = None,
+    ) -> None:
+        self.model, self.inner = model, inner
+        self.backend = backend
+        self.context_parallel, self.row_cost = context_parallel, row_cost
+        self.positions, self.sink_tokens = settings.positions, settings.sink_tokens
+        self.first_id, self.num_ids = first_id, settings.num_ids
+        ids = list(range(first_id, first_id + self.num_ids))
+        self.gist_token_ids, self.segment_gist_token_ids = (
+            ids[: settings.num_gist_tokens],
+            ids[settings.num_gist_tokens :],
+        )
+        self.settings = settings
+        self.hooks: list[Any] = []  # what patch_llama registered, and has to take back
+        self.previous: dict[str, Any] = {}
+        self._vocabulary = vocabulary_size(inner.get_input_embeddings(), model.config)
+        self.ids_from_tokenizer = ids_from_tokenizer
+        self._drawn = drawn  # the values that the rows began with, on the CPU; None if they were loaded
+        self._untrained: tuple[torch.Tensor, int, bool] | None = None
+        self._checked: tuple[torch.Tensor, int] | None = None
+        self._warned = self._embedding = False
+
+    def __repr__(self) -> str:
+        return f"GistHandle({type(self.model).__name__}, {_spelled(self.settings.numbers(self.first_id))})"
+
+    @property
+    def context_prefix(self) -> list[int] | None:
+        """Special tokens that contexts begin with, as trained; None where nobody knows. Saved with the model."""
+        return self.model.config.gistkern.get("context_prefix")
+
+    @context_prefix.setter
+    def context_prefix(self, ids: list[int] | None) -> None:
+        if ids is not None:
+            self.model.config.gistkern["context_prefix"] = list(ids)
+
+    def arguments(self) -> dict[str, Any]:
+        """What to give `patch_llama` beside a fresh base model (gistkern.json)."""
+        prefix = self.context_prefix
+        return asdict(self.settings) | ({} if prefix is None else {"context_prefix": prefix})
+
+    def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
+        """bool, like `ids`: which are gist tokens."""
+        return (ids >= self.first_id) & (ids < self.first_id + self.num_ids)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the patch added: the gist rows (the active adapter's copy, under peft).
+
+        They take gradients from then on, also where the whole model was frozen before.
+        """
+        rows = rows_in_use(self.inner.gist_embeddings).requires_grad_()
+        return list(rows.parameters())
+
+    def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
+        """The model's own embedding of ids that are no gist tokens."""
+        self._embedding = True
+        try:
+            return self.inner.get_input_embeddings()(ids)
+        finally:
+            self._embedding = False
+
+    def refuse_gist_ids(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Pre-hook of the model's embedding: others who call it (prompt tuning does) would miss the gist rows."""
+        if self._embedding or torch.compiler.is_compiling() or not args or not torch.is_tensor(args[0]):
+            return
+        if not args[0].is_meta and bool(self.is_gist(args[0]).any()):
+            raise ValueError(
+                "gist tokens have no rows in the model's own embedding: pass input_ids to the model, which embeds them "
+                "(prompt tuning embeds ids itself, and does not go together with gist tokens)"
+            )
+
+    def check_settings(self) -> None:
+        """Raise ValueError if the mask is off, or the gist rows in use were trained under other settings or not saved.
+
+        Rows loaded with a peft adapter bring the settings they were trained with.
+        """
+        current = self.model.config._attn_implementation
+        if current != NAME:
+            raise ValueError(
+                f"attn_implementation was set to {current!r} after patching, which takes the gist mask off: set it "
+                "before patch_llama, or unpatch first"
+            )
+        self._check_vocabulary()
+        rows = rows_in_use(self.inner.gist_embeddings)
+        if getattr(self.model, "peft_config", None):
+            self._check_adapters(rows)
+        settings = rows.settings
+        # the tensor itself is kept, so that its id cannot be another one's
+        if self._checked is not None and self._checked[0] is settings and self._checked[1] == settings._version:
+            return
+        with on_device(rows):
+            found = rows.settings.tolist()
+        if found != self.settings.numbers(self.first_id):
+            raise ValueError(
+                f"the gist rows were trained with {_spelled(found)}; the model is patched with "
+                f"{_spelled(self.settings.numbers(self.first_id))}: patch it with the settings of the training"
+            )
+        self._checked = (settings, settings._version)
+
+    def _check_vocabulary(self) -> None:
+        """New tokens of the vocabulary must not be taken for gist tokens; a tokenizer gives each an id of its own."""
+        size = vocabulary_size(self.inner.get_input_embeddings(), self.model.config)
+        if size > max(self._vocabulary, self.first_id) and not self.ids_from_tokenizer:
+            if self.first_id + self.num_ids <= self._vocabulary:
+                return
+            raise ValueError(
+                f"the vocabulary was resized from {self._vocabulary} to {size} tokens after patching, and the gist "
+                f"tokens have the ids {self.first_id} to {self.first_id + self.num_ids - 1}: resize it before "
+                f"patch_llama, or pass patch_llama the tokenizer, which keeps them apart (resize_token_embeddings"
+                f"({self._vocabulary}) goes back)"
+            )
+
+    def _check_adapters(self, rows: GistEmbedding) -> None:
+        """An active adapter whose training would leave fresh gist rows behind is an error."""
+        active = active_adapters(self.inner)
+        if rows is not getattr(self.inner.gist_embeddings, "original_module", self.inner.gist_embeddings):
+            return  # an adapter's own
+        for name in active:
+            if name in adapters_with_rows(self.model):
+                raise ValueError("the adapter was loaded beside the gist rows instead of around them: patch first")
+        if active and self.untrained():
+            raise ValueError(
+                f"the adapter {active[0]!r} would neither train nor save the gist rows: "
+                'pass modules_to_save=["gist_embeddings"] in its config'
+            )
+
+    def untrained(self) -> bool:
+        """Whether the gist rows in use still are what patching drew."""
+        if self._drawn is None:
+            return False
+        rows = rows_in_use(self.inner.gist_embeddings)
+        weight = rows.weight
+        known = self._untrained
+        if known is None or known[0] is not weight or known[1] != weight._version:
+            with on_device(rows):
+                self._untrained = known = (weight, weight._version, _equal(rows.weight, self._drawn))
+        return known[2]
+
+    def warn_if_untrained(self) -> None:
+        """Say once, outside training, that rows which were never trained carry nothing of a context."""
+        if not self._warned and not self.model.training and self.untrained():
+            self._warned = True
+            warnings.warn(
+                "the gist rows were never trained, so a compressed context says nothing yet: train them "
+                "(gistkern.training), or load a checkpoint or an adapter that holds trained ones",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def unpatch(self) -> None:
+        """Take everything back: the model is bit for bit what it was. Calling it again does nothing."""
+        if getattr(self.model, ATTRIBUTE, None) is not self:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        for name, (ours, before) in self.previous["methods"].items():
+            if vars(self.model).get(name) is ours:  # else somebody has wrapped it since
+                delattr(self.model, name)
+                if before is not None:
+                    setattr(self.model, name, before)
+        del self.inner.gist_embeddings
+        for module in {self.model, self.inner}:
+            delattr(module, ATTRIBUTE)
+        if self.previous["block"] is None:
+            del self.model.config.gistkern
+        else:
+            self.model.config.gistkern = self.previous["block"]
+        self.model.set_attn_implementation(self.previous["attention"])
+
+    def __enter__(self) -> GistHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.unpatch()
+
+
+def _equal(rows: torch.Tensor, drawn: torch.Tensor) -> bool:
+    """Whether `rows` are `drawn`, perhaps after rounding (``model.half()`` and back)."""
+    if rows.is_meta or hasattr(rows, "full_tensor") or rows.shape != drawn.shape:
+        return False  # a process that holds a part, or none: nobody knows
+    found = rows.detach().cpu()
+    return any(
+        torch.equal(found, drawn.to(rounded).to(found.dtype)) for rounded in (drawn.dtype, torch.half, torch.bfloat16)
+    )
+
+
+def _spelled(settings: list[int]) -> str:
+    gists, segment_gists, scheme, sinks, first = settings
+    positions = SCHEMES[scheme] if scheme in range(len(SCHEMES)) else scheme
+    return (
+        f"num_gist_tokens={gists}, num_segment_gist_tokens={segment_gists}, positions={positions!r}, "
+        f"sink_tokens={sinks}, first id {first}"
+    )
