@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from gistkern.cache_plan import CacheState, CallPlan
+from gistkern.versions import CROP_TAKES_LENGTH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,10 +32,16 @@ class GistLayer(DynamicLayer):
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return layer
 
+    def lazy_initialization(self, key_states, value_states=None):
+        """Empty rows; written here because what transformers' own sets and takes differs between versions."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states.new_empty(0), key_states.new_empty(0)
+        self.is_initialized = True
+
     def update(self, key_states, value_states, plan: CallPlan, **kwargs):
         """Return all rows that this call may see; keep those that later calls may see."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(key_states)
         if key_states.dtype != self.dtype or key_states.device != self.device:
             raise ValueError(
                 f"the cache holds {self.dtype} on {self.device}, the model computes {key_states.dtype} "
@@ -124,7 +131,9 @@ class GistCache(Cache):
         if self._plan is None:
             raise RuntimeError("a GistCache works with a patched model only: call gistkern.patch_llama(model) first")
         self._touched = True
-        return super().update(key_states, value_states, layer_idx, plan=self._plan)
+        while len(self.layers) <= layer_idx:
+            self.layers.append(GistLayer())
+        return self.layers[layer_idx].update(key_states, value_states, self._plan)
 
     # ---- sizes
 
@@ -220,6 +229,9 @@ class GistCache(Cache):
         ValueError
             For a positive count, or where the tokens are not raw tail tokens of every sample.
         """
+        if tokens_to_remove > 0 and CROP_TAKES_LENGTH:
+            # before 5.1x assisted decoding passes how many of `generate`'s tokens stay
+            tokens_to_remove = min(0, tokens_to_remove - self._state().fed)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
         if not tokens_to_remove:

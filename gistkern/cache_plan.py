@@ -85,9 +85,17 @@ class CallPlan:
 
 
 def plan_call(
-    state: CacheState, is_gist: torch.Tensor, valid: torch.Tensor | None, *, scheme: str, sink_tokens: int
+    state: CacheState,
+    is_gist: torch.Tensor,
+    valid: torch.Tensor | None,
+    *,
+    scheme: str,
+    sink_tokens: int,
+    documents: torch.Tensor | None = None,
 ) -> CallPlan:
     """Plan for new tokens of known roles (bool ``[B, N]``; `valid` None means no padding).
+
+    `documents` (bool ``[B, N]``) marks the first token of each where a sample packs several; the state is then empty.
 
     Raises
     ------
@@ -101,7 +109,7 @@ def plan_call(
             "pass gist_layout with every call that goes on from it"
         )
     has_gists = bool(is_gist.any())
-    if valid is None and not has_gists and not state.tail_has_gists:
+    if valid is None and documents is None and not has_gists and not state.tail_has_gists:
         return _plan_plain(state, is_gist)
     new_valid = torch.ones_like(is_gist) if valid is None else valid
     left, arrange, all_valid, all_gist = _join_tail(state, is_gist & new_valid, new_valid)
@@ -113,6 +121,7 @@ def plan_call(
         past=state.gist_columns,
         past_rows=state.gist_rows,
         seen=state.seen - state.tail_rows,
+        documents=documents,
     )
     layout = whole.last_rows(rows)
     if scheme == "gist_first" and tail:

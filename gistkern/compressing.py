@@ -13,6 +13,7 @@ from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, plan_call
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_count, check_padding, from_roles
+from gistkern.versions import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,9 +206,9 @@ def _run(
         input_ids=ids,
         attention_mask=valid,
         position_ids=position_ids.masked_fill(~valid, 0),
-        past_key_values=cache,
         gist_layout=layout,
         use_cache=True,
+        **{CACHE: cache},
     )
 
 

@@ -26,12 +26,18 @@ def stream(valid: torch.Tensor) -> torch.Tensor:
 
 
 def gist_first(
-    is_gist: torch.Tensor, valid: torch.Tensor, starts: torch.Tensor, *, restart: bool = False
+    is_gist: torch.Tensor,
+    valid: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    restart: bool = False,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gist-first positions of segments that see all earlier gists, int64 ``[B, N]``; padding has 0.
 
     `starts` marks the first row of every segment; all arguments are bool ``[B, N]``. With `restart` the
-    segments see no earlier gists, so each starts at 0.
+    segments see no earlier gists, so each starts at 0; with `documents` (the first row of each, bool ``[B, N]``) each
+    document does.
     """
     segment = (starts.long().cumsum(1) - 1).clamp(min=0)
     gists = (is_gist & valid).long()
@@ -46,4 +52,6 @@ def gist_first(
     place = torch.where(is_gist, gist_place, raw_place)
     if restart:
         place = place - before.gather(1, segment)
+    elif documents is not None:
+        place = place - torch.where(documents, before.gather(1, segment), 0).cummax(1).values
     return place.masked_fill(~valid, 0)

@@ -24,6 +24,7 @@ def from_roles(
     past: int = 0,
     past_rows: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> GistLayout:
     """Layout of a batch of documents, from the role of each token.
 
@@ -39,6 +40,8 @@ def from_roles(
         Columns of the past buffer, and how many of them each sample owns (int64 ``[B]``), right-aligned.
     seen : Tensor, optional
         int64 ``[B]``: tokens of the document that came before this call (they may have been its sinks).
+    documents : Tensor, optional
+        bool ``[B, N]``: the first token of each document where a sample packs several. None of them sees another.
     """
     batch, rows = is_gist.shape
     device = is_gist.device
@@ -46,21 +49,25 @@ def from_roles(
     is_gist = is_gist & valid
     previous_gist = torch.nn.functional.pad(is_gist[:, :-1], (1, 0))
     rank = positions.stream(valid)
+    if documents is not None:
+        begins = torch.where(documents & valid, index, 0).cummax(1).values  # of the document that a token is in
+        rank = (rank - rank.gather(1, begins)).masked_fill(~valid, 0)
     if starts is None:
-        starts = valid & ((previous_gist & ~is_gist) | (rank == 0))
+        starts = valid & ((previous_gist & ~is_gist) | (rank == 0))  # rank 0 begins a document
     segment_start = torch.where(starts, index, 0).cummax(1).values
     age = rank if seen is None else rank + seen[:, None]
     persistent = valid & (is_gist | (age < sink_tokens))
 
     owned = torch.full((batch,), past, device=device) if past_rows is None else past_rows
-    first = past - owned
+    first = (past - owned)[:, None]
     total = persistent.sum(1)
-    before_segment = (persistent.long().cumsum(1) - persistent.long()).gather(1, segment_start)
+    before = persistent.long().cumsum(1) - persistent.long()  # persistent tokens in front of each
+    gist_begin = first.expand(-1, rows) if documents is None else before.gather(1, begins)
     started = valid.long().cumsum(1) > 0
     # padding rows hold empty intervals at places that keep the vectors monotone
-    padding_edge = torch.where(started, (past + total)[:, None], first[:, None])
-    gist_begin = torch.where(valid, first[:, None], padding_edge)
-    gist_end = torch.where(valid, past + before_segment, padding_edge)
+    padding_edge = torch.where(started, (past + total)[:, None], first)
+    gist_begin = torch.where(valid, gist_begin, padding_edge)
+    gist_end = torch.where(valid, past + before.gather(1, segment_start), padding_edge)
     local_begin = torch.where(valid, segment_start, index + 1)
 
     last = (index * valid).amax(1, keepdim=True)
@@ -72,8 +79,8 @@ def from_roles(
         gather=_gather_list(persistent),
         is_gist=is_gist,
         stream_position=rank,
-        gist_first_position=positions.gist_first(is_gist, valid, starts),
-        keep_begin=first.long(),
+        gist_first_position=positions.gist_first(is_gist, valid, starts, documents=documents),
+        keep_begin=torch.where(has_rows, gist_begin.gather(1, last)[:, 0], first[:, 0]).long(),
         keep_end=torch.where(has_rows, gist_end.gather(1, last)[:, 0], past).long(),
         keep_local=torch.where(has_rows, segment_start.gather(1, last)[:, 0], rows).long(),
         past=past,

@@ -22,15 +22,18 @@ from gistkern.hf.context_parallel import (
     whole_logits,
     whole_loss,
 )
-from gistkern.hf.fingerprint import check_cache, check_positions
+from gistkern.hf.documents import check_positions, packed_documents
+from gistkern.hf.fingerprint import check_cache, check_scheme
+from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
 from gistkern.shared_cache import SharedGistCache
+from gistkern.versions import CACHE, named
 
 if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle
 
-__all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_model", "generate", "prepare_inputs"]
+__all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_model"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class GistCall:
 
 
 def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Gist tokens are never predicted: their labels become -100, which transformers ignores."""
+    """Labels that leave gist tokens out; under context parallelism the arguments of this rank's shard."""
     arguments = _bind(module, args, kwargs)
-    labels = arguments.get("labels")
-    if labels is not None:
-        arguments["labels"] = labels.masked_fill(handle.is_gist(labels), -100)
+    ignore_gists(handle, arguments)
     if handle.context_parallel is not None:
+        if not arguments.get("return_dict", handle.model.config.return_dict):
+            raise ValueError("a model patched with context_parallel gives no tuples: leave return_dict=False out")
         arguments = _parallel(handle, arguments)
         parallel = arguments["gist_parallel"]
         split_labels(arguments, parallel.shard)
@@ -59,28 +62,13 @@ def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
 
 
 def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
-    """No gist token is ever generated, also where a padded vocabulary has logits for their ids."""
-    if handle.context_parallel is not None:
-        if output.loss is not None:
-            output.loss = whole_loss(output.loss, handle.context_parallel)
-        if kwargs["gist_parallel"].kept is not None:
-            output.logits = whole_logits(output.logits, kwargs["gist_parallel"])
-    logits = output.logits
-    end = min(handle.first_id + handle.num_ids, logits.shape[-1])
-    if handle.first_id < end:
-        index = torch.arange(logits.shape[-1], device=logits.device)
-        output.logits = logits.masked_fill((index >= handle.first_id) & (index < end), -torch.inf)
-
-
-def generate(handle: GistHandle, original, *args, **kwargs):
-    """`generate`, refusing what would silently drop tokens of a prompt that follows a compressed context."""
-    config = kwargs.get("generation_config") or handle.model.generation_config
-    if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
-        raise ValueError(
-            "prefill_chunk_size is not supported with gist tokens: compress(..., segment_length=...) reads long "
-            "contexts piece by piece"
-        )
-    return original(*args, **kwargs)
+    """Under context parallelism the whole context's loss, and the kept logits of every rank."""
+    if handle.context_parallel is None:
+        return
+    if output.loss is not None:
+        output.loss = whole_loss(output.loss, handle.context_parallel)
+    if kwargs["gist_parallel"].kept is not None:
+        output.logits = whole_logits(output.logits, kwargs["gist_parallel"])
 
 
 def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -90,13 +78,14 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         if "gist_parallel" not in arguments:  # the inner model was called by itself
             arguments = _parallel(handle, arguments)
         return (), _shard_call(handle, arguments)
-    ids, embeds, layout = _inputs(arguments)
+    ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
     if ids is not None:
         embeds = embed(handle, ids, is_gist)
     handle.check_settings()
-    cache = _cache(handle, module, arguments, is_gist.shape[0])
-    plan = _plan(handle, arguments, layout, is_gist, cache)
+    documents = None if layout is not None else packed_documents(arguments, is_gist.shape, is_gist.device)
+    cache = _cache(handle, module, arguments, is_gist.shape[0], documents)
+    plan = _plan(handle, arguments, layout, is_gist, cache, documents)
     if cache is not None:
         cache.begin(plan)
     arguments.update(
@@ -104,19 +93,21 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         position_ids=plan.position_ids,
         # with a mask present transformers does not guess packed documents from the positions
         attention_mask=plan.layout.is_real(),
-        past_key_values=cache,
         use_cache=cache is not None,
         gist_call=GistCall(plan.layout, handle.backend, shared=cache if isinstance(cache, SharedGistCache) else None),
     )
+    arguments[CACHE] = cache
     return (), arguments
 
 
-def _inputs(arguments: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None, GistLayout | None]:
+def _inputs(
+    config: Any, arguments: dict[str, Any]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, GistLayout | None]:
     """Ids or embeddings, and the layout if one is given; taken out of the arguments."""
     ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
     if (ids is None) == (embeds is None):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
-    if arguments.get("output_attentions"):
+    if arguments.get("output_attentions", config.output_attentions):
         raise ValueError("output_attentions is not available: the attention matrix is never formed")
     return ids, embeds, arguments.pop("gist_layout", None)
 
@@ -136,14 +127,17 @@ def _plan(
     layout: GistLayout | None,
     is_gist: torch.Tensor,
     cache: GistCache | None,
+    documents: torch.Tensor | None,
 ) -> CallPlan:
     """Layout and positions of the call's own rows, behind what the cache holds."""
     valid = _padding(arguments.get("attention_mask"), is_gist, None if cache is None else cache.state)
     state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
     if layout is None:
-        plan = plan_call(state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens)
-        if cache is None:
-            _check_positions(arguments, plan, is_gist.shape)
+        plan = plan_call(
+            state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens, documents=documents
+        )
+        if documents is None:
+            check_positions(arguments.get("position_ids"), _guesses(plan, state), plan.layout.is_real())
         return plan
     positions = _given_positions(handle, arguments, layout, is_gist, state)
     if valid is not None and not torch.equal(valid, layout.is_real()):
@@ -153,14 +147,15 @@ def _plan(
 
 def _parallel(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of this rank's shard, of those of the whole context."""
-    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
+    if arguments.get(CACHE) is not None or arguments.get("use_cache"):
         raise ValueError(
             "a model patched with context_parallel reads whole contexts and caches none: pass use_cache=False, and "
             "compress or generate with a model patched without it"
         )
-    ids, embeds, layout = _inputs(arguments)
+    ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
-    plan = _plan(handle, arguments, layout, is_gist, None)
+    documents = None if layout is not None else packed_documents(arguments, is_gist.shape, is_gist.device)
+    plan = _plan(handle, arguments, layout, is_gist, None, documents)
     assert handle.context_parallel is not None
     labels = arguments.get("shift_labels", arguments.get("labels"))
     kept = kept_columns(arguments, plan.layout.num_rows)
@@ -180,7 +175,7 @@ def _parallel(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
 def _shard_call(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
     """What `before_inner` adds, for a shard."""
     parallel = arguments.pop("gist_parallel")
-    ids, embeds, _ = _inputs(arguments)
+    ids, embeds, _ = _inputs(handle.inner.config, arguments)
     if ids is not None:
         embeds = embed(handle, ids, handle.is_gist(ids))
     handle.check_settings()
@@ -194,8 +189,8 @@ def _shard_call(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]
 
 def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
     """The call went through: the cache takes over its plan's state."""
-    if kwargs.get("past_key_values") is not None:
-        kwargs["past_key_values"].commit()
+    if kwargs.get(CACHE) is not None:
+        kwargs[CACHE].commit()
 
 
 def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch.Tensor:
@@ -205,41 +200,10 @@ def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch
     return torch.where(is_gist[..., None], gists.to(words.dtype), words)
 
 
-def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
-    """`prepare_inputs_for_generation` that knows which of `generate`'s tokens a GistCache has read.
-
-    The tokens passed to `generate` are those after the compressed context, and the cache's tail has read the
-    first of them; transformers would subtract the context's length too.
-    """
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, GistCache) and cache.state is not None and kwargs.get("is_first_iteration"):
-        _match_batch(cache, len(input_ids))
-        read = cache.state.fed
-        fresh = input_ids.shape[1] - read
-        if fresh <= 0:
-            raise ValueError(
-                f"generate got {input_ids.shape[1]} tokens, but the cache has read {read} tokens after the compressed "
-                "context already: pass those and at least one new token, or a fresh clone of the cache"
-            )
-        kwargs["next_sequence_length"] = fresh
-    return original(input_ids, *args, **kwargs)
-
-
-def _match_batch(cache: GistCache, batch: int) -> None:
-    """Repeat the samples of a cache as `generate` repeats its inputs (beams, several answers, one document)."""
-    if batch % cache.batch_size:
-        raise ValueError(
-            f"generate got {batch} rows for a cache of {cache.batch_size} samples: pass one question per sample, "
-            "or a cache of one sample for several questions"
-        )
-    if batch != cache.batch_size:
-        cache.batch_repeat_interleave(batch // cache.batch_size)
-
-
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments by their names."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return named({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _padding(
@@ -267,23 +231,26 @@ def _padding(
     return None if bool(valid.all()) else valid
 
 
-def _check_positions(arguments: dict[str, Any], plan: CallPlan, shape: torch.Size) -> None:
-    """Positions are the scheme's; others than the usual guesses mean something that would be lost."""
-    given = arguments.get("position_ids")
-    if given is None:
-        return
-    real = plan.layout.is_real()
-    guesses = (plan.position_ids, plan.layout.stream_position, torch.arange(shape[1], device=given.device))
-    if not any(torch.equal(*torch.broadcast_tensors(given * real, guess * real)) for guess in guesses):
-        raise ValueError(
-            "position_ids are set by the position scheme: for packed documents or positions of your own pass them "
-            "together with gist_layout (GistLayout.pack)"
-        )
+def _guesses(plan: CallPlan, state: CacheState) -> list[torch.Tensor]:
+    """Positions that a caller may have guessed: counted over columns or real tokens, from where the cache may end."""
+    columns = torch.arange(plan.layout.num_rows, device=plan.position_ids.device)
+    starts: list[Any] = [0, state.length, state.fed, state.seen[:, None]]
+    counted = [start + place for start in starts for place in (columns, plan.layout.stream_position)]
+    return [plan.position_ids, *counted]
 
 
-def _cache(handle: GistHandle, module: nn.Module, arguments: dict[str, Any], batch: int) -> GistCache | None:
-    cache: Cache | None = arguments.get("past_key_values")
+def _cache(
+    handle: GistHandle, module: nn.Module, arguments: dict[str, Any], batch: int, documents: torch.Tensor | None
+) -> GistCache | None:
+    cache: Cache | None = arguments.get(CACHE)
     use_cache = arguments.get("use_cache")
+    if documents is not None:
+        if cache is not None or use_cache:
+            raise ValueError(
+                "position_ids (or cu_seq_lens_q) pack several documents into a row, which no cache can tell apart: "
+                "pass use_cache=False and no cache, or one document per sample"
+            )
+        return None
     if _checkpoints_activations(module):
         if cache is not None or use_cache:
             raise ValueError("a cache cannot be filled under gradient checkpointing: pass use_cache=False")
@@ -298,13 +265,13 @@ def _cache(handle: GistHandle, module: nn.Module, arguments: dict[str, Any], bat
         raise TypeError(
             f"a patched model reads a GistCache, got a {type(cache).__name__}"
             + (" with tokens in it" if type(cache) is DynamicCache else "")
-            + ": pass past_key_values=gistkern.compress(...) or none"
+            + f": pass {CACHE}=gistkern.compress(...) or none"
         )
     if cache is None:
         return None
     if cache.state is not None and cache.batch_size != batch:
         raise ValueError(f"the cache holds {cache.batch_size} samples, the call has {batch}")
-    check_positions(cache, handle)
+    check_scheme(cache, handle)
     cache.positions = handle.positions
     if cache.unchecked:
         check_cache(cache, handle.model)

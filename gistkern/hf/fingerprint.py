@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gistkern.cache import GistCache
     from gistkern.hf.patch import GistHandle
 
-__all__ = ["check_cache", "check_positions", "fingerprint"]
+__all__ = ["check_cache", "check_scheme", "fingerprint"]
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
 
@@ -46,7 +46,7 @@ def _idle_adapters(inner: nn.Module) -> set[str]:
     return loaded - active
 
 
-def check_positions(cache: GistCache, handle: GistHandle) -> None:
+def check_scheme(cache: GistCache, handle: GistHandle) -> None:
     """Raise ValueError if the cache was written under another position scheme than the handle's."""
     if cache.positions not in (None, handle.positions):
         raise ValueError(
@@ -60,7 +60,7 @@ def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
     from gistkern.hf.patch import handle_of
 
     handle = handle_of(model)
-    check_positions(cache, handle)
+    check_scheme(cache, handle)
     dtype = cache.layers[0].dtype if cache.layers else None
     if dtype not in (None, model.dtype):
         raise ValueError(f"the cache holds {dtype}, the model {model.dtype}: load the model in {dtype}")

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gistkern import backends
-from gistkern.hf import call
+from gistkern.hf import call, generation
 from gistkern.hf.adapters import adapter_for, inner_model
 from gistkern.hf.attention_function import NAME, register
 from gistkern.hf.checkpoint import save_pretrained, saved_rows
@@ -208,10 +208,10 @@ def _install(handle: GistHandle, rows: GistEmbedding, previous: dict[str, Any], 
             model.register_forward_pre_hook(partial(call.before_model, handle), with_kwargs=True),
             model.register_forward_hook(partial(call.after_model, handle), with_kwargs=True),
         ]
-        wrappers |= {"prepare_inputs_for_generation": call.prepare_inputs, "generate": call.generate}
+        wrappers |= {"prepare_inputs_for_generation": generation.prepare_inputs, "generate": generation.generate}
     methods = {}
     for name, wrapper in wrappers.items():
-        ours = partial(wrapper, handle, getattr(model, name))
+        ours = generation.wrapped(wrapper, handle, getattr(model, name))
         methods[name] = (ours, vars(model).get(name))
         setattr(model, name, ours)
     handle.previous = previous | {"methods": methods}

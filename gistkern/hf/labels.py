@@ -1,0 +1,53 @@
+"""Gist tokens are never predicted: their labels become -100, and a Trainer's count of labels is put right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from gistkern.hf.handle import GistHandle
+
+__all__ = ["ignore_gists"]
+
+IGNORED = -100
+
+
+def ignore_gists(handle: GistHandle, arguments: dict[str, Any]) -> None:
+    """Set labels of gist tokens to -100 among the arguments of a model's call, in place.
+
+    A Trainer divides the sum over a step by the labels that it counted before this call (`num_items_in_batch`), gist
+    tokens among them.
+
+    Raises
+    ------
+    ValueError
+        If there were gist tokens among them and the step has other micro-batches, whose labels are not to be seen here.
+    """
+    given = {name: arguments[name] for name in ("labels", "shift_labels") if torch.is_tensor(arguments.get(name))}
+    kept = {name: labels.masked_fill(handle.is_gist(labels), IGNORED) for name, labels in given.items()}
+    arguments.update(kept)
+    items = arguments.get("num_items_in_batch")
+    if items is None or not given:
+        return
+    # the ways of transformers' Trainer, by version and collator: shifted labels, labels without the first, all labels
+    counts = [[_count(each[name]) for each in (given, kept)] for name in given]
+    if "labels" in given:
+        counts.append([_count(each["labels"][..., 1:]) for each in (given, kept)])
+    pairs = torch.stack([torch.stack(pair) for pair in counts]).tolist()
+    if all(counted == left for counted, left in pairs):
+        return
+    for counted, left in pairs:
+        if counted == int(items):
+            arguments["num_items_in_batch"] = torch.full_like(torch.as_tensor(items), left)
+            return
+    raise ValueError(
+        f"num_items_in_batch is {int(items)}: the labels of a whole step (micro-batches, processes), counted with gist "
+        "tokens among them, and gist tokens are never predicted. Set their labels to -100 before they are "
+        "counted: data_collator=gistkern.training.ignore_gist_labels(collator, handle)"
+    )
+
+
+def _count(labels: torch.Tensor) -> torch.Tensor:
+    return labels.ne(IGNORED).sum()

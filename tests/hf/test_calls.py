@@ -1,0 +1,195 @@
+"""What transformers takes in a call works on a patched model with the same answer, or is refused before computing."""
+
+import pytest
+import torch
+from conftest import make_model, random_ids
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import gistkern
+from gistkern import GistLayout
+
+IGNORED = -100
+
+
+@pytest.fixture(params=["absolute", "gist_first"])
+def patched(request):
+    model = make_model()
+    with gistkern.patch_llama(model, num_gist_tokens=2, sink_tokens=1, positions=request.param) as handle:
+        yield model, handle
+
+
+def documents(handle):
+    """Three documents in one row: two with a compressed context, one without; and the layout that keeps them apart."""
+    gists = torch.tensor([handle.gist_token_ids])
+    streams = [torch.cat([random_ids(1, n, n), gists, random_ids(1, 4, n + 1)], 1) for n in (7, 12)]
+    streams.append(random_ids(1, 5, 3))
+    layouts = [GistLayout.from_input_ids(stream, handle.gist_token_ids, sink_tokens=1) for stream in streams]
+    counted = torch.cat([torch.arange(stream.shape[1]) for stream in streams])[None]
+    ends = torch.tensor([0, *(stream.shape[1] for stream in streams)]).cumsum(0).int()
+    return torch.cat(streams, 1), GistLayout.pack(layouts), counted, ends
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("marked", ["position_ids", "cu_seq_lens_q", "both"])
+def test_packed_documents_do_not_see_each_other(patched, training, marked):
+    model, handle = patched
+    ids, layout, counted, ends = documents(handle)
+    given = {"position_ids": counted, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 18}
+    given = given if marked == "both" else {marked: given[marked]}
+    model.train(training)
+    with torch.no_grad():
+        expected = model(ids, gist_layout=layout, use_cache=False).logits
+        torch.testing.assert_close(model(ids, **given).logits, expected, rtol=0, atol=1e-12)
+
+
+def test_rows_of_a_batch_pack_documents_of_their_own(patched):
+    model, handle = patched
+    ids, _, counted, _ = documents(handle)
+    turned, places = torch.cat([ids[:, 13:], ids[:, :13]], 1), torch.cat([counted[:, 13:], counted[:, :13]], 1)
+    with torch.no_grad():
+        both = model(torch.cat([ids, turned]), position_ids=torch.cat([counted, places]), use_cache=False).logits
+        alone = [model(i, position_ids=p, use_cache=False).logits for i, p in ((ids, counted), (turned, places))]
+        torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": torch.arange(8)[None] * 2},
+        {"position_ids": torch.arange(8)[None] + 3},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), "attention_mask": torch.ones(1, 8)},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 7, 8, 9, 10]])},
+        {"cu_seq_lens_q": torch.tensor([0, 4, 9])},
+        {"cu_seq_lens_q": torch.tensor([0, 5, 8]), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
+    ],
+)
+def test_positions_that_the_scheme_would_ignore_are_refused(patched, given, training):
+    model, _ = patched
+    with pytest.raises(ValueError, match=r"position_ids|cu_seq_lens_q"):
+        model.train(training)(random_ids(1, 8), **given)
+
+
+def test_a_cache_cannot_hold_packed_documents(patched):
+    model, _ = patched
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    for given in ({"use_cache": True}, {"past_key_values": gistkern.GistCache()}):
+        with pytest.raises(ValueError, match="no cache can tell apart"):
+            model(random_ids(1, 5), **packed, **given)
+
+
+def test_usual_positions_behind_a_cache(patched):
+    """Whoever counts on from the cache, from its context or from 0 means the next tokens."""
+    model, _ = patched
+    question = random_ids(1, 4)
+    cache = gistkern.compress(model, random_ids(1, 30))
+    with torch.no_grad():
+        expected = model(question, past_key_values=cache.clone()).logits
+        for start in (0, cache.get_seq_length()):
+            places = torch.arange(start, start + 4)[None]
+            assert torch.equal(model(question, past_key_values=cache.clone(), position_ids=places).logits, expected)
+        with pytest.raises(ValueError, match="position_ids are set by the position scheme"):
+            model(question, past_key_values=cache.clone(), position_ids=2 * torch.arange(4)[None])
+
+
+# ---- outputs
+
+
+def test_tuples(patched):
+    model, handle = patched
+    ids = torch.cat([random_ids(1, 6), torch.tensor([handle.gist_token_ids]), random_ids(1, 3)], 1)
+    with torch.no_grad():
+        named = model(ids, labels=ids)
+        loss, logits, cache = model(ids, labels=ids, return_dict=False)
+    assert torch.equal(named.logits, logits)
+    assert torch.equal(named.loss, loss)
+    assert cache.get_seq_length() == 11
+
+
+def test_an_output_without_logits(patched, monkeypatch):
+    """Fused losses (Liger, TRL) replace the forward by one that returns no logits."""
+    model, handle = patched
+    ids = torch.cat([random_ids(1, 6), torch.tensor([handle.gist_token_ids]), random_ids(1, 3)], 1)
+    seen = {}
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        seen["labels"], hidden = labels, self.model(input_ids, **kwargs).last_hidden_state
+        return CausalLMOutputWithPast(loss=hidden.sum(), logits=None)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert model(ids, labels=ids).logits is None
+    assert (seen["labels"] == torch.where(handle.is_gist(ids), IGNORED, ids)).all()
+
+
+# ---- labels
+
+
+def test_labels_of_gist_tokens_are_left_out_however_they_come(patched):
+    model, handle = patched
+    ids = torch.cat([random_ids(2, 6), torch.tensor([handle.gist_token_ids] * 2), random_ids(2, 3)], 1)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    real = torch.where(handle.is_gist(ids), IGNORED, ids)
+    with torch.no_grad():
+        expected = model(ids, labels=real).loss
+        for given in ({"labels": ids}, {"labels": ids, "shift_labels": shifted}):
+            torch.testing.assert_close(model(ids, **given).loss, expected, rtol=0, atol=1e-12)
+        # a Trainer counted them: as they are, shifted, or without the first
+        for count in (ids.numel(), ids[:, 1:].numel(), torch.tensor(ids[:, 1:].numel())):
+            left = real.ne(IGNORED).sum() if int(count) == ids.numel() else real[:, 1:].ne(IGNORED).sum()
+            torch.testing.assert_close(
+                model(ids, labels=ids, num_items_in_batch=count).loss,
+                model(ids, labels=real, num_items_in_batch=left).loss,
+                rtol=0,
+                atol=1e-12,
+            )
+        # one micro-batch of several cannot know what the others hold
+        with pytest.raises(ValueError, match="ignore_gist_labels"):
+            model(ids, labels=ids, num_items_in_batch=100)
+        model(ids, labels=real, num_items_in_batch=100)
+
+
+# ---- generate
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"use_cache": False}, "use_cache=False beside a cache"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
+        ({"position_ids": torch.arange(4)[None]}, "takes no position_ids"),
+    ],
+)
+@pytest.mark.parametrize("by", ["argument", "generation_config", "model"])
+def test_generate_refuses_what_it_would_answer_wrongly(patched, asked, message, by):
+    model, _ = patched
+    cache = None if "cache_implementation" in asked else gistkern.compress(model, random_ids(1, 20))
+    arguments = dict(asked)
+    if by != "argument" and "position_ids" not in asked:
+        config = model.generation_config.__class__(**model.generation_config.to_dict() | asked)
+        arguments = {"generation_config": config} if by == "generation_config" else {}
+        model.generation_config = config if by == "model" else model.generation_config
+    with pytest.raises(ValueError, match=message):
+        model.generate(random_ids(1, 4), past_key_values=cache, max_new_tokens=2, **arguments)
+
+
+def test_generate_from_embeddings(patched):
+    model, _ = patched
+    ids = random_ids(1, 6)
+    embeds = model.get_input_embeddings()(ids)
+    cache = gistkern.compress(model, random_ids(1, 20))
+    for given in ({}, {"past_key_values": cache}):
+        copies = [{name: value.clone() for name, value in given.items()} for _ in range(2)]
+        expected = model.generate(ids, max_new_tokens=4, do_sample=False, **copies[0])[:, 6:]
+        assert torch.equal(
+            model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False, **copies[1]), expected
+        )
+
+
+def test_output_attentions_are_refused_also_by_the_config():
+    model = make_model()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with gistkern.patch_llama(model), pytest.raises(ValueError, match="output_attentions"):
+        model(random_ids(1, 4))
