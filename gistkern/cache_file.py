@@ -25,7 +25,7 @@ from gistkern.positions import SCHEMES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_shape", "load", "save"]
+__all__ = ["check_device", "check_shape", "load", "save"]
 
 _FORMAT = "gistkern-cache-1"
 # a field of CacheState is a line here: tensors (int64 [B], or bool of B by so many columns), numbers with their type
@@ -74,7 +74,7 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.device | str) -> GistCache:
     """See `GistCache.load`."""
-    device = _device(device) if model is None else model.device
+    device = check_device(device) if model is None else model.device
     header, tensors = _read(path)
     _check(header, tensors, f"{path} was not written by GistCache.save")
     cache = GistCache()
@@ -112,7 +112,8 @@ def check_shape(cache: GistCache, model: PreTrainedModel) -> None:
         raise ValueError("the cache was written by another model: it holds {}, the model has {}".format(*said))
 
 
-def _device(given: torch.device | str) -> torch.device:
+def check_device(given: torch.device | str) -> torch.device:
+    """The device; ValueError where there is none of that name here, or it holds no data."""
     try:
         device = torch.device(given)
         torch.empty(0, device=device)

@@ -76,9 +76,9 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error})") from error
+        raise ValueError(f"{where}: no JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{where} must be a JSON object, found {reprlib.repr(found)}")
+        raise ValueError(f"{where}: no JSON object but {reprlib.repr(found)}")
     return found
 
 

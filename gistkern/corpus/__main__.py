@@ -10,42 +10,61 @@ command goes on where a killed one was.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from gistkern.corpus.compressing import compress_corpus
-
-
-class _Lines:
-    """Names and texts of a JSON-lines file, read as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                    yield str(entry["id"]), entry["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f'{self.path}, line {number} is no document ({error!r}): expected {{"id": ..., "text": ...}}'
-                    ) from error
-
-
-def _device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+_ADAPTER = """{model} is a peft adapter: merge it into its base first,
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    gistkern.patch_llama(base)   # with the settings of the training, which {model}/gistkern.json holds
+    PeftModel.from_pretrained(base, {model!r}).merge_and_unload().save_pretrained(FOLDER)
+and pass that folder as --model"""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+    """Command line; exit status 2 for input that is refused."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    # behind the parser, so that --help and a mistyped option are answered at once
+    from gistkern.corpus.compressing import compress_corpus
+    from gistkern.corpus.lines import Lines
+    from gistkern.corpus.plan import DocumentError
+
+    try:
+        lines = Lines(given.documents)
+        _check_model(given)
+        if next(iter(lines), None) is None:  # a broken first line is said before the model is loaded
+            raise ValueError(f"{given.documents} holds no documents")
+        if given.out.exists() and not given.out.is_dir():
+            raise ValueError(f"--out {given.out} is a file: pass a folder")
+        model, tokenizer = _load(given)
+        store = compress_corpus(
+            model,
+            lines,
+            given.out,
+            tokenizer,
+            segment_length=given.segment_length,
+            segment_overlap=given.segment_overlap,
+            batch_tokens=given.batch_tokens,
+            chunk_documents=given.chunk_documents,
+            chunk_length=given.chunk_length,
+        )
+    except DocumentError as error:
+        parser.error(f"{lines.where(error.name)}: {error}")
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    said = os.fsencode(given.out).decode(errors="backslashreplace")
+    print(f"{len(store):,} documents in {said}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gistkern.corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,35 +78,52 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chunk-documents", type=int, default=256, help="documents of one file, at most")
     parser.add_argument("--chunk-length", type=int, default=4_000_000, help="characters or tokens of one file, at most")
     parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16, ...")
-    parser.add_argument("--device", default=_device(), help="by default this process's GPU under torchrun, or the CPU")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--device", help="by default this process's GPU under torchrun, or the CPU")
+    return parser
+
+
+def _check_model(given: argparse.Namespace) -> None:
+    """Raise ValueError, saying what to pass, before weights are read that nothing can be done with."""
+    import torch
+    from transformers import AutoConfig
+
+    from gistkern.cache_file import check_device
+
+    if given.device is None:
+        given.device = _device()
+    check_device(given.device)
+    dtype = getattr(torch, given.dtype, None)
+    if given.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype {given.dtype} is none that a model computes in: pass auto, float32 or bfloat16")
+    if (Path(given.model) / "adapter_config.json").exists():
+        raise ValueError(_ADAPTER.format(model=given.model))
+    if getattr(_from_pretrained(AutoConfig, "model", given.model), "gistkern", None) is None:
+        raise ValueError(f"{given.model} was not saved while patched, so it has no trained gist rows to compress with")
+
+
+def _load(given: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """The patched model and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gistkern.hf.patch import patch_llama
 
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", given.tokenizer or given.model)
+    model = _from_pretrained(AutoModelForCausalLM, "model", given.model, dtype=given.dtype).to(given.device)
+    patch_llama(model)
+    return model, tokenizer
+
+
+def _from_pretrained(loader: Any, what: str, name: str, **options: Any) -> Any:
     try:
-        if not given.documents.exists():
-            raise ValueError(f"{given.documents} does not exist")
-        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).to(given.device)
-        if getattr(model.config, "gistkern", None) is None:
-            raise ValueError(
-                f"{given.model} was not saved while patched, so it has no trained gist rows to compress with"
-            )
-        patch_llama(model)
-        store = compress_corpus(
-            model,
-            _Lines(given.documents),
-            given.out,
-            AutoTokenizer.from_pretrained(given.tokenizer or given.model),
-            segment_length=given.segment_length,
-            segment_overlap=given.segment_overlap,
-            batch_tokens=given.batch_tokens,
-            chunk_documents=given.chunk_documents,
-            chunk_length=given.chunk_length,
-        )
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    print(f"{len(store):,} documents in {given.out}")
+        return loader.from_pretrained(name, **options)
+    except Exception as error:  # of many kinds, all from what is in that folder or not
+        raise ValueError(f"the {what} {name} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def _device() -> str:
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,19 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from gistkern import __version__
 from gistkern.compressing import check_segments, compress, left_padded
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
-from gistkern.corpus.rows import CompressedDocument, from_cache
-from gistkern.corpus.shard_file import FORMAT, SETTINGS, Shard, shard_path, write_shard
+from gistkern.corpus.rows import CompressedDocument, finite, from_cache
+from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
+from gistkern.corpus.workplace import Workplace
 from gistkern.schemes import check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SETTINGS", "compress_corpus"]
+__all__ = ["compress_corpus"]
 
 
 def compress_corpus(
@@ -78,8 +78,9 @@ def compress_corpus(
     Raises
     ------
     ValueError
-        If the model is not patched, a document is empty, a text comes without tokenizer, names come twice, or the
-        folder holds another corpus, other settings or another model's rows.
+        If the model is not patched, a document is empty or no text or ids, a text comes without tokenizer, names come
+        twice, or the folder holds another corpus, other settings or another model's rows. What can be read twice is
+        checked before anything is computed, what comes from an iterator before its chunk is.
     RuntimeError
         If another process works on the same chunk.
     """
@@ -97,8 +98,6 @@ def compress_corpus(
     if tokenizer is not None:
         check_prefix(handle.context_prefix, tokenizer, "the model's training")
     rank, ranks = _ranks(rank, ranks)
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "fingerprint": fingerprint(handle.inner),
         "positions": handle.positions,
@@ -111,21 +110,31 @@ def compress_corpus(
         "chunk_documents": chunk_documents,
         "chunk_length": chunk_length,
     }
-    _agree(folder, settings)
+    about = {"gistkern": __version__, "model": getattr(handle.inner.config, "_name_or_path", "")}
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
     encode = None if tokenizer is None else partial(context_ids, tokenizer)
-    number = -1
-    total = None
-    if progress and not isinstance(documents, Iterator):  # which can be read but once
-        chunks = chunks_of(documents, chunk_documents, chunk_length)
-        total = sum(map(len, itertools.islice(chunks, rank, None, ranks)))
-    with tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar:
+    counts = None
+    if not isinstance(documents, Iterator):  # which can be read but once
+        # what is wrong with the last document is said before the first one is compressed
+        counts = [len(chunk) for chunk in chunks_of(documents, chunk_documents, chunk_length)]
+    total = None if counts is None else sum(counts[rank::ranks])
+    found = []
+    with (
+        Workplace(Path(out_dir), settings, about) as place,
+        tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar,
+    ):
         for number, chunk in enumerate(chunks_of(documents, chunk_documents, chunk_length)):
+            found.append(len(chunk))
             if number % ranks == rank:
                 given = read_chunk(chunk, encode, handle.first_id)
-                _compress_chunk(model, given, folder, number, segments, settings, bar)
-    _finish(folder, number + 1, settings)
-    return GistStore(folder, model.device)
+                _compress_chunk(model, given, place.open(), number, segments, settings, bar)
+        if counts not in (None, found):
+            raise ValueError(
+                f"documents were {sum(counts or ())} when they were checked and {sum(found)}, or others, when they "
+                "were compressed: pass a list or a mapping, or an iterator, which is read once"
+            )
+        _finish(place.open(), len(found), settings)
+    return GistStore(out_dir, model.device)
 
 
 def _compress_chunk(
@@ -155,6 +164,11 @@ def _compress_chunk(
             else:
                 ids, mask = left_padded([torch.tensor(one.ids, device=model.device) for one in batch])
                 compressed = from_cache(compress(model, ids, mask, **segments))
+                if wrong := [one.name for one, rows in zip(batch, compressed, strict=True) if not finite(rows.rows)]:
+                    raise ValueError(
+                        f"the rows of document {wrong[0]!r} hold inf or NaN: the model overflowed, compress it in "
+                        "bfloat16 or float32, or leave the document out"
+                    )
                 journal.add(number, _record(batch, compressed))
                 tokens += sum(len(one.ids) for one in batch)
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
@@ -195,7 +209,7 @@ def _check_record(journal: Journal, number: int, batch: list[Document]) -> None:
 
 
 def _check_documents(shard: Shard, documents: list[Document]) -> None:
-    for name, digest, document in zip(shard.names, shard.header["documents"], documents, strict=False):
+    for name, digest, document in zip(shard.names, shard.digests, documents, strict=False):
         if (name, digest) != (document.name, document.digest):
             raise ValueError(
                 f"{shard.path} holds document {name!r} where {document.name!r} was given"
@@ -212,32 +226,15 @@ def _ranks(rank: int | None, ranks: int | None) -> tuple[int, int]:
     if (rank is None) != (ranks is None):
         raise ValueError("pass both rank and ranks, or neither")
     if rank is None or ranks is None:
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < ranks:
+        said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not all(one.isdecimal() for one in said):
+            raise ValueError("RANK={!r} and WORLD_SIZE={!r} in the environment must be counts".format(*said))
+        rank, ranks = int(said[0]), int(said[1])
+    check_count("ranks", ranks, least=1)
+    check_count("rank", rank)
+    if rank >= ranks:
         raise ValueError(f"rank must lie in 0..{ranks - 1}, got {rank}")
     return rank, ranks
-
-
-def _agree(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or compare with those that are there."""
-    path = folder / SETTINGS
-    wanted = {"format": FORMAT, **settings}
-    if not path.exists():
-        if any(folder.glob("chunk-*")):
-            raise ValueError(f"{folder} holds files of a store but no {SETTINGS}: pass another out_dir")
-        temporary = folder / f".{SETTINGS}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(wanted, indent=1))
-        try:
-            os.link(temporary, path)  # whole or not at all, and whoever comes second agrees with the first
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
-    found = json.loads(path.read_text())
-    different = [name for name in wanted if found.get(name) != wanted[name]]
-    if different:
-        said = ", ".join(f"{name} {found.get(name)!r}, not {wanted[name]!r}" for name in different)
-        raise ValueError(f"{folder} was begun with {said}: pass the same, or another out_dir")
 
 
 def _finish(folder: Path, chunks: int, settings: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Batches of a chunk that is not finished yet, appended as they come: a kill loses the batch in work and no other.
 
 A record is its length (8 bytes), its SHA-256 (32) and a safetensors blob. What a kill tore at the end is cut off when
-the journal is opened again.
+the journal is opened again, and so is everything from the first record on that makes no sense: its batch is computed
+again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 __all__ = ["Journal"]
@@ -24,7 +26,10 @@ _HEAD = 8 + 32
 def _locked(path: Path) -> BinaryIO:
     """The file, locked; a killed process's lock is gone."""
     while True:
-        file = path.open("a+b")
+        try:
+            file = path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be opened ({error.strerror}): it may be whole") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -40,6 +45,25 @@ def _locked(path: Path) -> BinaryIO:
             file.close()
             raise RuntimeError(f"{path} cannot be locked ({error}): its file system must know flock") from error
         file.close()  # between opening and locking whoever held it has deleted it: that lock guards no name
+
+
+def _record(blob: bytes) -> tuple[int, dict[str, torch.Tensor]] | None:
+    """Batch and tensors of a record; None if they are no batch's."""
+    try:
+        tensors = load(blob)
+        batch, numbers = tensors.pop("batch"), tensors["numbers"]
+        rows, digests = tensors["rows"], tensors["digests"]
+    except (SafetensorError, KeyError, AssertionError, ValueError, RuntimeError):
+        return None
+    makes_sense = (
+        len(tensors) == 3
+        and (batch.shape, batch.dtype, numbers.dtype, digests.dtype) == ((), torch.int64, torch.int64, torch.uint8)
+        and (rows.dim(), rows.is_floating_point(), numbers.dim(), digests.dim()) == (5, True, 2, 2)
+        and (numbers.shape[1], digests.shape) == (3, (len(numbers), 8))
+        and bool(((numbers >= 0) & (numbers < 2**31)).all())
+        and int(numbers[:, 0].sum()) == len(rows)
+    )
+    return (int(batch), tensors) if makes_sense else None
 
 
 class Journal:
@@ -68,15 +92,19 @@ class Journal:
 
     def _recover(self) -> dict[int, dict[str, torch.Tensor]]:
         found: dict[int, dict[str, torch.Tensor]] = {}
+        size = os.fstat(self._file.fileno()).st_size
         self._file.seek(0)
         end = 0
         while len(head := self._file.read(_HEAD)) == _HEAD:
-            blob = self._file.read(int.from_bytes(head[:8], "little"))
-            if hashlib.sha256(blob).digest() != head[8:]:
+            length = int.from_bytes(head[:8], "little")
+            if length > size - self._file.tell():
+                break  # before so much is read
+            blob = self._file.read(length)
+            record = _record(blob) if hashlib.sha256(blob).digest() == head[8:] else None
+            if record is None or record[0] in found:
                 break
             end = self._file.tell()
-            tensors = load(blob)
-            found[int(tensors.pop("batch"))] = tensors
+            found[record[0]] = record[1]
         self._file.truncate(end)
         return found
 

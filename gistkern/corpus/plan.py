@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
+import os
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Document", "Documents", "batches_of", "chunks_of", "read_chunk"]
+__all__ = ["Document", "DocumentError", "Documents", "batches_of", "chunks_of", "read_chunk"]
 
 Content: TypeAlias = "str | Sequence[int]"
 Documents: TypeAlias = "Mapping[str, Content] | Iterable[Content | tuple[str, Content]]"
+
+
+class DocumentError(ValueError):
+    """What is wrong with the document called `name`."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -32,16 +43,98 @@ class Document:
         return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
 
 
+def _checked(documents: Documents) -> Iterator[tuple[str, Content]]:
+    if isinstance(documents, str | bytes | bytearray | os.PathLike):
+        raise ValueError(
+            f"documents is a single {type(documents).__name__}: pass texts or ids, by name or in a list (a file of "
+            "documents is read by python -m gistkern.corpus)"
+        )
+    if isinstance(documents, set | frozenset):
+        raise ValueError("documents is a set, which has another order in every process: pass a list")
+    if not isinstance(documents, Iterable):
+        raise ValueError(f"documents must be a mapping or iterable, got {type(documents).__name__}")
+    known: set[bytes] = set()
+    for name, content in (
+        documents.items() if isinstance(documents, Mapping) else map(_named, itertools.count(), documents)
+    ):
+        name = _checked_name(name)
+        digest = hashlib.blake2b(name.encode(), digest_size=16).digest()  # millions of long names take no room
+        if digest in known:
+            raise DocumentError(name, f"two documents are called {name!r}: names must differ")
+        known.add(digest)
+        yield name, _checked_content(name, content)
+
+
+def _named(number: int, document: Any) -> tuple[Any, Any]:
+    if isinstance(document, tuple) and len(document) == 2 and isinstance(document[0], str):
+        return document
+    return str(number), document
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise DocumentError(str(name), f"names of documents must be strings that say something, got {name!r}")
+    if (place := _half_pair(name)) is not None:
+        raise DocumentError(
+            name, f"the name {name!r} cannot be written as UTF-8 (character {place} is half a pair): choose another"
+        )
+    return str(name)
+
+
+def _checked_content(name: str, content: Any) -> Content:
+    if isinstance(content, str):
+        if (place := _half_pair(content)) is not None:
+            raise DocumentError(
+                name,
+                f"document {name!r} cannot be written as UTF-8 (character {place} is half a pair, "
+                f"{content[place]!r}): decode it with errors='replace'",
+            )
+    else:
+        if hasattr(content, "tolist"):  # tensors and arrays
+            content = content.tolist()
+        if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+            said = "None" if content is None else type(content).__name__
+            raise DocumentError(name, f"document {name!r} is a {said}: pass a text or a list of token ids")
+        for one in content if set(map(type, content)) - {int} else ():
+            if isinstance(one, bool) or not _is_whole(one):
+                raise DocumentError(name, f"document {name!r} holds {reprlib.repr(one)} where token ids are expected")
+    if not len(content):
+        raise DocumentError(name, f"document {name!r} is empty: leave it out")
+    return content
+
+
+def _is_whole(number: Any) -> bool:
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return True
+
+
+def _half_pair(text: str) -> int | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def chunks_of(documents: Documents, size: int, length: int) -> Iterator[list[tuple[str, Content]]]:
     """Lists of consecutive names and contents; documents without a name are called by their number.
 
     A chunk holds at most `size` documents, of at most `length` characters (texts) and tokens (ids) together; a longer
     document stands alone. Lengths as they are given are known to every process without encoding all texts.
+
+    Raises
+    ------
+    DocumentError
+        If a name is no text, empty, or comes twice, or a content is no text or ids, or is empty.
+    ValueError
+        If `documents` is a path, or has no order that is the same in every process.
     """
-    pairs = iter(documents.items()) if isinstance(documents, Mapping) else map(_named, itertools.count(), documents)
     chunk: list[tuple[str, Content]] = []
     filled = 0
-    for pair in pairs:
+    for pair in _checked(documents):
         if chunk and (len(chunk) == size or filled + len(pair[1]) > length):
             yield chunk
             chunk, filled = [], 0
@@ -51,12 +144,6 @@ def chunks_of(documents: Documents, size: int, length: int) -> Iterator[list[tup
         yield chunk
 
 
-def _named(number: int, document: Any) -> tuple[str, Content]:
-    if isinstance(document, tuple) and len(document) == 2 and isinstance(document[0], str):
-        return document
-    return str(number), document
-
-
 def read_chunk(
     chunk: Sequence[tuple[str, Content]], encode: Callable[[str], Sequence[int]] | None, vocabulary: int
 ) -> list[Document]:
@@ -64,36 +151,29 @@ def read_chunk(
 
     Raises
     ------
-    ValueError
-        If a text comes without a tokenizer, a document is empty or holds other ids, or a name is no string that UTF-8
-        can write, or comes twice.
+    DocumentError
+        If a text comes without a tokenizer, or a document has no ids, or others than those.
     """
-    found: dict[str, Document] = {}
+    found = []
     for name, content in chunk:
-        if not isinstance(name, str):
-            raise ValueError(f"names of documents must be strings, got {name!r}")
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the name {name!r} cannot be written as UTF-8 ({error.reason}): choose another"
-            ) from error
-        if name in found:
-            raise ValueError(f"two documents are called {name!r}: names must differ")
         if isinstance(content, str):
             if encode is None:
-                raise ValueError(f"document {name!r} is a text: pass a tokenizer, or token ids")
-            content = encode(content)
+                raise DocumentError(name, f"document {name!r} is a text: pass a tokenizer, or token ids")
+            try:
+                content = encode(content)
+            except ValueError as error:
+                raise DocumentError(name, f"document {name!r} cannot be tokenised: {error}") from error
         ids = tuple(int(one) for one in content)
         if not ids:
-            raise ValueError(f"document {name!r} is empty: leave it out")
+            raise DocumentError(name, f"document {name!r} is empty: leave it out")
         if wrong := [one for one in ids if not 0 <= one < vocabulary]:
-            raise ValueError(
-                f"document {name!r} holds token {wrong[0]}, the model's words are 0 to {vocabulary - 1}: gist tokens "
-                "are appended by themselves, and a tokenizer must be the model's"
+            raise DocumentError(
+                name,
+                f"document {name!r} holds token {reprlib.repr(wrong[0])}, the model's words are 0 to {vocabulary - 1}: "
+                "gist tokens are appended by themselves, and a tokenizer must be the model's",
             )
-        found[name] = Document(name, ids)
-    return list(found.values())
+        found.append(Document(name, ids))
+    return found
 
 
 def batches_of(documents: Sequence[Document], batch_tokens: int) -> list[list[int]]:

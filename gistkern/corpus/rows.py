@@ -1,6 +1,9 @@
 """Compressed documents as plain tensors: one after the other, each a contiguous run of rows.
 
 ``rows`` is ``[R, layers, 2, Hkv, D]``: row by row, so that a document is one slice of a file.
+
+What a reader of files does here is numpy's work: a forked child in which torch has more than one thread hangs in the
+first large copy (OpenMP's threads stay with the parent).
 """
 
 from __future__ import annotations
@@ -9,12 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
 
-__all__ = ["CompressedDocument", "from_cache", "to_cache"]
+__all__ = ["CompressedDocument", "bytes_of", "finite", "from_cache", "to_cache"]
+
+# a number is inf or NaN where all bits of its exponent are set
+_EXPONENT = {
+    torch.float64: (torch.int64, 0x7FF0 << 48),
+    torch.float32: (torch.int32, 0x7F80 << 16),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +51,34 @@ def from_cache(cache: GistCache) -> list[CompressedDocument]:
     ]
 
 
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a CPU tensor, uint8."""
+    found: np.ndarray = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return found
+
+
+def finite(rows: torch.Tensor) -> bool:
+    """Whether no number is inf or NaN."""
+    whole, mask = _EXPONENT[rows.dtype]
+    return not ((rows.view(whole).numpy() & mask) == mask).any()
+
+
 def to_cache(
     documents: Sequence[CompressedDocument], positions: str, fingerprint: str, device: torch.device | str = "cpu"
 ) -> GistCache:
-    """A ragged batch, right-aligned as a cache stores it; the first model that reads it is checked."""
+    """A ragged batch, right-aligned as a cache stores it; the first model that reads it is checked.
+
+    Raises
+    ------
+    ValueError
+        If the documents' rows are not of one model.
+    """
     own = [len(document.rows) for document in documents]
-    shape = documents[0].rows.shape[1:]
-    rows = documents[0].rows.new_zeros((len(documents), max(own), *shape))
-    for sample, document in enumerate(documents):
-        rows[sample, max(own) - own[sample] :] = document.rows
-    rows = rows.to(device)
+    first = documents[0].rows
+    kinds = {(document.rows.shape[1:], document.rows.dtype) for document in documents}
+    if len(kinds) > 1:
+        said = " and ".join(f"{dtype} of [rows, {', '.join(map(str, shape))}]" for shape, dtype in kinds)
+        raise ValueError(f"the documents were not written by one model: {said}")
     numbers: dict[str, list[int]] = {
         "seen": [document.seen for document in documents],
         "gist_rows": own,
@@ -65,7 +95,14 @@ def to_cache(
         tail_columns=0,
         length=max(numbers["seen"]),
     )
-    for index in range(shape[0]):
-        keys, values = (rows[:, :, index, kind].transpose(1, 2).contiguous() for kind in range(2))
-        cache.layers.append(GistLayer.holding(keys, values))
+    # [R, layers, 2, Hkv, bytes of D]
+    pieces = [bytes_of(one.rows).reshape(*one.rows.shape[:4], -1) for one in documents]
+    for index in range(first.shape[1]):
+        layer = []
+        for kind in range(2):
+            rows = np.zeros((len(pieces), first.shape[3], max(own), pieces[0].shape[4]), dtype=np.uint8)
+            for sample, piece in enumerate(pieces):
+                rows[sample, :, max(own) - own[sample] :] = piece[:, index, kind].swapaxes(0, 1)
+            layer.append(torch.from_numpy(rows).view(first.dtype).to(device))
+        cache.layers.append(GistLayer.holding(*layer))
     return cache

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
-import threading
+import reprlib
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ import numpy as np
 import torch
 
 from gistkern.cache import GistCache
+from gistkern.cache_file import check_device
 from gistkern.corpus.index import hash_of, read_index
 from gistkern.corpus.rows import CompressedDocument, to_cache
-from gistkern.corpus.shard_file import FORMAT, SETTINGS, Shard, shard_path
+from gistkern.corpus.shard_file import ABOUT, FORMAT, SETTINGS, Shard, shard_path
+from gistkern.files import parse_json, read_bytes
+from gistkern.positions import SCHEMES
 
 __all__ = ["GistStore"]
 
@@ -28,8 +30,8 @@ class GistStore:
     """Compressed documents in a folder that `gistkern.compress_corpus` wrote.
 
     Opening reads the index only, or where there is none (a corpus still in work) the headers of the files that are
-    there; documents are memory-mapped and checked one by one. Threads may share a store, and a pickled one opens its
-    folder again (workers of a DataLoader).
+    there; documents are read and checked one by one. Threads and forked children may share a store, and a pickled one
+    opens its folder again (workers of a DataLoader).
 
     Parameters
     ----------
@@ -43,6 +45,11 @@ class GistStore:
     damaged : list of str
         What is wrong with files that could not be opened without an index; the rest is there.
 
+    Raises
+    ------
+    ValueError
+        If the folder holds no store, one name twice, or the device cannot be used.
+
     Examples
     --------
     ::
@@ -53,15 +60,18 @@ class GistStore:
     """
 
     def __init__(self, folder: str | os.PathLike, device: torch.device | str = "cpu") -> None:
-        self.folder, self.device = Path(folder), device
+        self.folder, self.device = Path(folder).absolute(), device
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
+        check_device(device)
         self._settings = _settings(self.folder)
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        # it holds no lock while it opens a file, so a child forked meanwhile does not wait for one
+        self._shard = functools.lru_cache(_OPEN_FILES)(self._opened)
         self.damaged: list[str] = []
         self._index = read_index(self.folder)
-        self._scanned: dict[str, tuple[int, int]] = {} if self._index is not None else self._scan()
+        self._scanned: dict[str, tuple[int, int]] = self._scan() if self._index is None else {}
+        if self._index is not None:
+            self._check_names(self._index)
 
     def __reduce__(self) -> tuple[type[GistStore], tuple[Path, torch.device | str]]:
         return type(self), (self.folder, self.device)
@@ -104,8 +114,11 @@ class GistStore:
         KeyError
             If a name is unknown.
         ValueError
-            If a file is torn or foreign, a document damaged, or no name is given; the message names file and document.
+            If one string is given instead of several, a file is torn or foreign, a document damaged, or no name is
+            given; the message names file and document.
         """
+        if isinstance(names, str | bytes):
+            raise ValueError(f"names is one string: pass [{names!r}]")
         names = list(names)
         read = {name: self._read(name) for name in dict.fromkeys(names)}
         if not read:
@@ -130,6 +143,8 @@ class GistStore:
 
     def _find(self, name: str) -> tuple[int, int] | None:
         """Chunk and place of a document."""
+        if not isinstance(name, str):
+            return None
         if self._index is None:
             return self._scanned.get(name)
         hashes, wanted = self._index["hashes"], hash_of(name)
@@ -145,17 +160,33 @@ class GistStore:
             at += 1
         return None
 
-    def _shard(self, chunk: int) -> Shard:
-        with self._lock:
-            if chunk not in self._open:
-                self._open[chunk] = Shard(shard_path(self.folder, chunk), chunk, self._settings)
-                while len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(chunk)
-            return self._open[chunk]
+    def _opened(self, chunk: int) -> Shard:
+        return Shard(shard_path(self.folder, chunk), chunk, self._settings)
+
+    def _check_names(self, index: dict[str, np.ndarray]) -> None:
+        """Raise ValueError if one name stands at two places; files are opened only for equal hashes."""
+        hashes = index["hashes"]
+        known: dict[str, int] = {}
+        for at in np.flatnonzero(np.isin(hashes, hashes[1:][hashes[1:] == hashes[:-1]])).tolist():
+            chunk, place = int(index["chunks"][at]), int(index["places"][at])
+            try:
+                names = self._shard(chunk).names
+            except ValueError:
+                continue  # reading it says what is wrong
+            if place < len(names):
+                self._add(known, names[place], chunk)
+
+    def _add(self, known: dict[str, int], name: str, chunk: int) -> None:
+        if name in known:
+            raise ValueError(
+                f"two documents of {self.folder} are called {name!r}, in chunks {known[name]} and {chunk}: compress "
+                "the corpus into another folder, with names that differ"
+            )
+        known[name] = chunk
 
     def _scan(self) -> dict[str, tuple[int, int]]:
         found: dict[str, tuple[int, int]] = {}
+        known: dict[str, int] = {}
         for path in sorted(self.folder.glob("chunk-*.safetensors")):
             try:
                 chunk = _number(path)
@@ -164,7 +195,9 @@ class GistStore:
                 self.damaged.append(str(error))
                 warnings.warn(f"left out: {error}", stacklevel=3)
                 continue
-            found |= {name: (chunk, place) for place, name in enumerate(names)}
+            for place, name in enumerate(names):
+                self._add(known, name, chunk)
+                found[name] = chunk, place
         return found
 
 
@@ -179,11 +212,17 @@ def _number(path: Path) -> int:
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        text = read_bytes(path)
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{path} cannot be read ({error}): pass a folder that gistkern.compress_corpus wrote, with its {SETTINGS}"
+            f"{path} cannot be read, there is none: pass a folder that gistkern.compress_corpus wrote"
         ) from error
+    found = parse_json(text, f"{path} cannot be read, it is torn")
     if found.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of a {FORMAT} store: compress the corpus again with this version")
-    return found
+    for field, wanted in (("positions", SCHEMES), ("fingerprint", None)):
+        value = found.get(field)
+        if type(value) is not str or (wanted and value not in wanted):
+            said = f"one of {list(wanted)}" if wanted else "a digest of the model"
+            raise ValueError(f"{path}: {field} must be {said}, found {reprlib.repr(value)}")
+    return {name: value for name, value in found.items() if name not in ABOUT}

@@ -381,7 +381,7 @@ def test_other_settings_in_the_same_folder(handle, store, corpus):
         (["a text"], {}, "document '0' is a text: pass a tokenizer"),
         ([[1], []], {}, "document '1' is empty"),
         ([("a", [1]), ("a", [2])], {}, "two documents are called 'a'"),
-        ([[1]] * 9 + [("3", [2])], {}, "two documents are called '3', in chunks 0 and 1"),
+        ([[1]] * 9 + [("3", [2])], {}, "two documents are called '3'"),
         ({3: [1]}, {}, "names of documents must be strings"),
         ({"a": [1], "\ud800": [1]}, {}, "cannot be written as UTF-8"),
         ({"a": [1], "b": [2, WORDS]}, {}, f"document 'b' holds token {WORDS}, the model's words are 0 to {WORDS - 1}"),
@@ -506,7 +506,7 @@ def test_the_command_line(tmp_path, capsys):
     lines.write_text('{"id": "x"}\n')
     with pytest.raises(SystemExit):
         main([*given[:-1], str(tmp_path / "other")])
-    assert "line 1 is no document (KeyError('text'))" in capsys.readouterr().err
+    assert "line 1, is no document: it lacks 'text'" in capsys.readouterr().err
     handle.unpatch()
     handle.model.save_pretrained(tmp_path / "plain")
     with pytest.raises(SystemExit):
