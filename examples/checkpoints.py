@@ -24,6 +24,7 @@ from models import Model, read
 from optimizer import Optimizers
 from presets import Preset, preset
 from ranks import whole_tensor
+from results import newest_whole, read_json
 
 __all__ = ["Progress", "latest", "load_model", "load_progress", "newest", "recipe_of", "save"]
 
@@ -103,7 +104,7 @@ def latest(run: Path) -> Path | None:
 
 def newest(path: Path) -> Path:
     """A checkpoint's folder, or a run's newest, be it of a preset or of transformers' Trainer; ValueError if none."""
-    found = max(path.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]), default=path)
+    found = newest_whole(path) or path
     if not any((found / name).exists() for name in ("progress.json", "adapter_config.json")):
         raise ValueError(f"{path} holds no checkpoint: pass a folder that train_niah.py wrote")
     return found
@@ -123,8 +124,18 @@ def load_model(path: Path, trainable: bool = False) -> tuple[PreTrainedModel, Gi
 
 
 def load_progress(path: Path) -> Progress:
-    """The counters of a checkpoint; ValueError if the folder holds none."""
+    """The counters of a checkpoint; ValueError if the folder holds none, or others than a run writes."""
     file = path / "progress.json"
     if not file.exists():
         raise ValueError(f"{path} holds no checkpoint (no progress.json): pass a folder that train_niah.py wrote")
-    return Progress(**json.loads(file.read_text()))
+    found = read_json(file, "preset", "seed", "curriculum")
+    try:
+        progress = Progress(**found)
+        kinds = {"preset": str, "seed": int, "tokens": int, "cpu_seconds": (int, float), "curriculum": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(progress, name), kind):
+                raise TypeError(f"{name} is {getattr(progress, name)!r}")
+        progress.curriculum["step"] + 0
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is none that train_niah.py wrote: {error}") from error
+    return progress

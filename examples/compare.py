@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from command_line import at_least, errors_as_one_line, output_file, output_folder
 from compare_layouts import BUDGETS, GRID, Budget, Configuration, draw_batch
 from compare_page import write_page
 from evaluation import answer_samples
@@ -36,7 +37,7 @@ from metrics import digit_accuracy, parsed, rows_of, wilson
 from niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
 from optimizer import Optimizers
 from readers import GistReader
-from results import environment, write_json
+from results import environment, read_json, write_json
 
 __all__ = ["capacity", "collect", "main", "run_one", "train"]
 
@@ -188,9 +189,9 @@ def finished(path: Path, settings: dict[str, Any]) -> bool:
     """Whether a result is there; ValueError if it is of other settings than these."""
     if not path.exists():
         return False
-    found = json.loads(path.read_text("utf-8"))
+    found = read_json(path)
     for key, value in settings.items():
-        if found.get(key) != value:
+        if not isinstance(found, dict) or found.get(key) != value:
             raise ValueError(f"{path} was run with another {key}: delete it, or pass another --runs folder")
     return True
 
@@ -223,15 +224,17 @@ def main(arguments: list[str] | None = None) -> None:
     names = [configuration.name for configuration in GRID]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", help="one configuration; repeatable")
     parser.add_argument("--list", action="store_true", help="name the configurations and say which are finished")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1])
     parser.add_argument("--budget", default="standard", choices=sorted(BUDGETS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the single results")
-    parser.add_argument("--out", type=Path, default=Path("docs/evidence/compare.json"), help="the report, a .json")
+    parser.add_argument("--runs", type=output_folder, default=Path("runs/compare"), help="folder of the single results")
+    parser.add_argument(
+        "--out", type=output_file, default=Path("docs/evidence/compare.json"), help="the report, a .json"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # fastest for a model this small
     budgets = BUDGETS[given.budget]
     runs = [(one, seed) for seed in given.seeds for one in GRID if one.name in (given.only or names)]
-    try:
+    with errors_as_one_line(parser):
         for configuration, seed in runs:
             path = given.runs / f"{configuration.name}-seed{seed}.json"
             budget = budgets[configuration.task]
@@ -246,8 +249,6 @@ def main(arguments: list[str] | None = None) -> None:
             report = collect(given.runs, budgets, given.seeds, command)
             write_json(given.out, report)
             write_page(report, given.out.with_suffix(".md"))
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python examples/compare_page.py docs/evidence/compare.json
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from command_line import errors_as_one_line, input_file
 from metrics import wilson
-from results import environment_line, table
+from results import environment_line, read_json, table
 
 __all__ = ["main", "page", "pooled", "write_page"]
 
@@ -237,12 +237,14 @@ def _plot_capacity(results: Sequence[Result], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, metavar="REPORT.json")
+    parser.add_argument("report", type=input_file, metavar="REPORT.json")
     given = parser.parse_args(arguments)
-    try:
-        write_page(json.loads(given.report.read_text("utf-8")), given.report.with_suffix(".md"))
-    except ValueError as error:
-        parser.error(str(error))
+    with errors_as_one_line(parser):
+        report = read_json(given.report)
+        try:
+            write_page(report, given.report.with_suffix(".md"))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{given.report} is no report of compare.py: {error!r}") from error
 
 
 if __name__ == "__main__":

@@ -14,20 +14,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from command_line import at_least, errors_as_one_line, input_folder, output_folder
 
-from checkpoints import newest, recipe_of
-from evaluation import BATCH, answer_samples, build_report, evaluate_run, first_of
-from global_tasks import GlobalSample
-from measure import side_by_side
-from metrics import rows_of
-from niah import Sample
-from opened import SWAPPED, Opened, open_preset
-from report import write_report
-from samples import read_samples
-from throughput import BATCHES
+if TYPE_CHECKING:
+    from niah import Sample
+    from opened import Opened
 
 __all__ = ["main"]
 
@@ -35,14 +28,14 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint folder, or a run's folder")
+    parser.add_argument("--checkpoint", type=input_folder, required=True, help="a checkpoint folder, or a run's folder")
     parser.add_argument("--model", help="of a recipe's adapter: folder or hub name of its base model, if not its own")
     parser.add_argument("--dataset", type=Path, nargs="+", help="JSON lines of niah.py or global_tasks.py")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the answers and the report")
-    parser.add_argument("--limit", type=int, help="evaluate so many samples of each dataset only")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder for the answers and the report")
+    parser.add_argument("--limit", type=at_least(1), help="evaluate so many samples of each dataset only")
     parser.add_argument(
         "--full",
-        type=int,
+        type=at_least(0),
         nargs="?",
         const=sys.maxsize,
         default=0,
@@ -53,26 +46,34 @@ def main(arguments: list[str] | None = None) -> None:
         "--measure", action="store_true", help="time and memory on the longest context, full cache beside"
     )
     parser.add_argument(
-        "--new-tokens", type=int, help="most tokens of an answer; as many as a right one has by default"
+        "--new-tokens", type=at_least(1), help="most tokens of an answer; as many as a right one has by default"
     )
-    parser.add_argument("--batch", type=int, default=BATCH, help="samples read together")
+    parser.add_argument("--batch", type=at_least(1), help="samples read together; 4 by default")
     parser.add_argument("--overwrite", action="store_true", help="replace another evaluation in the output folder")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=at_least(1), default=1)
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            opened = _open(_snapshot(given.checkpoint, Path(folder)), given.checkpoint, given.model)
-            if given.dataset is None:
-                _refuse_options_of_datasets(given)
-                evaluate_run(opened, given.output, full=given.full, overwrite=given.overwrite)
-            else:
-                _evaluate(opened, given)
-        except ValueError as error:
-            parser.error(str(error))
+    with errors_as_one_line(parser), tempfile.TemporaryDirectory() as folder:
+        # here and below: what takes seconds to load, and a wrong argument is refused without
+        import torch
+
+        from evaluation import evaluate_run
+        from samples import read_samples
+
+        torch.set_num_threads(given.threads)
+        if given.dataset is None:
+            _refuse_options_of_datasets(given)
+        datasets = [read_samples(path, given.limit) for path in given.dataset or ()]
+        opened = _open(_snapshot(given.checkpoint, Path(folder)), given.checkpoint, given.model)
+        if given.dataset is None:
+            evaluate_run(opened, given.output, full=given.full, overwrite=given.overwrite)
+        else:
+            _evaluate(opened, datasets, given)
 
 
 def _open(snapshot: Path, path: Path, model: str | None) -> Opened:
+    from checkpoints import recipe_of
+    from opened import open_preset
+
     if recipe_of(path) is None:
         if model is not None:
             raise ValueError(f"--model is for adapters of a recipe, {path} is of a preset")
@@ -83,7 +84,7 @@ def _open(snapshot: Path, path: Path, model: str | None) -> Opened:
 
 
 def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
-    for option, default in (("limit", None), ("measure", False), ("new_tokens", None), ("batch", BATCH)):
+    for option, default in (("limit", None), ("measure", False), ("new_tokens", None), ("batch", None)):
         if getattr(given, option) != default:
             name = option.replace("_", "-")
             raise ValueError(
@@ -91,11 +92,16 @@ def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
             )
 
 
-def _evaluate(opened: Opened, given: argparse.Namespace) -> None:
-    datasets = [read_samples(path, given.limit) for path in given.dataset]
+def _evaluate(opened: Opened, datasets: list[list[Sample]], given: argparse.Namespace) -> None:
+    from evaluation import BATCH, answer_samples, build_report, first_of
+    from global_tasks import GlobalSample
+    from metrics import rows_of
+    from opened import SWAPPED
+    from report import write_report
+
     samples = first_of(datasets)
     reader = opened.reader(given.new_tokens)
-    options = {"batch": given.batch, "overwrite": given.overwrite}
+    options = {"batch": given.batch or BATCH, "overwrite": given.overwrite}
     answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
     passkeys = [sample for sample in samples if not isinstance(sample, GlobalSample)]
     probe = sorted(passkeys, key=lambda sample: -sample.tokens)[:SWAPPED]
@@ -114,6 +120,9 @@ def _evaluate(opened: Opened, given: argparse.Namespace) -> None:
 
 
 def _measured(opened: Opened, samples: list[Sample]) -> dict[str, Any]:
+    from measure import side_by_side
+    from throughput import BATCHES
+
     if opened.preset is None:
         raise ValueError("--measure loads presets only: leave it out for an adapter of a recipe")
     longest = max(samples, key=lambda sample: sample.tokens)
@@ -122,6 +131,8 @@ def _measured(opened: Opened, samples: list[Sample]) -> dict[str, Any]:
 
 def _snapshot(path: Path, folder: Path) -> Path:
     """A copy of the checkpoint: training deletes old ones, and an evaluation may take longer than it keeps them."""
+    from checkpoints import newest
+
     while True:
         checkpoint = newest(path)
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
+from command_line import errors_as_one_line
 from haystack import is_held_out
 from niah import Haystack, Sample, given_tokenizer, samples_parser, write_samples
 
@@ -290,12 +291,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task", required=True, choices=sorted(TASKS))
     given = parser.parse_args(arguments)
     options = {name: getattr(given, name) for name in ("seed", "filler", "wordings")}
-    tokenizer = given_tokenizer(given.tokenizer)
-    try:
+    with errors_as_one_line(parser):
+        tokenizer = given_tokenizer(given.tokenizer)
         samples = list(dataset(tokenizer, given.task, given.lang, given.tokens, given.samples, **options))
-    except ValueError as error:
-        parser.error(str(error))
-    write_samples(samples, given.out)
+        write_samples(samples, given.out)
     print(f"{len(samples)} {given.task} samples of {given.tokens:,} tokens in {given.out}")
 
 

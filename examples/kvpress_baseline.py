@@ -35,9 +35,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from answers import AnswerFile
+from command_line import at_least, errors_as_one_line, input_folder, output_folder
 from global_tasks import GlobalSample
 from metrics import judged, rows_of
-from niah import Sample
+from niah import Sample, read_tokenizer
 from results import command_line, environment, environment_line, table, write_json
 from samples import read_samples
 
@@ -189,21 +190,23 @@ def draw_samples(path: Path, limit: int | None) -> list[Sample]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model and its tokenizer")
+    parser.add_argument(
+        "--model", type=input_folder, required=True, help="folder of a transformers model and its tokenizer"
+    )
     parser.add_argument("--dataset", type=Path, required=True, help="JSON lines of niah.py, of one length")
     parser.add_argument("--limit", type=int, help="so many samples, spread evenly over the file")
-    parser.add_argument("--rows", type=int, nargs="+", default=[10], help="rows per layer and head that are kept")
+    parser.add_argument(
+        "--rows", type=at_least(1), nargs="+", default=[10], help="rows per layer and head that are kept"
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=(*METHODS, FULL), default=[*(m for m in METHODS if m not in MASKING), FULL]
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the answers and report.json")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=output_folder, required=True, help="folder for the answers and report.json")
+    parser.add_argument("--threads", type=at_least(1), default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    try:
+    with errors_as_one_line(parser):
         _run(given, command_line("kvpress_baseline.py", arguments))
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def _run(given: argparse.Namespace, command: str) -> None:
@@ -225,7 +228,7 @@ def _run(given: argparse.Namespace, command: str) -> None:
         path = given.output / f"answers-{method}-{rows}.jsonl"
         files[method, rows] = AnswerFile(path, who[method, rows], by_digest)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    reader = Reader(model, Tokenizer.from_file(str(given.model / "tokenizer.json")))
+    reader = Reader(model, read_tokenizer(given.model / "tokenizer.json"))
     about = {
         "command": command,
         "protocol": "compressed before the question is seen; greedy",

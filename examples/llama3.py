@@ -28,14 +28,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from checkpoints import newest, recipe_of
 from gistkern import GistHandle, patch_llama
 from gistkern.training import Curriculum, GistDataCollator, GistTrainer
 from gistkern.training.recipe import CurriculumSection, Recipe, read_recipe
+from models import loading
 from niah import Haystack, train_tokenizer
 from opened import Opened
+from results import newest_whole
 
 __all__ = [
     "DRY_STEPS",
@@ -158,17 +159,19 @@ def load_base(
 def load_plain(recipe: Recipe, source: str) -> PreTrainedModel:
     """The base model as it is, quantised as the recipe says."""
     quantization = recipe.quantization
-    return AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=getattr(torch, recipe.model.dtype),
-        quantization_config=None if quantization is None else quantization.config(),
-    )
+    with loading(source):
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, recipe.model.dtype),
+            quantization_config=None if quantization is None else quantization.config(),
+        )
 
 
 def load_trained(recipe: Recipe, adapter: str | Path, source: str) -> tuple[PeftModel, GistHandle]:
     """A trained adapter on its base model, for evaluation; the tokenizer is the one saved with the adapter."""
     base, handle, _ = load_base(recipe, source, str(adapter))
-    return PeftModel.from_pretrained(base, adapter).eval(), handle
+    with loading(adapter):
+        return PeftModel.from_pretrained(base, adapter).eval(), handle
 
 
 def open_trained(adapter: Path, source: str | None = None, recipe_file: Path | None = None) -> Opened:
@@ -282,14 +285,14 @@ def _checked(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str | 
     """The checkpoint to resume from, if any; ValueError for a folder in use, or where nothing can be resumed."""
     file = run / "recipe.json"
     if resume:
-        checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
+        checkpoint = newest_whole(run)
         if checkpoint is None:
             raise ValueError(f"nothing to resume: {run} holds no checkpoint")
         if file.read_text() != _written(recipe):
             raise ValueError(
                 f"{run} is a run of another recipe (see {file}): resume with the recipe it was started with"
             )
-        return checkpoint
+        return str(checkpoint)
     if run.exists() and any(run.iterdir()) and not overwrite:
         raise ValueError(f"{run} is in use: resume it, overwrite it, or name another folder")
     return None

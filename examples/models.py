@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smollm2
 from gistkern import GistHandle, patch_llama
-from niah import train_tokenizer
+from niah import read_tokenizer, train_tokenizer
 from presets import Preset
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["build", "full_context", "read", "tiny_llama"]
+__all__ = ["build", "full_context", "loading", "read", "tiny_llama"]
 
 # rank and scale as in the proof of concept
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -43,17 +46,28 @@ def build(settings: Preset, seed: int) -> tuple[Model, GistHandle, Tokenizer]:
     return model, handle, tokenizer
 
 
+@contextmanager
+def loading(folder: object) -> Iterator[None]:
+    """ValueError, naming the folder, for whatever torch, safetensors and peft raise over weights that do not fit."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+
+
 def read(checkpoint: Path, settings: Preset, trainable: bool = False) -> tuple[Model, GistHandle, Tokenizer]:
     """The model of a checkpoint. An adapter stays one if it is to be `trainable`, else it is merged."""
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer = read_tokenizer(checkpoint / "tokenizer.json")
     if settings.model == "tiny":
-        model = LlamaForCausalLM.from_pretrained(checkpoint)
-        return model, patch_llama(model), tokenizer
+        with loading(checkpoint):
+            model = LlamaForCausalLM.from_pretrained(checkpoint)
+            return model, patch_llama(model), tokenizer
     from peft import PeftModel
 
     base, _ = smollm2.pretrained()
     handle = _patched(base, settings)
-    adapted = PeftModel.from_pretrained(base, checkpoint, is_trainable=trainable)
+    with loading(checkpoint):
+        adapted = PeftModel.from_pretrained(base, checkpoint, is_trainable=trainable)
     return adapted if trainable else adapted.merge_and_unload(), handle, tokenizer
 
 

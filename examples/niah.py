@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from command_line import at_least, errors_as_one_line, output_file
 from haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
 from prose import passage, prose
 
@@ -32,6 +33,7 @@ __all__ = [
     "Sample",
     "dataset",
     "given_tokenizer",
+    "read_tokenizer",
     "samples_parser",
     "train_tokenizer",
     "write_samples",
@@ -326,13 +328,13 @@ def samples_parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments that all generators of samples have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
-    parser.add_argument("--tokens", type=int, default=2990, help="exact length of every context")
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--tokens", type=at_least(1), default=2990, help="exact length of every context")
+    parser.add_argument("--samples", type=at_least(1), default=200)
     parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
     parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_file, required=True)
     return parser
 
 
@@ -342,11 +344,26 @@ def given_tokenizer(folder: str | None) -> Tokenizer:
         return train_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    try:
+        found = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds, by what is missing or torn
+        raise ValueError(f"{folder} holds no tokenizer: {error}") from error
+    if not found.is_fast:
+        raise ValueError(f"the tokenizer of {folder} is a slow one: expected one with a tokenizer.json")
+    return found.backend_tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json; ValueError if there is none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
 def write_samples(samples: Iterable[Sample], path: Path) -> None:
     """JSON lines, as eval_niah.py reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
 
 
@@ -357,11 +374,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--asked-by", default="question", choices=ASKED_BY, help="a whole question, or its last words")
     given = parser.parse_args(arguments)
     options = {name: getattr(given, name) for name in ("seed", "keys", "filler", "wordings", "asked_by")}
-    try:
+    with errors_as_one_line(parser):
         samples = list(dataset(given_tokenizer(given.tokenizer), given.lang, given.tokens, given.samples, **options))
-    except ValueError as error:
-        parser.error(str(error))
-    write_samples(samples, given.out)
+        write_samples(samples, given.out)
     print(f"{len(samples)} samples of {given.tokens:,} tokens in {given.out}")
 
 

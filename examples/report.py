@@ -8,14 +8,14 @@ writes docs/evidence/tiny.md and, beside it, tiny-ratio.png, tiny-kv.png and tin
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import errors_as_one_line, output_file
 from plots import accuracy_against_ratio, depth_map, kv_bytes, label
 from poc import NAME, ROWS, TARGET
-from results import environment, environment_line, table, write_json
+from results import environment, environment_line, read_json, table, write_json
 
 __all__ = ["comparison", "main", "markdown", "read_report", "write_report"]
 
@@ -151,11 +151,12 @@ def _compared(name: str, gist: float | None, full: float | None, is_bytes: bool)
 def read_report(path: Path) -> dict[str, Any]:
     """A report.json; ValueError if the file is none."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path, "rows")
         for row in report["rows"]:
             for name in ("language", "tokens", "gist_tokens", "ratio", "n", "exact", "wilson_low", "wilson_high"):
                 row[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        comparison({path.stem: report})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no report of train_niah.py or eval_niah.py: {error!r}") from error
     return report
 
@@ -233,13 +234,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json")
-    parser.add_argument("--out", type=Path, required=True, help="path of the table and the plots, without an ending")
+    parser.add_argument(
+        "--out", type=output_file, required=True, help="path of the table and the plots, without an ending"
+    )
     given = parser.parse_args(arguments)
-    try:
-        reports = dict(zip(_names(given.reports), map(read_report, given.reports), strict=True))
-    except ValueError as error:
-        parser.error(str(error))
-    out: Path = given.out
+    with errors_as_one_line(parser):
+        _write(given.reports, given.out)
+
+
+def _write(paths: Sequence[Path], out: Path) -> None:
+    reports = dict(zip(_names(paths), map(read_report, paths), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = {name: report["rows"] for name, report in reports.items()}
     text = comparison(reports)

@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from checkpoints import newest
-from gistkern import GistStore, compress_corpus
-from niah import Sample
-from opened import open_preset
-from readers import GistReader
+from command_line import at_least, errors_as_one_line, input_folder, output_folder
 from results import write_json
+
+if TYPE_CHECKING:
+    from gistkern import GistStore
+    from niah import Sample
+    from readers import GistReader
 
 __all__ = ["main", "serve"]
 
@@ -39,26 +39,37 @@ def serve(reader: GistReader, store: GistStore, queue: Sequence[Sample], batch: 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint folder, or a run's folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder for store, weights, requests and answers")
+    parser.add_argument("--checkpoint", type=input_folder, required=True, help="a checkpoint folder, or a run's folder")
     parser.add_argument(
-        "--documents", type=int, default=40, help="of the longest contexts that the preset is evaluated on"
+        "--output", type=output_folder, required=True, help="folder for store, weights, requests and answers"
     )
-    parser.add_argument("--requests", type=int, default=3, help="about each document")
-    parser.add_argument("--batch", type=int, default=8, help="requests answered together")
+    parser.add_argument(
+        "--documents", type=at_least(1), default=40, help="of the longest contexts that the preset is evaluated on"
+    )
+    parser.add_argument("--requests", type=at_least(1), default=3, help="about each document")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="requests answered together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=at_least(1), default=1)
     given = parser.parse_args(arguments)
+    with errors_as_one_line(parser):
+        _run(given)
+
+
+def _run(given: argparse.Namespace) -> None:
+    # only here: they take seconds to load, and a wrong argument is refused without them
+    import torch
+
+    from checkpoints import newest
+    from gistkern import compress_corpus
+    from opened import open_preset
+
     torch.set_num_threads(given.threads)
-    try:
-        opened = open_preset(newest(given.checkpoint))
-        longest = max(opened.datasets(given.seed), key=lambda samples: samples[0].tokens)
-        reader, samples = opened.reader(), longest[: given.documents]
-        encoded = opened.tokenizer.encode_batch([one.context for one in samples], add_special_tokens=False)
-        contexts = {sample.id: [*opened.start, *one.ids] for sample, one in zip(samples, encoded, strict=True)}
-        store = compress_corpus(opened.model, contexts, given.output / "corpus", **opened.compression)
-    except ValueError as error:
-        parser.error(str(error))
+    opened = open_preset(newest(given.checkpoint))
+    longest = max(opened.datasets(given.seed), key=lambda samples: samples[0].tokens)
+    reader, samples = opened.reader(), longest[: given.documents]
+    encoded = opened.tokenizer.encode_batch([one.context for one in samples], add_special_tokens=False)
+    contexts = {sample.id: [*opened.start, *one.ids] for sample, one in zip(samples, encoded, strict=True)}
+    store = compress_corpus(opened.model, contexts, given.output / "corpus", **opened.compression)
     queue = samples * given.requests
     random.Random(given.seed).shuffle(queue)
     said = serve(reader, store, queue, given.batch)

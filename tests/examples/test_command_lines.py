@@ -1,0 +1,176 @@
+"""Bad input of the scripts: exit status 2 and one line that names what is wrong, before anything is computed."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import EXAMPLES, command
+from safetensors.torch import load_file
+
+import compare_page
+import eval_niah
+import global_tasks
+import kvpress_baseline
+import niah
+import report
+import serve_queue
+import train_niah
+import vllm_queue
+from checkpoints import latest
+
+pytestmark = pytest.mark.xdist_group("training")
+
+SAMPLE = {"id": "a", "language": "en", "context": "c", "question": "q", "answer": "1", "depth": 0.5, "tokens": 7}
+SAMPLE |= {"keys": {"": "1"}}
+
+
+def changed(**changes):
+    return json.dumps({**SAMPLE, **changes})
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a file and a folder of each bad kind in it."""
+    run = tmp_path / "run" / "checkpoint-000001"
+    run.mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    files = {
+        "file": "",
+        "torn.json": '{"a": ',
+        "other.json": '{"rows": [{"tokens": null}]}',
+        "latin": b"\xe9",
+        "null.jsonl": changed(context=None),
+        "float.jsonl": changed(tokens=7.5),
+        "surrogate.jsonl": "\n".join([changed(), changed(question="\ud83d")]),
+        "list.jsonl": "[1, 2]",
+        "requests.json": '[{"document": 1}]',
+        "run/checkpoint-000001/progress.json": '{"preset": "smoke", "seed": 0, "curriculum": {"step": 1}}',
+        "run/checkpoint-000001/tokenizer.json": "{}",
+        "run/checkpoint-000001/model.safetensors": "nonsense",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return tmp_path
+
+
+EVALUATE = "--checkpoint {run} --output {empty}"
+GENERATE = "--tokens 150 --samples 2 --out {new}"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (niah, "--out {empty}", "empty is a folder: expected a file"),
+        (niah, "--out {file}/new", "file is a file: expected a folder"),
+        (niah, f"{GENERATE} --tokens -5", "--tokens: expected at least 1, got -5"),
+        (niah, f"{GENERATE} --samples 1.5", "--samples: expected a whole number, got '1.5'"),
+        (niah, f"{GENERATE} --tokenizer {{empty}}", "empty holds no tokenizer"),
+        (global_tasks, f"--task counting {GENERATE} --tokenizer {{empty}}", "empty holds no tokenizer"),
+        (eval_niah, "--checkpoint {file} --output {empty}", "file is a file: expected a folder"),
+        (eval_niah, "--checkpoint {none} --output {empty}", "no folder .*none"),
+        (eval_niah, "--checkpoint {empty} --output {file}", "file is a file: expected a folder"),
+        (eval_niah, "--checkpoint {empty} --output {new}", "empty holds no checkpoint"),
+        (eval_niah, f"{EVALUATE} --threads 0", "--threads: expected at least 1"),
+        (eval_niah, f"{EVALUATE} --dataset {{empty}}", "empty cannot be read: Is a directory"),
+        (eval_niah, f"{EVALUATE} --dataset {{latin}}", "latin is no text"),
+        (eval_niah, f"{EVALUATE} --dataset {{torn.json}}", "torn.json, line 1 is no sample"),
+        (eval_niah, f"{EVALUATE} --dataset {{null.jsonl}}", "null.jsonl, line 1 is no sample .*: context is None"),
+        (eval_niah, f"{EVALUATE} --dataset {{float.jsonl}}", "float.jsonl, line 1 is no sample .*: tokens is 7.5"),
+        (eval_niah, f"{EVALUATE} --dataset {{surrogate.jsonl}}", "surrogate.jsonl, line 2 .* question holds half a"),
+        (eval_niah, f"{EVALUATE} --dataset {{list.jsonl}}", "list.jsonl, line 1 is no sample"),
+        (eval_niah, f"{EVALUATE} --dataset {{null.jsonl}} --batch 0", "--batch: expected at least 1"),
+        (eval_niah, EVALUATE, "tokenizer.json is no tokenizer"),
+        (serve_queue, EVALUATE, "tokenizer.json is no tokenizer"),
+        (serve_queue, f"{EVALUATE} --requests 0", "--requests: expected at least 1"),
+        (vllm_queue, "--folder {empty}", "empty holds no requests.json"),
+        (vllm_queue, "--folder {.}", "requests.json is none that serve_queue.py wrote"),
+        (report, "{torn.json} --out {new}", "torn.json is no report"),
+        (report, "{other.json} --out {new}", "other.json is no report"),
+        (report, "{none} --out {new}", "none is no report .*No such file"),
+        (compare_page, "{torn.json}", "torn.json is no JSON"),
+        (compare_page, "{other.json}", "other.json is no report of compare.py"),
+        (kvpress_baseline, "--model {none} --dataset {file} --output {new}", "no folder .*none"),
+        (kvpress_baseline, "--model {empty} --dataset {file} --output {new}", "file holds no samples"),
+        (train_niah, "--preset smoke --run {file}", "file is a file: expected a folder"),
+        (train_niah, "--preset smoke --run {file}/new", "file is a file: expected a folder"),
+        (train_niah, "--preset smoke --threads -1", "--threads: expected at least 1"),
+        (train_niah, "--preset smoke --run {run} --resume", "tokenizer.json is no tokenizer"),
+        (train_niah, "--preset llama3-8b --run {new} --model {none}", "none"),
+    ],
+)  # fmt: skip
+def test_bad_input(script, arguments, message, place, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spelled = re.sub(r"\{(.*?)\}", lambda found: str(place / found[1]), arguments)
+    with pytest.raises(SystemExit, match="2"):
+        script.main(shlex.split(spelled))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f"error: .*{message}", said), said
+
+
+def test_a_checkpoint_that_is_torn(place, finished, capsys):
+    folder = place / "run" / "checkpoint-000001"
+    (folder / "tokenizer.json").write_bytes((latest(finished[0]) / "tokenizer.json").read_bytes())
+    for broken, message in [
+        ("model.safetensors", "checkpoint-000001"),
+        ("progress.json", "progress.json is no JSON"),
+    ]:
+        (folder / broken).write_text("nonsense")
+        with pytest.raises(SystemExit, match="2"):
+            eval_niah.main(["--checkpoint", str(place / "run"), "--output", str(place / "empty")])
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["train_niah", "eval_niah", "serve_queue", "vllm_queue", "niah"])
+def test_a_wrong_option_is_refused_before_anything_loads(script):
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {script}\n"
+        f"try: {script}.main(['--jsn'])\nexcept SystemExit: assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_saves_and_says_the_command_that_goes_on(finished, tmp_path, monkeypatch):
+    process = subprocess.Popen(command("--run", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text()):  # the first checkpoint would be that of step 2
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert latest(tmp_path / "run") is not None
+    again = next(line.strip() for line in said.splitlines() if line.rstrip().endswith("--resume"))
+    assert again.startswith(shlex.join(command("--run", tmp_path / "run")))
+    monkeypatch.setattr("evaluation.evaluate_run", lambda *_: None)
+    train_niah.main(shlex.split(again)[2:])
+    expected, resumed = (load_file(latest(one) / "model.safetensors") for one in (finished[0], tmp_path / "run"))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_ctrl_c_before_the_first_step_and_in_the_evaluation(finished, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training_run.build", stop)
+    given = ["--preset", "smoke", "--run", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="130"):
+        train_niah.main(given)
+    said = capsys.readouterr().err
+    assert "holds no checkpoint yet" in said
+    assert shlex.join([*given, "--overwrite"]) in said
+    monkeypatch.setattr("evaluation.evaluate_run", stop)
+    with pytest.raises(SystemExit, match="130"):
+        train_niah.main(["--preset", "smoke", "--run", str(finished[0]), "--resume"])
+    said = capsys.readouterr().err
+    assert re.search(rf"eval_niah.py --checkpoint {finished[0]} --output {finished[0]}", said)
