@@ -53,7 +53,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             "model's. Expected a causal model (...ForCausalLM), or the inner model of one"
             + (f": patch_llama(model.{adapter.decoder}) compresses for this one" if hasattr(inner, "layers") else "")
         )
-    _check_windows(model.config)
+    _check_windows(model.config, inner)
     check_rotation(model.config, inner)
     return adapter
 
@@ -63,19 +63,18 @@ def inner_model(model: PreTrainedModel) -> Any:
     return getattr(model, ADAPTERS[model.config.model_type].decoder, model)
 
 
-def _check_windows(config: Any) -> None:
+def _check_windows(config: Any, inner: Any) -> None:
     """Raise ValueError if a layer has a sliding window, which the gist mask would not keep."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        if getattr(config, "sliding_window", None) is None:
-            return
-        change = "config.sliding_window = None"
-    elif set(kinds) == {"full_attention"}:
-        return  # a window may be named that no layer uses
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    change = "config.sliding_window = None"
+    if hasattr(inner, "has_sliding_layers"):  # Qwen's: which layers slide is settled by layer_types, when it is made
+        slides = inner.has_sliding_layers
+        change += '; config.layer_types = ["full_attention"] * config.num_hidden_layers'
     else:
-        change = "config.sliding_window, config.layer_types = None, ['full_attention'] * config.num_hidden_layers"
-    raise ValueError(
-        "the model's own sliding window would be ignored by the gist mask. If full attention inside a segment is what "
-        f"you want, change its config, config = AutoConfig.from_pretrained(path); {change}, and load the model with "
-        "from_pretrained(path, config=config)"
-    )
+        slides = getattr(config, "sliding_window", None) is not None
+    if slides or other:
+        raise ValueError(
+            "the model's own sliding window would be ignored by the gist mask. If full attention inside a segment is "
+            f"what you want, load the model so: config = AutoConfig.from_pretrained(path); {change}; "
+            "model = AutoModelForCausalLM.from_pretrained(path, config=config)"
+        )

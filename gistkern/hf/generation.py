@@ -21,7 +21,10 @@ __all__ = ["generate", "prepare_inputs", "wrapped"]
 def wrapped(wrapper: Callable, handle: GistHandle, original: Callable) -> Callable:
     """`wrapper` in place of a model's method, with its signature, by which transformers tells what a model takes."""
     method = partial(wrapper, handle, original)
-    method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    signature = inspect.signature(original)
+    # without annotations, of which some cannot be pickled, and with them the model
+    names = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    method.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
     return method
 
 

@@ -1,0 +1,119 @@
+"""Models that can be patched and models that cannot: refused before anything changes, with advice that helps."""
+
+import pytest
+import torch
+from conftest import make_model, random_ids
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
+
+import gistkern
+from gistkern.hf.rotation import check_rotation
+
+
+@pytest.mark.parametrize(
+    "kind", [LlamaForSequenceClassification, LlamaForTokenClassification, LlamaForQuestionAnswering]
+)
+def test_a_classifier_is_left_as_it_was(kind):
+    model = kind(make_model().config).eval()
+    before = set(vars(model)), model(random_ids(1, 6))[0]
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"ForCausalLM\), or the inner model"):
+            gistkern.patch_llama(model)
+    assert set(vars(model)) == before[0]
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(random_ids(1, 6))[0], before[1])
+
+
+@torch.no_grad()
+def test_the_inner_model_of_a_classifier_compresses_for_it(model):
+    classifier = LlamaForSequenceClassification(model.config).double().eval()
+    plain = classifier(random_ids(1, 6)).logits
+    handle = gistkern.patch_llama(classifier.model, num_gist_tokens=2)
+    torch.testing.assert_close(classifier(random_ids(1, 6)).logits, plain)
+    context, question = random_ids(1, 9), random_ids(1, 4, 2)
+    stream = torch.cat([context, torch.tensor([handle.gist_token_ids]), question], 1)
+    cached = classifier(question, past_key_values=gistkern.compress(classifier.model, context)).logits
+    torch.testing.assert_close(cached, classifier(stream).logits)
+    with pytest.raises(ValueError, match="only the model's inner model is patched"):
+        gistkern.compress(classifier, context)
+
+
+WINDOWS = {
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "some-layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "all-layers": ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+}
+
+
+@pytest.mark.parametrize(("family", "window"), WINDOWS.values(), ids=WINDOWS)
+@torch.no_grad()
+def test_advice_on_sliding_windows_helps(family, window, tmp_path):
+    model = make_model(family, **window)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load the model so: ") as error:
+        gistkern.patch_llama(model)
+    names = {"path": tmp_path, "AutoConfig": AutoConfig, "AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(str(error.value).split("load the model so: ")[1], names)
+    gistkern.patch_llama(names["model"]).unpatch()
+    ids = random_ids(1, 20)
+    plain = names["model"](ids).logits
+    with gistkern.patch_llama(names["model"]):
+        torch.testing.assert_close(names["model"](ids).logits, plain)
+
+
+def test_a_window_that_no_layer_uses_is_no_window():
+    model = make_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=9)
+    gistkern.patch_llama(model).unpatch()
+
+
+ROTATIONS = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+    "old-name": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "long_factor": [2.0] * 8,
+            "short_factor": [1.0] * 8,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS)
+def test_rotations_by_length_are_refused(rotation):
+    model = make_model(max_position_embeddings=128, **rotation)
+    with pytest.raises(ValueError, match="turns keys by the length of the text"):
+        gistkern.patch_llama(model)
+    assert not hasattr(model.model, "gist_embeddings")
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="turns keys by the length of the text"):
+        gistkern.patch_llama(model)  # what the model was built with counts
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rotations_by_fixed_frequencies_are_taken(kind):
+    scaled = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
+    gistkern.patch_llama(make_model(rope_parameters=scaled)).unpatch()
+
+
+def test_rotations_by_layer_type_are_all_read():
+    class Config:
+        rope_parameters = {"full_attention": {"rope_type": "default"}, "other": {"rope_type": "dynamic"}}  # noqa: RUF012
+
+    with pytest.raises(ValueError, match="'dynamic'"):
+        check_rotation(Config)
+
+
+def test_a_wrapped_model_is_named(model):
+    with pytest.raises(TypeError, match=r"got OptimizedModule: patch the model itself, then wrap it"):
+        gistkern.patch_llama(torch.compile(model, backend="eager"))
+    assert isinstance(model, LlamaForCausalLM)
