@@ -1,20 +1,20 @@
 // The one file that knows torch, through libtorch's stable ABI: the same library loads under CPU and CUDA builds of
-// torch >= 2.11. It turns tensors into the argument structs of the kernels and allocates results; gistkern/native.py
-// validates before it calls.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
+// torch >= 2.11. It checks tensors (tensor_checks.h, and cpu/bounds.h for values on the CPU), turns them into the
+// argument structs of the kernels and allocates results. No call of these operators reaches outside a buffer.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/version.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "cpu/bounds.h"
 #include "cpu/launch.h"
 #include "gistkern/compact.h"
 #include "gistkern/decode.h"
+#include "on_device.h"
+#include "tensor_checks.h"
 
 namespace {
 
@@ -23,9 +23,7 @@ using gistkern::DecodeArguments;
 using gistkern::DecodeVariant;
 using gistkern::ElementType;
 using gistkern::Rows;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using namespace gistkern::checks;
 
 ElementType element_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -40,7 +38,8 @@ ElementType element_type(const Tensor& tensor) {
     case ScalarType::Float8_e4m3fn:
       return ElementType::kFloat8E4M3;
     default:
-      STD_TORCH_CHECK(false, "gistkern's kernels have no such element type");
+      require(false, "the kernels have no such element type");
+      return ElementType::kFloat32;
   }
 }
 
@@ -77,7 +76,9 @@ const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.data_ptr());
 }
 
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "gistkern: ", error); }
+void check(const char* error) {
+  if (error) require(false, error);
+}
 
 gistkern::cpu::Pool torch_pool() {
   return {[](int64_t threads, void (*body)(void*), void* context) {
@@ -87,45 +88,6 @@ gistkern::cpu::Pool torch_pool() {
           },
           torch::stable::get_num_threads()};
 }
-
-#if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-void* current_stream(int32_t device) { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
-#else
-// Before 2.13 only the library of torch's CUDA operators tells the stream. It is loaded already where a tensor is on a
-// GPU; linking against it would keep this library from loading beside a CPU build of torch.
-void* current_stream(int32_t device) {
-  using Get = int32_t (*)(int32_t, void**);
-  static const auto get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Get>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-  }();
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get != nullptr && get(device, &stream) == 0, "gistkern: torch does not tell its current CUDA stream");
-  return stream;
-}
-#endif
-
-// The device of a tensor made current, and its current stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_;
-};
-bool runs_on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
-#elif defined(GISTKERN_EMULATED)
-// The emulator runs the CUDA kernels on CPU tensors.
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  void* stream() const { return nullptr; }
-};
-bool runs_on_gpu(const Tensor&) { return true; }
-#endif
 
 gistkern::cpu::AttentionArguments attention_arguments(const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& gist_k, const Tensor& gist_v,
@@ -150,12 +112,14 @@ gistkern::cpu::AttentionArguments attention_arguments(const Tensor& q, const Ten
   arguments.local_rows = k.size(2);
   arguments.gist_rows = gist_k.size(2);
   arguments.head_dim = q.size(3);
-  arguments.scale = static_cast<float>(scale);
+  arguments.scale = to_scale(scale);
+  check(gistkern::cpu::leaves_buffers(arguments));
   return arguments;
 }
 
 std::tuple<Tensor, Tensor> cpu_attention(Tensor q, Tensor k, Tensor v, Tensor gist_k, Tensor gist_v, Tensor gist_begin,
                                          Tensor gist_end, Tensor local_begin, double scale) {
+  check_attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   check(gistkern::cpu::attention_forward(
@@ -168,6 +132,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(Tensor
                                                                           Tensor lse, Tensor gist_begin,
                                                                           Tensor gist_end, Tensor local_begin,
                                                                           double scale) {
+  check_attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin);
+  require_rows_of("grad_out", grad_out, {q.size(0), q.size(1), q.size(2), q.size(3)}, q);
+  require_vector("out", out, q.scalar_type(), {q.size(0), q.size(1), q.size(2), q.size(3)}, q);
+  require_vector("lse", lse, ScalarType::Float, {q.size(0), q.size(1), q.size(2)}, q);
   auto arguments = attention_arguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, out, lse);
   Tensor gradients[5];
   const Tensor* like[] = {&q, &k, &v, &gist_k, &gist_v};
@@ -188,13 +156,63 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
                                   MaybeTensor gist_v_scale, Tensor gist_begin, Tensor gist_end, Tensor tail_k,
                                   Tensor tail_v, MaybeTensor tail_k_scale, MaybeTensor tail_v_scale,
                                   MaybeTensor tail_length, MaybeTensor local_begin, MaybeTensor page_table,
-                                  int64_t gist_capacity, int64_t tail_capacity, double scale,
-                                  [[maybe_unused]] int64_t variant, int64_t multiprocessors) {
+                                  int64_t gist_capacity, int64_t tail_capacity, double scale, int64_t variant,
+                                  int64_t multiprocessors) {
+  require_dims("q", q, 4);
+  require(gist_k.dim() == 3 || gist_k.dim() == 4, "gist_k must be a pool [rows, heads, D] or [batch, heads, rows, D]");
+  require_dims("tail_k", tail_k, 4);
   const Axes gist_axes = gist_k.dim() == 3 ? kPool : kSampleHeadRow;
   const Axes tail_axes = page_table ? kSampleRowHead : kSampleHeadRow;
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   DecodeArguments arguments;
+  const int64_t batch = arguments.batch = to_int32("batch", q.size(0), 1);
+  const int64_t heads = arguments.query_heads = to_int32("heads", q.size(1), 1);
+  const int64_t rows = arguments.query_rows = to_int32("the number of query rows", q.size(2), 1);
+  const int64_t dim = arguments.head_dim = to_int32("head_dim", q.size(3), 1);
+  const int64_t kv_heads = arguments.kv_heads = to_int32("key/value heads", gist_k.size(gist_axes.head), 1);
+  const int64_t gist_rows = to_int32("the number of gist rows", gist_k.size(gist_axes.row));
+  const int64_t tail_rows = to_int32("the number of tail rows", tail_k.size(tail_axes.row));
+  require(rows <= 8, "decoding takes up to 8 query rows a sequence, got ", rows);
+  require(heads % kv_heads == 0, "query heads (", heads, ") must be a multiple of key/value heads (", kv_heads, ")");
+  require_float("q", q);
+  require_rows_of("q", q, {batch, heads, rows, dim}, q);
+  to_int32("batch * heads * rows", batch * heads * rows);
+  int64_t tail_room = tail_rows, pages = 0;
+  if (page_table) {
+    require_dims("page_table", *page_table, 2);
+    arguments.pages_per_sequence = to_int32("the number of pages", page_table->size(1));
+    arguments.page_size = to_int32("page_size", tail_rows, 1);
+    require_vector("page_table", *page_table, ScalarType::Int, {batch, page_table->size(1)}, q);
+    pages = tail_k.size(0);
+    tail_room = page_table->size(1) * tail_rows;
+  }
+  const auto check_buffer = [&](const char* name, const Tensor& tensor, const MaybeTensor& scales, bool gist) {
+    if (gist && gist_axes.sample < 0) {
+      require_rows(name, tensor, {gist_rows, kv_heads, dim}, q);
+    } else if (gist || !page_table) {
+      require_rows(name, tensor, {batch, kv_heads, gist ? gist_rows : tail_rows, dim}, q);
+    } else {
+      require_rows(name, tensor, {pages, tail_rows, kv_heads, dim}, q);
+    }
+    if (!is_quantised(tensor)) require_type(name, tensor, q.scalar_type());
+    require_scale((std::string(name) + "_scale").c_str(), scales, tensor);
+  };
+  check_buffer("gist_k", gist_k, gist_k_scale, true);
+  check_buffer("gist_v", gist_v, gist_v_scale, true);
+  check_buffer("tail_k", tail_k, tail_k_scale, false);
+  check_buffer("tail_v", tail_v, tail_v_scale, false);
+  require_vector("gist_begin", gist_begin, ScalarType::Int, {batch, rows}, q);
+  require_vector("gist_end", gist_end, ScalarType::Int, {batch, rows}, q);
+  if (local_begin) require_vector("local_begin", *local_begin, ScalarType::Int, {batch, rows}, q);
+  if (tail_length) require_vector("tail_length", *tail_length, ScalarType::Int, {batch}, q);
+  arguments.gist_capacity = to_int32("gist_capacity", gist_capacity);
+  arguments.tail_capacity = to_int32("tail_capacity", tail_capacity);
+  require(tail_capacity <= tail_room, "tail_capacity is ", tail_capacity, ", the tail has room for ", tail_room);
+  require(0 <= variant && variant <= 2, "variant must be 0, 1 or 2, got ", variant);
+  arguments.multiprocessors = to_int32("multiprocessors", multiprocessors, 1);
+  arguments.scale = to_scale(scale);
+
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor lse = torch::stable::new_empty(q, {batch, heads, rows}, ScalarType::Float);
   arguments.query = q.data_ptr();
   for (int axis = 0; axis < 3; ++axis) arguments.query_stride[axis] = q.stride(axis);
   arguments.out = out.data_ptr();
@@ -207,27 +225,15 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
   arguments.gist_begin = data_of<int32_t>(gist_begin);
   arguments.gist_end = data_of<int32_t>(gist_end);
   arguments.local_begin = data_of<int32_t>(local_begin);
-  arguments.interval_stride[0] = gist_begin.stride(0);
-  arguments.interval_stride[1] = gist_begin.stride(1);
+  arguments.interval_stride[0] = rows;
+  arguments.interval_stride[1] = 1;
   arguments.tail_length = data_of<int32_t>(tail_length);
-  if (page_table) {
-    arguments.page_table = data_of<int32_t>(page_table);
-    arguments.pages_per_sequence = static_cast<int32_t>(page_table->size(1));
-    arguments.page_size = static_cast<int32_t>(tail_k.size(1));
-  }
-  arguments.batch = static_cast<int32_t>(q.size(0));
-  arguments.query_heads = static_cast<int32_t>(q.size(1));
-  arguments.kv_heads = static_cast<int32_t>(gist_k.size(1));
-  arguments.query_rows = static_cast<int32_t>(q.size(2));
-  arguments.head_dim = static_cast<int32_t>(q.size(3));
-  arguments.gist_capacity = static_cast<int32_t>(gist_capacity);
-  arguments.tail_capacity = static_cast<int32_t>(tail_capacity);
-  arguments.multiprocessors = static_cast<int32_t>(multiprocessors);
-  arguments.scale = static_cast<float>(scale);
+  arguments.page_table = data_of<int32_t>(page_table);
+  if (q.is_cpu()) check(gistkern::cpu::leaves_buffers(arguments, {gist_rows, pages}));
 #if defined(GISTKERN_WITH_CUDA)
-  if (runs_on_gpu(q)) {
+  if (gistkern::runs_on_gpu(q)) {
     const auto chosen = static_cast<DecodeVariant>(variant);
-    const OnDevice device(q);
+    const gistkern::OnDevice device(q);
     check(gistkern_decode_refuses(&arguments, chosen));
     const int64_t floats = gistkern_decode_workspace_floats(&arguments, chosen);
     Tensor workspace = torch::stable::new_empty(q, {floats}, ScalarType::Float);
@@ -236,6 +242,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
     return {out, lse};
   }
 #endif
+  require_cpu(q);
   check(gistkern::cpu::decode(arguments, torch_pool()));
   return {out, lse};
 }
@@ -243,14 +250,55 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
 // out_k, out_v: [B, Hkv, past + gathered, D], or with `slot` a pool [R, Hkv, D]; scales without D.
 void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor gather, MaybeTensor slot, Tensor out_k,
              Tensor out_v, MaybeTensor out_k_scale, MaybeTensor out_v_scale) {
+  require_dims("k", k, 4);
+  require_dims("gather", gather, 2);
   CompactArguments arguments;
-  arguments.key = rows_of(k, kSampleHeadRow);
-  arguments.value = rows_of(v, kSampleHeadRow);
+  const int64_t batch = arguments.batch = to_int32("batch", k.size(0));
+  const int64_t kv_heads = arguments.kv_heads = to_int32("key/value heads", k.size(1), 1);
+  const int64_t dim = arguments.head_dim = to_int32("head_dim", k.size(3), 1);
+  require_float("k", k);
+  require_rows_of("k", k, {batch, kv_heads, k.size(2), dim}, k);
+  require_rows_of("v", v, {batch, kv_heads, k.size(2), dim}, k);
+  require(past_k.has_value() == past_v.has_value(), "past_k and past_v go together");
   if (past_k) {
+    require_dims("past_k", *past_k, 4);
+    arguments.past_rows = to_int32("the number of past rows", past_k->size(2));
+    require_rows_of("past_k", *past_k, {batch, kv_heads, past_k->size(2), dim}, k);
+    require_rows_of("past_v", *past_v, {batch, kv_heads, past_k->size(2), dim}, k);
     arguments.past_key = rows_of(*past_k, kSampleHeadRow);
     arguments.past_value = rows_of(*past_v, kSampleHeadRow);
-    arguments.past_rows = static_cast<int32_t>(past_k->size(2));
   }
+  arguments.gathered_rows = to_int32("the number of gathered rows", gather.size(1));
+  const int64_t columns = to_int32("the number of compact rows", int64_t{arguments.past_rows} + gather.size(1));
+  require_type("gather", gather, ScalarType::Long);
+  require_shape("gather", gather, {batch, gather.size(1)});
+  require_device("gather", gather, k);
+  if (slot) require_vector("slot", *slot, ScalarType::Long, {batch, columns}, k);
+  const auto check_out = [&](const char* name, const Tensor& out, const MaybeTensor& scale) {
+    require_dims(name, out, slot ? 3 : 4);
+    if (slot) {
+      require_rows(name, out, {out.size(0), kv_heads, dim}, k);
+    } else {
+      require_rows(name, out, {batch, kv_heads, columns, dim}, k);
+    }
+    if (!is_quantised(out)) require_type(name, out, k.scalar_type());
+    require_scale((std::string(name) + "_scale").c_str(), scale, out);
+    require_no_overlap(name, out);
+    if (scale) require_no_overlap("a scale", *scale);
+  };
+  check_out("out_k", out_k, out_k_scale);
+  check_out("out_v", out_v, out_v_scale);
+  require_type("out_v", out_v, out_k.scalar_type());
+  const auto alike = [](const Tensor& a, const Tensor& b) {
+    const auto sizes = a.sizes(), others = b.sizes(), strides = a.strides(), other_strides = b.strides();
+    return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end()) &&
+           std::equal(strides.begin(), strides.end(), other_strides.begin(), other_strides.end()) &&
+           (a.numel() == 0 || a.data_ptr() != b.data_ptr());
+  };
+  require(alike(out_k, out_v) && (!out_k_scale || alike(*out_k_scale, *out_v_scale)),
+          "keys and values must lie alike in memory, and not in the same place");
+  arguments.key = rows_of(k, kSampleHeadRow);
+  arguments.value = rows_of(v, kSampleHeadRow);
   arguments.gather = data_of<int64_t>(gather);
   arguments.gather_stride[0] = gather.stride(0);
   arguments.gather_stride[1] = gather.stride(1);
@@ -265,17 +313,15 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
     arguments.out_scale_stride[axis] = out.scale_stride[axis];
   }
   arguments.out_type = out.type;
-  arguments.batch = static_cast<int32_t>(k.size(0));
-  arguments.kv_heads = static_cast<int32_t>(k.size(1));
-  arguments.head_dim = static_cast<int32_t>(k.size(3));
-  arguments.gathered_rows = static_cast<int32_t>(gather.size(1));
+  if (k.is_cpu()) check(gistkern::cpu::leaves_buffers(arguments, k.size(2), out_k.size(0)));
 #if defined(GISTKERN_WITH_CUDA)
-  if (runs_on_gpu(k)) {
-    const OnDevice device(k);
+  if (gistkern::runs_on_gpu(k)) {
+    const gistkern::OnDevice device(k);
     check(gistkern_compact(&arguments, device.stream()));
     return;
   }
 #endif
+  require_cpu(k);
   check(gistkern::cpu::compact(arguments, torch_pool()));
 }
 

@@ -24,7 +24,9 @@ inline void advise_huge_pages(void* memory, int64_t bytes) {
 class Scratch {
  public:
   explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 64) / 64 * 64))) {
+      : data_(floats > kMostFloats
+                  ? nullptr
+                  : static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 64) / 64 * 64))) {
     if (data_) advise_huge_pages(data_, floats * sizeof(float));
   }
   ~Scratch() { std::free(data_); }
@@ -33,6 +35,7 @@ class Scratch {
   float* data() const { return data_; }
 
  private:
+  static constexpr int64_t kMostFloats = int64_t{1} << 58;  // its bytes would still be counted in 64 bits
   float* data_;
 };
 

@@ -1,0 +1,56 @@
+// Where a launch runs: the device of a tensor and its current stream. Part of bindings.cpp.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
+
+#include "tensor_checks.h"
+
+namespace gistkern {
+
+using torch::stable::Tensor;
+
+#if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+inline void* current_stream(int32_t device) {
+  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+}
+#else
+// Before 2.13 only the library of torch's CUDA operators tells the stream. It is loaded already where a tensor is on a
+// GPU; linking against it would keep this library from loading beside a CPU build of torch.
+inline void* current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Get>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  void* stream = nullptr;
+  checks::require(get != nullptr && get(device, &stream) == 0, "torch does not tell its current CUDA stream");
+  return stream;
+}
+#endif
+
+// The device of a tensor made current, and its current stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+inline bool runs_on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
+#elif defined(GISTKERN_EMULATED)
+// The emulator runs the CUDA kernels on CPU tensors.
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+inline bool runs_on_gpu(const Tensor&) { return true; }
+#endif
+
+}  // namespace gistkern
