@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
   arguments.interval_stride[1] = 1;
   arguments.tail_length = data_of<int32_t>(tail_length);
   arguments.page_table = data_of<int32_t>(page_table);
-  if (q.is_cpu()) check(gistkern::cpu::leaves_buffers(arguments, {gist_rows, pages}));
+  if (q.is_cpu()) check(gistkern::cpu::leaves_buffers(arguments, {gist_rows, pages, gist_axes.sample >= 0}));
 #if defined(GISTKERN_WITH_CUDA)
   if (gistkern::runs_on_gpu(q)) {
     const auto chosen = static_cast<DecodeVariant>(variant);

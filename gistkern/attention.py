@@ -6,6 +6,8 @@ import torch
 
 from gistkern import backends
 from gistkern.layout import GistLayout
+from gistkern.layout_checks import check_once
+from gistkern.op_checks import check_scale
 
 __all__ = ["gist_attention"]
 
@@ -50,7 +52,8 @@ def gist_attention(
     Raises
     ------
     ValueError
-        If tensors and layout do not fit each other, the scale is not positive, or the backend is unknown.
+        If tensors and layout do not fit each other, an interval or a gathered row leaves its buffer, the scale is no
+        positive number that float32 holds, or the backend is unknown.
     RuntimeError
         If the backend cannot serve these tensors.
 
@@ -65,8 +68,8 @@ def gist_attention(
 
     _check_tensors(q, k, v, layout, past_key, past_value)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a positive number, got {scale}")
+    check_scale(scale)
+    check_once(layout)
     given = (q, k, v, past_key, past_value)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     name = backends.choose(backend, q, gradient)
@@ -97,7 +100,12 @@ def _check_tensors(
     past_key: torch.Tensor | None,
     past_value: torch.Tensor | None,
 ) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    if not isinstance(layout, GistLayout):
+        raise TypeError(f"layout must be a GistLayout, got {type(layout).__name__}")
+    given = {"q": q, "k": k, "v": v}
+    if past_key is not None and past_value is not None:
+        given |= {"past_key": past_key, "past_value": past_value}
+    for name, tensor in given.items():
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, rows, head_dim], got {tuple(tensor.shape)}")
     batch, heads, rows, dim = q.shape
@@ -106,6 +114,8 @@ def _check_tensors(
         raise ValueError(f"query heads ({heads}) must be a positive multiple of key/value heads ({kv_heads})")
     if batch == 0 or rows == 0:
         raise ValueError(f"q has {batch} samples of {rows} rows: there is nothing to attend")
+    if dim == 0:
+        raise ValueError("q has rows of 0 elements (head_dim 0): there is nothing to attend")
     if (batch, rows) != (layout.batch_size, layout.num_rows):
         raise ValueError(f"q has {batch} samples of {rows} rows, the layout {layout.batch_size} of {layout.num_rows}")
     expected = (batch, kv_heads, layout.num_local, dim)
@@ -117,9 +127,7 @@ def _check_tensors(
     past_rows = 0 if past_key is None else past_key.shape[2]
     if past_rows != layout.past:
         raise ValueError(f"the layout expects {layout.past} past rows, past_key has {past_rows}")
-    given = {"k": k, "v": v}
-    if past_key is not None and past_value is not None:
-        given |= {"past_key": past_key, "past_value": past_value}
+    del given["q"]
     for name, tensor in given.items():
         if name.startswith("past") and tuple(tensor.shape) != (batch, kv_heads, past_rows, dim):
             raise ValueError(

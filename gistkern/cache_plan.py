@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gistkern.layout import GistLayout
+from gistkern.layout_checks import check_kept
 from gistkern.schemes import decode_rows, from_roles
 
 __all__ = ["CacheState", "CallPlan", "plan_call", "plan_layout"]
@@ -147,6 +148,7 @@ def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tenso
             f"gist_layout expects {layout.past} past and {layout.tail} tail rows, "
             f"the cache holds {state.gist_columns} and {state.tail_columns}"
         )
+    check_kept(layout)
     real = layout.is_real()
     all_gist = torch.cat([state.tail_is_gist, is_gist & real], 1)
     all_valid = torch.cat([_tail_is_valid(state), real], 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gistkern.layout import GistLayout
+from gistkern.layout_checks import trusted
 
 __all__ = ["pack", "stack"]
 
@@ -15,6 +16,9 @@ __all__ = ["pack", "stack"]
 def pack(layouts: Sequence[GistLayout]) -> GistLayout:
     """See `GistLayout.pack`."""
     _check(layouts, "pack", same_batch=True)
+    for name in ("num_local", "num_compact"):
+        if sum(getattr(layout, name) for layout in layouts) >= 2**31:
+            raise ValueError(f"pack makes a layout of fewer than 2^31 rows ({name})")
     compact_offset = local_offset = 0
     parts: dict[str, list[torch.Tensor]] = {}
     for layout in layouts:
@@ -35,7 +39,8 @@ def pack(layouts: Sequence[GistLayout]) -> GistLayout:
         compact_offset += layout.num_compact
         local_offset += layout.num_rows
     joined: dict[str, Any] = {name: torch.cat(tensors, 1) for name, tensors in parts.items()}
-    return GistLayout(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
+    packed = GistLayout(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
+    return trusted(packed, *layouts)
 
 
 def stack(layouts: Sequence[GistLayout], padding_side: str) -> GistLayout:
@@ -47,7 +52,7 @@ def stack(layouts: Sequence[GistLayout], padding_side: str) -> GistLayout:
     width = max(layout.gather.shape[1] for layout in layouts)
     padded = [_padded(layout, rows, width, padding_side) for layout in layouts]
     joined: dict[str, Any] = {name: torch.cat([p[name] for p in padded]) for name in padded[0]}
-    return GistLayout(**joined)
+    return trusted(GistLayout(**joined), *layouts)
 
 
 def _padded(layout: GistLayout, rows: int, width: int, side: str) -> dict[str, torch.Tensor]:
@@ -82,6 +87,8 @@ def _padded(layout: GistLayout, rows: int, width: int, side: str) -> dict[str, t
 def _check(layouts: Sequence[GistLayout], verb: str, same_batch: bool) -> None:
     if not layouts:
         raise ValueError(f"nothing to {verb}: the list of layouts is empty")
+    if wrong := [layout for layout in layouts if not isinstance(layout, GistLayout)]:
+        raise TypeError(f"{verb} takes GistLayouts, got {type(wrong[0]).__name__}")
     if any(layout.past or layout.tail for layout in layouts):
         raise ValueError(f"{verb} takes layouts without past and tail rows")
     if len({layout.device for layout in layouts}) > 1:

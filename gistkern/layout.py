@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from gistkern.layout_checks import check_now, check_shapes, trusted
+
 __all__ = ["GistLayout"]
 
 _ROW_FIELDS = ("gist_begin", "gist_end", "local_begin")
@@ -52,8 +54,10 @@ class GistLayout:
     Raises
     ------
     ValueError
-        If shapes, types or devices disagree, a vector decreases, an interval leaves its buffer, a row
-        would see a padding entry of `gather`, or a row would see one token twice.
+        If shapes, types or devices disagree. Values are checked where they are used: `gist_attention`, `dense` and
+        `token_mask` raise ValueError if an interval or an entry of `gather` leaves its buffer, whatever the backend,
+        compiled or not, and however the layout came about; eager calls also if a vector decreases, a row would see
+        a padding entry of `gather`, or a row would see one token twice (docs/mask.md).
 
     Examples
     --------
@@ -85,8 +89,6 @@ class GistLayout:
     tail: int = 0
 
     def __post_init__(self) -> None:
-        from gistkern.layout_checks import check_shapes
-
         check_shapes(self)
 
     # ---- constructors: the schemes themselves live in schemes.py and compose.py
@@ -269,6 +271,7 @@ class GistLayout:
 
     def dense(self) -> torch.Tensor:
         """bool ``[B, N, G + M]``: compact columns, then local ones. For tests and pictures only."""
+        check_now(self)
         compact = torch.arange(self.num_compact, device=self.device)
         local = torch.arange(self.num_local, device=self.device)
         begin, end, start = (getattr(self, name)[..., None] for name in _ROW_FIELDS)
@@ -300,21 +303,18 @@ class GistLayout:
         """The same layout with its tensors on `device`."""
         mine: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         mine = {name: value.to(device) if torch.is_tensor(value) else value for name, value in mine.items()}
-        return GistLayout(**mine)
+        return trusted(GistLayout(**mine), self)
 
     def last_rows(self, count: int) -> GistLayout:
         """The layout of the last `count` rows alone; the rows before them become tail rows."""
-        if not 0 < count <= self.num_rows:
-            raise ValueError(f"count must lie in 1..{self.num_rows} (the rows of the layout), got {count}")
+        if not isinstance(count, int) or not 0 < count <= self.num_rows:
+            raise ValueError(f"count must lie in 1..{self.num_rows} (the rows of the layout), got {count!r}")
         cut = (*_ROW_FIELDS, "is_gist", "stream_position", "gist_first_position")
         rows: dict[str, Any] = {name: getattr(self, name)[:, -count:] for name in cut}
-        return replace(self, **rows, tail=self.num_local - count)
+        return trusted(replace(self, **rows, tail=self.num_local - count), self)
 
     def closed(self) -> GistLayout:
         """The same rows, with the open segment ended: a cache then keeps its gists and drops the rest."""
         count = (self.gather >= 0).sum(1)
-        return replace(
-            self,
-            keep_end=self.past + count,
-            keep_local=torch.full_like(self.keep_local, self.num_local),
-        )
+        local = torch.full_like(self.keep_local, self.num_local)
+        return trusted(replace(self, keep_end=self.past + count, keep_local=local), self)

@@ -12,13 +12,15 @@ and returns out ``[B, Hq, N, D]`` and the natural-log LSE ``[B, Hq, N]`` in fp32
 
 ``compact`` takes k, v, optional past rows ``[B, Hkv, past, D]``, the gather list int64 ``[B, G - past]`` and the
 name of a backend, and returns gist_k and gist_v.
+
+Calls that no kernel may see (op_checks.py) raise ValueError when they run, eager or compiled.
 """
 
 from __future__ import annotations
 
 import torch
 
-from gistkern import backends
+from gistkern import backends, op_checks
 
 __all__ = ["attention", "attention_backward", "compact", "compact_backward"]
 
@@ -42,18 +44,19 @@ _library.define(
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
-    forward = backends.get(backend).load().forward
-    return forward(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
+    arguments = (q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
+    return op_checks.call(backends.get(backend).load(), "forward", op_checks.check_attention, *arguments)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend):
-    backward = backends.get(backend).load().backward
-    return backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale)
+    arguments = (grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale)
+    return op_checks.call(backends.get(backend).load(), "backward", op_checks.check_backward, *arguments)
 
 
 @torch.library.register_fake("gistkern::attention", lib=_library)
 def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
+    op_checks.check_devices(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -62,6 +65,7 @@ def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, 
 def _attention_backward_fake(
     grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend
 ):
+    op_checks.check_devices(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin)
     return tuple(t.new_empty(t.shape) for t in (q, k, v, gist_k, gist_v))
 
 
@@ -96,16 +100,21 @@ torch.library.register_autograd("gistkern::attention_backward", _refuse_second_d
 
 @torch.library.impl(_library, "compact", "CompositeExplicitAutograd")
 def _compact(k, v, past_k, past_v, gather, backend):
-    return backends.get(backend).load().compact(k, v, past_k, past_v, gather)
+    arguments = (k, v, past_k, past_v, gather)
+    return op_checks.call(backends.get(backend).load(), "compact", op_checks.check_compact, *arguments)
 
 
 @torch.library.impl(_library, "compact_backward", "CompositeExplicitAutograd")
 def _compact_backward(grad_gist_k, grad_gist_v, gather, num_local, backend):
-    return backends.get(backend).load().compact_backward(grad_gist_k, grad_gist_v, gather, num_local)
+    arguments = (grad_gist_k, grad_gist_v, gather, num_local)
+    return op_checks.call(
+        backends.get(backend).load(), "compact_backward", op_checks.check_compact_backward, *arguments
+    )
 
 
 @torch.library.register_fake("gistkern::compact", lib=_library)
 def _compact_fake(k, v, past_k, past_v, gather, backend):
+    op_checks.check_devices(k, v, past_k, past_v, gather)
     past = 0 if past_k is None else past_k.shape[2]
     shape = (*k.shape[:2], past + gather.shape[1], k.shape[3])
     return k.new_empty(shape), v.new_empty(shape)
@@ -113,6 +122,7 @@ def _compact_fake(k, v, past_k, past_v, gather, backend):
 
 @torch.library.register_fake("gistkern::compact_backward", lib=_library)
 def _compact_backward_fake(grad_gist_k, grad_gist_v, gather, num_local, backend):
+    op_checks.check_devices(grad_gist_k, grad_gist_v, gather)
     shape = (*grad_gist_k.shape[:2], num_local, grad_gist_k.shape[3])
     return grad_gist_k.new_empty(shape), grad_gist_v.new_empty(shape)
 

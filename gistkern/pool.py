@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from gistkern import backends
+from gistkern.op_checks import check_scale
 from gistkern.quantise import LARGEST
+from gistkern.schemes import check_count
 
 __all__ = ["KeyValueRows", "gist_compact", "gist_decode"]
 
@@ -42,6 +44,14 @@ class KeyValueRows:
     value_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if not torch.is_tensor(tensor) and (tensor is not None or field.name in ("key", "value")):
+                raise TypeError(f"{field.name} must be a tensor, got {type(tensor).__name__}")
+        if self.key.dim() < 3 or self.key.shape[-1] == 0:
+            raise ValueError(f"key must be [..., rows, heads, D] with D at least 1, got {tuple(self.key.shape)}")
+        if not self.key.is_floating_point() and not self.quantised:
+            raise ValueError(f"keys and values are floats, int8 or float8_e4m3fn, got {self.key.dtype}")
         if self.key.shape != self.value.shape or self.key.dtype != self.value.dtype:
             raise ValueError(
                 f"key and value must be alike, got {tuple(self.key.shape)} {self.key.dtype} and "
@@ -73,6 +83,9 @@ class KeyValueRows:
         device: torch.device | str = "cpu",
     ) -> KeyValueRows:
         """An unwritten pool ``[rows, kv_heads, head_dim]``; int8 and float8_e4m3fn come with scales."""
+        check_count("rows", rows)
+        check_count("kv_heads", kv_heads, least=1)
+        check_count("head_dim", head_dim, least=1)
         key, value = (torch.empty((rows, kv_heads, head_dim), dtype=dtype, device=device) for _ in range(2))
         if dtype not in LARGEST:
             return cls(key, value)
@@ -132,9 +145,9 @@ def gist_decode(
         int32 ``[B, pages]``: tail row r of sequence b is row ``r % page_size`` of page
         ``page_table[b, r // page_size]``.
     gist_capacity : int, optional
-        A bound on ``gist_end - gist_begin``; all R rows by default. It chooses the launch (and, where no kernel reads
-        the pool in place, sizes a gathered copy): a tight one is faster, one that is too small is an error of yours
-        that cannot be seen without waiting for the device.
+        A bound on the pool rows that one sequence sees, from its first `gist_begin` to its last `gist_end`; all R rows
+        by default. It chooses the launch (and, where no kernel reads the pool in place, sizes a gathered copy): a tight
+        one is faster. One that is too small is an error, on a GPU one that cannot be seen without waiting for it.
     scale : float, optional
         Of the scores; ``D ** -0.5`` by default.
     backend : str
@@ -149,7 +162,7 @@ def gist_decode(
     Raises
     ------
     ValueError
-        If the tensors do not fit each other.
+        If the tensors do not fit each other; on the CPU also if a row, length or page is none of its buffer's.
     RuntimeError
         If the backend cannot serve them.
 
@@ -167,11 +180,10 @@ def gist_decode(
 
     check_decode(q, gist, tail, gist_begin, gist_end, tail_length, local_begin, page_table)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a positive number, got {scale}")
+    check_scale(scale)
     capacity = gist.key.shape[0] if gist_capacity is None else gist_capacity
-    if capacity < 0:
-        raise ValueError(f"gist_capacity must not be negative, got {capacity}")
+    if not isinstance(capacity, (int, torch.SymInt)) or isinstance(capacity, bool) or capacity < 0:
+        raise ValueError(f"gist_capacity must not be negative, and an int, got {capacity!r}")
     rows = q.shape[2]
     return pool_ops.decode(
         *(q, gist.key, gist.value, gist.key_scale, gist.value_scale),
@@ -207,7 +219,7 @@ def gist_compact(
     Raises
     ------
     ValueError
-        If the tensors do not fit each other.
+        If the tensors do not fit each other; on the CPU also if a row is none of its buffer's or is written twice.
     RuntimeError
         If the backend cannot serve them.
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from gistkern import backends, pool_dense
+from gistkern import backends, op_checks, pool_dense
+from gistkern.pool import KeyValueRows
+from gistkern.pool_checks import check_compact, check_compact_values, check_decode, check_decode_values
 
 __all__ = ["compact", "decode"]
 
@@ -28,25 +30,53 @@ def _decode(q, *arguments):
     *rest, backend = arguments
     module = backends.get(backend).load()
     if hasattr(module, "pool_decode"):
-        return module.pool_decode(q, *rest)
+        return op_checks.call(module, "pool_decode", _check_decode, q, *rest)
+    _check_decode(q, *rest)
     return pool_dense.decode(module.forward, q, *rest)
+
+
+def _check_decode(
+    q, k, v, k_scale, v_scale, begin, end, tail_k, tail_v, tail_k_scale, tail_v_scale, length, local, pages, *sizes
+):
+    capacity, scale = sizes
+    gist, tail = KeyValueRows(k, v, k_scale, v_scale), KeyValueRows(tail_k, tail_v, tail_k_scale, tail_v_scale)
+    check_decode(q, gist, tail, begin, end, length, local, pages)
+    op_checks.check_scale(scale)
+    if not 0 <= capacity < 2**31:
+        raise ValueError(f"gist_capacity must lie in 0..2^31 - 1, got {capacity}")
+    for name, vector in (("gist_begin", begin), ("gist_end", end), ("local_begin", local)):
+        if vector is not None and vector.dim() != 2:
+            raise ValueError(f"{name} must be [batch, rows], got {tuple(vector.shape)}")
+    if q.device.type == "cpu":
+        check_decode_values(gist, tail, begin, end, length, local, pages, capacity)
 
 
 @torch.library.register_fake("gistkern::decode", lib=_library)
 def _decode_fake(q, *arguments):
+    op_checks.check_devices(q, *arguments)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.impl(_library, "compact_into", "CompositeExplicitAutograd")
 def _compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, backend):
     module = backends.get(backend).load()
-    write = getattr(module, "pool_compact", pool_dense.compact)
-    write(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
+    arguments = (k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
+    if hasattr(module, "pool_compact"):
+        op_checks.call(module, "pool_compact", _check_compact, *arguments)
+    else:
+        _check_compact(*arguments)
+        pool_dense.compact(*arguments)
+
+
+def _check_compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale):
+    check_compact(k, v, gather, slot, KeyValueRows(pool_k, pool_v, pool_k_scale, pool_v_scale))
+    if k.device.type == "cpu":
+        check_compact_values(gather, slot, k.shape[2], len(pool_k))
 
 
 @torch.library.register_fake("gistkern::compact_into", lib=_library)
 def _compact_fake(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, backend):
-    return None
+    op_checks.check_devices(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
 
 
 decode = torch.ops.gistkern.decode.default

@@ -20,8 +20,9 @@ def quantise(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     scale = wide.abs().amax(-1) / LARGEST[dtype]
     value = torch.where(scale[..., None] == 0, 0.0, wide / scale[..., None])
     if dtype == torch.int8:
-        value = value.round().clamp(-LARGEST[dtype], LARGEST[dtype])
-    return value.to(dtype), scale
+        value = value.round()
+    # a tiny row's scale is rounded to one of few subnormals, possibly down: its largest element is then beyond the type
+    return value.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scale
 
 
 def dequantise(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 
 from gistkern import positions
 from gistkern.layout import GistLayout
+from gistkern.layout_checks import trusted
 
 __all__ = ["decode", "decode_rows", "from_input_ids", "from_roles", "from_segments", "hierarchical", "sliding"]
 
@@ -72,7 +74,7 @@ def from_roles(
 
     last = (index * valid).amax(1, keepdim=True)
     has_rows = valid.any(1)
-    return GistLayout(
+    layout = GistLayout(
         gist_begin=gist_begin.int(),
         gist_end=gist_end.int(),
         local_begin=local_begin.int(),
@@ -85,6 +87,7 @@ def from_roles(
         keep_local=torch.where(has_rows, segment_start.gather(1, last)[:, 0], rows).long(),
         past=past,
     )
+    return trusted(layout)
 
 
 def _gather_list(persistent: torch.Tensor) -> torch.Tensor:
@@ -110,9 +113,7 @@ def from_input_ids(
         )
     if not input_ids.numel():
         raise ValueError(f"input_ids must hold at least one token, got {tuple(input_ids.shape)}")
-    ids = torch.as_tensor(gist_token_ids, dtype=torch.int64, device=input_ids.device)
-    if ids.dim() != 1 or not len(ids):
-        raise ValueError("gist_token_ids must be a non-empty list of token ids")
+    ids = _token_ids(gist_token_ids, input_ids.device)
     if len(ids.unique()) != len(ids) or ids.min() < 0:
         raise ValueError(f"gist_token_ids must be distinct and non-negative, got {ids.tolist()}")
     check_count("sink_tokens", sink_tokens)
@@ -121,13 +122,23 @@ def from_input_ids(
     if not torch.is_tensor(past):
         check_count("past", past)
         return from_roles(is_gist, valid, sink_tokens=0 if past else sink_tokens, past=past)
-    if past.shape != (len(input_ids),) or past.is_floating_point() or (past < 0).any():
+    if past.shape != (len(input_ids),):
         raise ValueError(f"past must be an int, or non-negative ints [{len(input_ids)}], got {past!r}")
-    owned = past.to(input_ids.device, torch.int64)
+    owned = _counts_of("past", past, input_ids.device)
     # a sample with past rows continues its document: all of its sinks have gone by
     seen = torch.where(owned > 0, sink_tokens, 0)
     columns = int(owned.max())
     return from_roles(is_gist, valid, sink_tokens=sink_tokens, past=columns, past_rows=owned, seen=seen)
+
+
+def _token_ids(ids: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    try:
+        ids = torch.as_tensor(ids, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"gist_token_ids must be a non-empty list of token ids, got {ids!r}") from error
+    if ids.dim() != 1 or not len(ids) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"gist_token_ids must be a non-empty list of token ids, got {ids.tolist()!r}")
+    return ids.long()
 
 
 def check_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -140,6 +151,8 @@ def check_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
             f"got {tuple(attention_mask.shape)}"
         )
     valid = attention_mask.to(input_ids.device) != 0
+    if attention_mask.is_floating_point() and attention_mask.isnan().any():
+        raise ValueError("attention_mask holds NaN: it must be nonzero for real tokens and 0 for padding")
     edges = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]
     if (edges > 1).any():
         raise ValueError(
@@ -150,9 +163,19 @@ def check_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
 
 
 def check_count(name: str, value: int, least: int = 0) -> None:
-    """Raise ValueError unless `value` is an int of at least `least`."""
+    """Raise ValueError unless `value` is an int of at least `least`, and fits an int32 as intervals do."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be less than 2^31, got {value}")
+
+
+def _counts_of(name: str, value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Counts of samples as int64 ``[B]`` on `device`."""
+    wrong = value.dim() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    if wrong or not len(value) or bool(((value < 0) | (value >= 2**31)).any()):
+        raise ValueError(f"{name} must be an int, or non-negative ints below 2^31, one for each sample, got {value!r}")
+    return value.to(device, torch.int64)
 
 
 def from_segments(
@@ -164,7 +187,8 @@ def from_segments(
     device: torch.device | str,
 ) -> GistLayout:
     """See `GistLayout.from_segments`."""
-    counts = [gists] * len(lengths) if isinstance(gists, int) else list(gists)
+    lengths = _ints("lengths", lengths)
+    counts = [gists] * len(lengths) if isinstance(gists, int) else _ints("gists", gists)
     if len(counts) != len(lengths):
         raise ValueError(f"gists lists {len(counts)} segments, lengths lists {len(lengths)}")
     _check_segments(lengths, counts)
@@ -182,11 +206,21 @@ def from_segments(
     )
 
 
+def _ints(name: str, values: Sequence[int]) -> list[int]:
+    """Also of numpy and torch integers."""
+    try:
+        return [value if isinstance(value, bool) else operator.index(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list of ints, got {values!r}") from error
+
+
 def _check_segments(lengths: Sequence[int], counts: Sequence[int]) -> None:
     for name, values in (("raw tokens", lengths), ("gist tokens", counts)):
-        bad = [i for i, value in enumerate(values) if value < 1]
-        if bad:
-            raise ValueError(f"segment {bad[0]} has {values[bad[0]]} {name}: every segment needs at least 1")
+        for i, value in enumerate(values):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"segment {i} has {value!r} {name}: every segment needs an int of at least 1")
+    if sum(lengths) + sum(counts) >= 2**31:
+        raise ValueError("the segments have 2^31 tokens or more: a layout has fewer")
 
 
 def _roles_of_segments(lengths: Sequence[int], counts: Sequence[int], tail: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +250,7 @@ def sliding(n: int, window: int, stride: int, gists: int, sink_tokens: int, devi
     before = torch.nn.functional.pad(persistent.long().cumsum(1), (1, 0))
     starts = index % (stride + gists) == 0
     keep_local = max(n - window + 1, 0)
-    return GistLayout(
+    layout = GistLayout(
         gist_begin=torch.zeros_like(index, dtype=torch.int32),
         gist_end=before.gather(1, window_start).int(),
         local_begin=window_start.int(),
@@ -228,6 +262,7 @@ def sliding(n: int, window: int, stride: int, gists: int, sink_tokens: int, devi
         keep_end=before[:, keep_local],
         keep_local=torch.full((1,), keep_local, device=device),
     )
+    return trusted(layout)
 
 
 def hierarchical(
@@ -240,6 +275,7 @@ def hierarchical(
     device: torch.device | str,
 ) -> GistLayout:
     """See `GistLayout.hierarchical`."""
+    lengths = _ints("lengths", lengths)
     _check_segments(lengths, [segment_gists] * len(lengths))
     if not len(lengths):
         raise ValueError("a hierarchical layout needs at least one segment")
@@ -278,7 +314,7 @@ def hierarchical(
         keep_end=torch.tensor([end]),
         keep_local=torch.tensor([body + summary_gists]),
     )
-    return layout.to(device)
+    return trusted(layout).to(device)
 
 
 def decode(
@@ -292,7 +328,7 @@ def decode(
     check_count("rows", rows, least=1)
     for name, value in (("past", past), ("tail", tail)):
         if torch.is_tensor(value):
-            batch_size = len(value)
+            batch_size = len(_counts_of(name, value, device))
         else:
             check_count(name, value)
     check_count("batch_size", batch_size, least=1)
@@ -314,7 +350,7 @@ def decode_rows(owned: torch.Tensor, past_columns: int, kept: torch.Tensor, tail
     batch_size, device = len(owned), owned.device
     offset = torch.arange(rows, device=device).expand(batch_size, rows)
     first, start = past_columns - owned, tail_columns - kept
-    return GistLayout(
+    layout = GistLayout(
         gist_begin=first[:, None].expand(-1, rows).int(),
         gist_end=torch.full((batch_size, rows), past_columns, dtype=torch.int32, device=device),
         local_begin=start[:, None].expand(-1, rows).int(),
@@ -328,3 +364,4 @@ def decode_rows(owned: torch.Tensor, past_columns: int, kept: torch.Tensor, tail
         past=past_columns,
         tail=tail_columns,
     )
+    return trusted(layout)

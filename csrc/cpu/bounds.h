@@ -26,9 +26,11 @@ inline const char* leaves_buffers(const AttentionArguments& x) {
   return locals ? nullptr : "a local interval leaves the local rows";
 }
 
-// The rows of the buffers behind DecodeArguments, which hold capacities only.
+// The rows of the buffers behind DecodeArguments, which hold capacities only. Where every sequence has gist rows of its
+// own, the intervals are those of attention, empty ones included; over a pool an empty one may stand anywhere.
 struct DecodeBuffers {
   int64_t gist_rows, pages;
+  bool own_gists;
 };
 
 inline const char* leaves_buffers(const DecodeArguments& x, const DecodeBuffers& buffers) {
@@ -38,10 +40,16 @@ inline const char* leaves_buffers(const DecodeArguments& x, const DecodeBuffers&
     int64_t hull_begin = INT64_MAX, hull_end = 0;
     for (int64_t row = 0; row < x.query_rows; ++row) {
       const int64_t at = sequence * x.interval_stride[0] + row * x.interval_stride[1];
-      if (x.local_begin && x.local_begin[at] < 0) return "local_begin is negative";
-      if (x.gist_begin[at] >= x.gist_end[at]) continue;
-      hull_begin = std::min<int64_t>(hull_begin, x.gist_begin[at]);
-      hull_end = std::max<int64_t>(hull_end, x.gist_end[at]);
+      const int64_t local = x.local_begin ? x.local_begin[at] : 0, begin = x.gist_begin[at], end = x.gist_end[at];
+      if (local < 0) return "local_begin is negative";
+      if (buffers.own_gists) {
+        if (begin < 0 || begin > end || end > buffers.gist_rows) return "a gist interval leaves the compact rows";
+        if (local > std::max<int64_t>(0, length - x.query_rows + row + 1))
+          return "a local interval leaves the local rows";
+      }
+      if (begin >= end) continue;
+      hull_begin = std::min(hull_begin, begin);
+      hull_end = std::max(hull_end, end);
     }
     if (hull_end == 0 && hull_begin == INT64_MAX) hull_begin = 0;
     if (hull_begin < 0 || hull_end > buffers.gist_rows) return "a gist interval leaves the gist rows";

@@ -11,6 +11,9 @@ from gistkern.native import pool_compact, pool_decode
 
 __all__ = ["backward", "compact", "compact_backward", "forward", "pool_compact", "pool_decode"]
 
+# whose operators check by themselves that no call reaches outside a buffer
+CHECKED = frozenset({"forward", "backward", "pool_decode", "pool_compact"})
+
 # packed rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over
 # rows: with fewer rows than lanes most lanes would idle
 _DECODE_PACKED_ROWS = 16

@@ -18,6 +18,8 @@ __all__ = ["backward", "compact", "compact_backward", "forward"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# older kernels take query heads that share a key head and answer NaN; their backward writes beyond the gradients
+_TAKES_GROUPS = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 9)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def forward(
         rows = _rows(work[0], block)
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in _parts(block, tail, gist_begin, gist_end, local_begin, work[0].dtype):
-            keys, values = _keys(work[1:], block, part)
+            keys, values = _for_each_query_head(rows, *_keys(work[1:], block, part))
             one = _flash(rows, keys, values, 0.0, part.causal, attn_mask=part.mask, scale=scale)
             merged = one if merged is None else _merge(*merged, *one)
         assert merged is not None  # every block sees at least itself
@@ -81,11 +83,12 @@ def backward(
     for block in plan(gist_begin, gist_end, local_begin, k.shape[2]):
         rows, row_grad, row_out, row_lse = (_rows(t, block) for t in (work[0], wide_grad, wide_out, lse))
         for part in _parts(block, tail, gist_begin, gist_end, local_begin, work[0].dtype):
-            keys, values = _keys(work[1:], block, part)
+            keys, values = _for_each_query_head(rows, *_keys(work[1:], block, part))
             # with the merged output and log-sum-exp, each part's gradients simply add up
             dq, dk, dv = _flash_backward(
                 row_grad, rows, keys, values, row_out, row_lse, 0.0, part.causal, attn_mask=part.mask, scale=scale
             )
+            dk, dv = (_of_key_heads(t, k.shape[1]) for t in (dk, dv))
             _add(gradients[0], block.batch, slice(block.begin, block.end), dq, block.repeat)
             width = part.gist.stop - part.gist.start
             for local, gist, gradient in ((1, 3, dk), (2, 4, dv)):
@@ -147,6 +150,17 @@ def _keys(buffers: list[torch.Tensor], block: Block, part: _Part) -> tuple[torch
             pieces.append(_split(local[block.batch, :, part.local], block.repeat))
         both.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
     return both[0], both[1]
+
+
+def _for_each_query_head(rows: torch.Tensor, *buffers: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values as the running torch takes them: with a head for each query head where it knows no groups."""
+    group = 1 if _TAKES_GROUPS else rows.shape[1] // buffers[0].shape[1]
+    return [buffer if group == 1 else buffer.repeat_interleave(group, 1) for buffer in buffers]
+
+
+def _of_key_heads(gradient: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse for gradients: sums over the query heads that share a key head."""
+    return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).sum(2)
 
 
 def _rows(tensor: torch.Tensor, block: Block) -> torch.Tensor:
