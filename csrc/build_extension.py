@@ -178,7 +178,7 @@ def emulated_steps(compiler: str, flags: tuple[str, ...] = ()) -> list[_Step]:
     return [*steps, _Step("emulator", (*common, "-c", str(SOURCE / "testing" / "emulator.cpp")))]
 
 
-def _binding_step(compiler: str, cuda: str) -> _Step:
+def _binding_step(compiler: str, cuda: str, flags: tuple[str, ...]) -> _Step:
     folder = _torch_folder()
     assert folder is not None, "missing() has been asked"
     defines = []
@@ -186,8 +186,8 @@ def _binding_step(compiler: str, cuda: str) -> _Step:
         defines.append(f'-DGISTKERN_WITH_CUDA="{"emulated" if cuda == "emulated" else ";".join(cuda_archs())}"')
     if cuda == "emulated":
         defines.append("-DGISTKERN_EMULATED")
-    flags = ("-std=c++20", "-O2", *_host_flags(), "-isystem", str(folder / "include"), *defines)
-    return _Step("bindings", (compiler, *flags, "-c", str(SOURCE / "bindings.cpp")))
+    options = ("-std=c++20", "-O2", *_host_flags(), "-isystem", str(folder / "include"), *defines, *flags)
+    return _Step("bindings", (compiler, *options, "-c", str(SOURCE / "bindings.cpp")))
 
 
 def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer: str | None = None) -> None:
@@ -202,7 +202,7 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer:
     narrow_avx512 : bool
         Compile the 16-lane CPU kernels for AVX2, so that a processor without AVX-512 can test them.
     sanitizer : str, optional
-        One of `SANITIZERS`, for the CPU kernels and the emulated ones.
+        One of `SANITIZERS`, for the bindings, the CPU kernels and the emulated ones.
 
     Raises
     ------
@@ -213,7 +213,7 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer:
     assert compiler is not None, "missing() has been asked"
     assert folder is not None, "missing() has been asked"
     flags = _sanitizer_flags(sanitizer)
-    steps = [_binding_step(compiler, cuda), *_cpu_steps(compiler, narrow_avx512, flags)]
+    steps = [_binding_step(compiler, cuda, flags), *_cpu_steps(compiler, narrow_avx512, flags)]
     libraries = ["-L", str(folder / "lib"), "-ltorch_cpu"]
     if cuda == "nvcc":
         home, found = cuda_home(), nvcc()

@@ -12,7 +12,11 @@ __all__ = ["compact", "compact_backward", "dense_rows", "gather_rows"]
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its last dimension contiguous: kernels read whole rows of D, every other stride is free."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1:
+        return tensor
+    if max(tensor.shape) >= 2**31:  # an expanded one, which no memory holds
+        raise ValueError(f"a tensor must have fewer than 2^31 rows, got {tuple(tensor.shape)}")
+    return tensor.contiguous()
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
