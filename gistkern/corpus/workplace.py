@@ -62,8 +62,9 @@ class Workplace:
     def _agree(self) -> None:
         """Write the settings, or compare with those that are there."""
         path = self._folder / SETTINGS
+        begun = any(self._folder.glob("chunk-*"))  # looked at first: they are written behind the settings
         if not path.exists():
-            if any(self._folder.glob("chunk-*")):
+            if begun:
                 raise ValueError(f"{self._folder} holds files of a store but no {SETTINGS}: pass another out_dir")
             try:
                 with replacing(path, keep=True) as draft:  # whoever comes second agrees with the first
