@@ -116,7 +116,11 @@ def compress_corpus(
     counts = None
     if not isinstance(documents, Iterator):  # which can be read but once
         # what is wrong with the last document is said before the first one is compressed
-        counts = [len(chunk) for chunk in chunks_of(documents, chunk_documents, chunk_length)]
+        counts = []
+        for chunk in chunks_of(documents, chunk_documents, chunk_length):
+            ids = [pair for pair in chunk if encode is None or not isinstance(pair[1], str)]
+            read_chunk(ids, encode, handle.first_id)
+            counts.append(len(chunk))
     total = None if counts is None else sum(counts[rank::ranks])
     found = []
     with (

@@ -1,7 +1,6 @@
 """Corpora: what is stored is what compress gives, nothing finished is lost or redone, damage is named."""
 
 import itertools
-import json
 import os
 import pickle
 import random
@@ -16,15 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from corpus_cases import WORDS, documents, patched
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-import gistkern
 from gistkern import GistStore, compress, compress_corpus
 from gistkern.compressing import left_padded
-from gistkern.corpus import __main__ as command_line
 from gistkern.corpus import compressing, journal
-from gistkern.corpus.__main__ import main
 from gistkern.corpus.plan import batches_of, chunks_of, read_chunk
 
 HERE = Path(__file__).parent
@@ -375,27 +369,6 @@ def test_other_settings_in_the_same_folder(handle, store, corpus):
         compress_corpus(handle.model, corpus, store.folder, **SMALL)
 
 
-@pytest.mark.parametrize(
-    ("corpus", "options", "message"),
-    [
-        (["a text"], {}, "document '0' is a text: pass a tokenizer"),
-        ([[1], []], {}, "document '1' is empty"),
-        ([("a", [1]), ("a", [2])], {}, "two documents are called 'a'"),
-        ([[1]] * 9 + [("3", [2])], {}, "two documents are called '3'"),
-        ({3: [1]}, {}, "names of documents must be strings"),
-        ({"a": [1], "\ud800": [1]}, {}, "cannot be written as UTF-8"),
-        ({"a": [1], "b": [2, WORDS]}, {}, f"document 'b' holds token {WORDS}, the model's words are 0 to {WORDS - 1}"),
-        ({"a": [1], "b": [-1]}, {}, "document 'b' holds token -1"),
-        ([[1]], {"rank": 1}, "pass both rank and ranks"),
-        ([[1]], {"rank": 2, "ranks": 2}, "rank must lie in 0..1"),
-        ([[1]], {"segment_overlap": 3}, "segment_overlap must be less than segment_length"),
-    ],
-)
-def test_bad_input(handle, tmp_path, corpus, options, message):
-    with pytest.raises(ValueError, match=message):
-        compress_corpus(handle.model, corpus, tmp_path, **SMALL, **options)
-
-
 def test_a_hierarchical_model_needs_segments(tmp_path):
     with pytest.raises(ValueError, match="pass segment_length"):
         compress_corpus(patched(num_segment_gist_tokens=2).model, [[1, 2]], tmp_path / "store")
@@ -474,41 +447,3 @@ def test_a_bar_counts_the_documents_of_its_rank(handle, corpus, tmp_path, capsys
         assert f"{own}/{own} " in capsys.readouterr().err
     compress_corpus(handle.model, iter(corpus.items()), tmp_path / "stream", **options)
     assert f"{len(corpus)}document [" in capsys.readouterr().err
-
-
-# ---- the command line
-
-
-def test_every_process_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command_line._device() == "cuda:0"
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert command_line._device() == "cuda:3"
-
-
-def test_the_command_line(tmp_path, capsys):
-    handle = patched()
-    handle.model.save_pretrained(tmp_path / "model")
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *"abcdefghij"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
-    lines = tmp_path / "documents.jsonl"
-    lines.write_text('{"id": "x", "text": "a b c"}\n\n{"id": 7, "text": "j i"}\n')
-    given = ["--model", str(tmp_path / "model"), "--documents", str(lines), "--out", str(tmp_path / "store")]
-    main(given)
-    assert "2 documents in" in capsys.readouterr().out
-    store = gistkern.GistStore(tmp_path / "store")
-    assert list(store) == ["x", "7"]
-    expected = compress(handle.model, torch.tensor([[1, 2, 3]]))
-    torch.testing.assert_close(rows(store["x"]), rows(expected), rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "store" / "corpus.json").read_text())["segment_length"] is None
-    lines.write_text('{"id": "x"}\n')
-    with pytest.raises(SystemExit):
-        main([*given[:-1], str(tmp_path / "other")])
-    assert "line 1, is no document: it lacks 'text'" in capsys.readouterr().err
-    handle.unpatch()
-    handle.model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(SystemExit):
-        main(["--model", str(tmp_path / "plain"), *given[2:]])
-    assert "has no trained gist rows" in capsys.readouterr().err
