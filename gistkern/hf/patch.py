@@ -153,9 +153,9 @@ def patch_llama(
 
 def _check_unwrapped(model: Any) -> None:
     """Raise ValueError for a model inside or with peft adapters."""
-    if adapters_with_rows(model) and not hasattr(model, ATTRIBUTE):
-        raise ValueError(LOADED_UNPATCHED)
     if hasattr(model, "get_base_model") or (isinstance(model, PreTrainedModel) and has_adapters(model)):
+        if adapters_with_rows(model) and not hasattr(model, ATTRIBUTE):
+            raise ValueError(LOADED_UNPATCHED)
         raise ValueError(
             "patch the model before wrapping it with peft or loading an adapter, which then holds the gist rows: "
             'patch_llama(base); get_peft_model(base, LoraConfig(..., modules_to_save=["gist_embeddings"]))'
