@@ -161,7 +161,7 @@ class GistHandle:
             self._check_adapters(rows)
         settings = rows.settings
         # the tensor itself is kept, so that its id cannot be another one's
-        if self._checked is not None and self._checked[0] is settings and self._checked[1] == settings._version:
+        if self._checked is not None and self._checked[0] is settings and self._checked[1] == _version(settings):
             return
         with on_device(rows):
             found = rows.settings.tolist()
@@ -170,7 +170,7 @@ class GistHandle:
                 f"the gist rows were trained with {_spelled(found)}; the model is patched with "
                 f"{_spelled(self.settings.numbers(self.first_id))}: patch it with the settings of the training"
             )
-        self._checked = (settings, settings._version)
+        self._checked = (settings, _version(settings))
 
     def _check_vocabulary(self) -> None:
         """New tokens of the vocabulary must not be taken for gist tokens; a tokenizer gives each an id of its own."""
@@ -206,9 +206,9 @@ class GistHandle:
         rows = rows_in_use(self.inner.gist_embeddings)
         weight = rows.weight
         known = self._untrained
-        if known is None or known[0] is not weight or known[1] != weight._version:
+        if known is None or known[0] is not weight or known[1] != _version(weight):
             with on_device(rows):
-                self._untrained = known = (weight, weight._version, _equal(rows.weight, self._drawn))
+                self._untrained = known = (weight, _version(weight), _equal(rows.weight, self._drawn))
         return known[2]
 
     def warn_if_untrained(self) -> None:
@@ -247,6 +247,11 @@ class GistHandle:
 
     def __exit__(self, *exception: object) -> None:
         self.unpatch()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts what was written to a tensor; of one made under inference_mode nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _equal(rows: torch.Tensor, drawn: torch.Tensor) -> bool:

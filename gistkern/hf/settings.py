@@ -10,7 +10,6 @@ from gistkern.schemes import check_count
 
 __all__ = ["GistSettings", "agreed_settings", "config_block", "read_block"]
 
-_LARGEST = 2**31 - 1  # kernels count and number tokens in int32
 _OPTIONAL = ("ids_from_tokenizer", "context_prefix", "rows")
 
 
@@ -25,7 +24,7 @@ class GistSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("num_gist_tokens", 1), ("sink_tokens", 0), ("num_segment_gist_tokens", 0)):
-            _check_number(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
         check_scheme(self.positions)
 
     @property
@@ -105,8 +104,8 @@ def _check_block(block: Any) -> None:
             "; ".join([f"{one!r} is missing" for one in missing] + [f"{one!r} is unknown" for one in unknown])
         )
     settings = GistSettings(**{name: block[name] for name in asdict(GistSettings())})
-    _check_number("first_gist_id", block["first_gist_id"], 0)
-    _check_number("first_gist_id + the number of gist tokens", block["first_gist_id"] + settings.num_ids, 0)
+    check_count("first_gist_id", block["first_gist_id"], 0)
+    check_count("first_gist_id + the number of gist tokens", block["first_gist_id"] + settings.num_ids, 0)
     if not isinstance(block.get("ids_from_tokenizer", False), bool):
         raise ValueError(f"ids_from_tokenizer must be true or false, got {block['ids_from_tokenizer']!r}")
     if not isinstance(block.get("rows", ""), str):
@@ -115,10 +114,4 @@ def _check_block(block: Any) -> None:
     if not isinstance(prefix, list):
         raise ValueError(f"context_prefix must be a list of token ids, got {prefix!r}")
     for one in prefix:
-        _check_number("a token id in context_prefix", one, 0)
-
-
-def _check_number(name: str, value: Any, least: int) -> None:
-    check_count(name, value, least)
-    if value > _LARGEST:
-        raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
+        check_count("a token id in context_prefix", one, 0)
