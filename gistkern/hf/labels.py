@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 __all__ = ["ignore_gists"]
 
 IGNORED = -100
+_ADVICE = (
+    "and gist tokens are never predicted. Set their labels to -100 before they are counted: "
+    "trainer.data_collator = gistkern.training.ignore_gist_labels(trainer.data_collator, handle)"
+)
 
 
 def ignore_gists(handle: GistHandle, arguments: dict[str, Any]) -> None:
@@ -23,11 +27,16 @@ def ignore_gists(handle: GistHandle, arguments: dict[str, Any]) -> None:
     Raises
     ------
     ValueError
-        If there were gist tokens among them and the step has other micro-batches, whose labels are not to be seen here.
+        If there were gist tokens among them and the step has other micro-batches, whose labels are not to be seen here,
+        or TRL's fused head is trained, which leaves the division to a trainer that has counted them too.
     """
     given = {name: arguments[name] for name in ("labels", "shift_labels") if torch.is_tensor(arguments.get(name))}
     kept = {name: labels.masked_fill(handle.is_gist(labels), IGNORED) for name, labels in given.items()}
     arguments.update(kept)
+    if arguments.get("fused_lm_head") and handle.model.training:
+        if any(not torch.equal(labels, kept[name]) for name, labels in given.items()):
+            raise ValueError(f"the labels of this step were counted with gist tokens among them, {_ADVICE}")
+        return
     items = arguments.get("num_items_in_batch")
     if items is None or not given:
         return
@@ -44,8 +53,7 @@ def ignore_gists(handle: GistHandle, arguments: dict[str, Any]) -> None:
             return
     raise ValueError(
         f"num_items_in_batch is {int(items)}: the labels of a whole step (micro-batches, processes), counted with gist "
-        "tokens among them, and gist tokens are never predicted. Set their labels to -100 before they are "
-        "counted: data_collator=gistkern.training.ignore_gist_labels(collator, handle)"
+        f"tokens among them, {_ADVICE}"
     )
 
 

@@ -168,8 +168,6 @@ def _divergence(student: Tail, taught: Tail, temperature: float, num_items: torc
         raise ValueError("student and teacher must predict the same labels, sample by sample: pass equal answers")
     log_q = (student.rows() / temperature).log_softmax(-1)
     p = (taught.rows() / temperature).softmax(-1)
-    # both give gist tokens, which are never generated, a probability of exactly 0: 0 * -inf would be NaN
-    log_q = log_q.masked_fill(p == 0, 0)
     total = F.kl_div(log_q, p, reduction="sum") * temperature**2
     return total / (len(p) if num_items is None else num_items)
 

@@ -198,7 +198,8 @@ class Tokenizer:
         return 55 + int(token.removeprefix("<gist_").removesuffix(">"))
 
 
-def test_gist_ids_inside_the_vocabulary_do_not_make_it_nan():
+def test_gist_ids_inside_the_vocabulary_change_no_loss():
+    """Rows of a padded vocabulary have logits like any other: losses are finite, and ours are the model's own."""
     model = make_model()
     handle = gistkern.patch_llama(model, Tokenizer(), num_gist_tokens=2)
     feature = {"context_ids": [1, 2, 3], "question_ids": [4], "answer_ids": [5, 6]}
@@ -206,6 +207,15 @@ def test_gist_ids_inside_the_vocabulary_do_not_make_it_nan():
     loss = distillation_loss(model, batch, batch["teacher"])
     assert loss > 0
     assert all(one.isfinite().all() for one in gradients(model, loss))
+    ids = batch["input_ids"]
+    output = model(ids, labels=ids)
+    torch.testing.assert_close(answer_loss(model, ids, ids), output.loss.double(), rtol=1e-6, atol=1e-6)
+    p = output.logits.log_softmax(-1)
+    assert torch.isfinite((p.exp() * p).sum(-1)).all(), "entropy"
+    smoothed = F.cross_entropy(
+        output.logits[0, :-1], ids.masked_fill(handle.is_gist(ids), -100)[0, 1:], label_smoothing=0.1
+    )
+    assert smoothed.isfinite()
 
 
 def adapted(batch_of=TEACHER, **changes):
