@@ -38,11 +38,19 @@ class Ranks:
         return [load_file(self.folder / f"{name}-{rank}.safetensors") for rank in range(self.processes)]
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Folders of what four processes wrote, and what two of them did as a group of their own."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for processes in ("2", "4"):
+        (folder / processes).mkdir()
+    launch(Path(__file__).with_name("worker.py"), 4, folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    launch(Path(__file__).with_name("worker.py"), request.param, folder)
-    return Ranks(folder, request.param)
+def ranks(request, launched):
+    return Ranks(launched / str(request.param), request.param)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -147,26 +147,32 @@ def refusals(group):
     return said
 
 
-def save(folder, name, tensors):
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}-{dist.get_rank()}.safetensors"
-    )
+def save(folder, name, tensors, group=None):
+    file = folder / f"{name}-{dist.get_rank(group)}.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+
+
+def every_case(folder, group):
+    """What this rank of a group computes."""
+    for padded in (False, True):
+        save(folder, f"model-{padded}", model_case(group, padded), group)
+    save(folder, "tail", tail_case(group), group)
+    save(folder, "checkpointed", checkpointed_case(group), group)
+    save(folder, "autocast", autocast_case(group), group)
+    (folder / f"refusals-{dist.get_rank(group)}.json").write_text(json.dumps(refusals(group)))
+    tensors = {f"{name}/{key}": value for name in LAYOUTS for key, value in op_case(name, group).items()}
+    save(folder, "op", tensors, group)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    for padded in (False, True):
-        save(folder, f"model-{padded}", model_case(dist.group.WORLD, padded))
-    save(folder, "tail", tail_case(dist.group.WORLD))
-    save(folder, "checkpointed", checkpointed_case(dist.group.WORLD))
-    save(folder, "autocast", autocast_case(dist.group.WORLD))
-    if processes == 4:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-        for wrap in ("ddp", "fsdp"):
-            save(folder, wrap, wrapped_case(mesh, wrap))
-    (folder / f"refusals-{rank}.json").write_text(json.dumps(refusals(dist.group.WORLD)))
-    tensors = {f"{name}/{key}": value for name in LAYOUTS for key, value in op_case(name, dist.group.WORLD).items()}
-    save(folder, "op", tensors)
+    every_case(folder / "4", dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    for wrap in ("ddp", "fsdp"):
+        save(folder / "4", wrap, wrapped_case(mesh, wrap))
+    pair = dist.new_group([0, 1])
+    if dist.get_rank() in (0, 1):
+        every_case(folder / "2", pair)
+    dist.barrier()
     dist.destroy_process_group()
