@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpress_baseline as baseline
+from gistkern.versions import CACHE
 from niah import dataset, train_tokenizer
 
 TOKENS = 150
@@ -25,7 +26,7 @@ class BasePress:
     @contextmanager
     def __call__(self, model):
         def after(module, inputs, kwargs, output):
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            layer = kwargs[CACHE].layers[module.layer_idx]
             layer.keys, layer.values = self.compress(
                 module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs
             )

@@ -5,6 +5,7 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
+from gistkern.versions import CACHE
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_full_cache_never_exists(patched):
     cache_seen = {}
 
     def look(module, args, kwargs):
-        cache = cache_seen["cache"] = kwargs["past_key_values"]
+        cache = cache_seen["cache"] = kwargs[CACHE]
         sizes.append([layer.keys.shape[2] for layer in cache.layers])
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.layers]
