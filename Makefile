@@ -7,6 +7,7 @@ EXTENSION := gistkern/_C.so
 EMULATED := build/emulated/_C.so
 C_SOURCES := $(shell find csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 PRESET ?= tiny
+COMPAT ?= floor newest
 ARGS ?=
 
 # the chips of this machine's GPUs; without any, one chip is enough to compile and load the CUDA kernels
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup demo test compat emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +52,9 @@ demo: setup ## train the tiny preset on CPU, drop the context's cache, answer fr
 test: setup ## the whole test suite, the GPU kernels in Triton's interpreter included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
 	$(MAKE) emulate
+
+compat: setup ## the suite's core under the oldest and the newest versions that pyproject.toml admits
+	$(BIN)/python tests/compat/run.py $(COMPAT) $(ARGS)
 
 emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, and CUDA C++ under the emulator
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \

@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 import gistkern
 from gistkern import backends, native
@@ -20,6 +21,15 @@ __all__ = ["main", "report"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "bitsandbytes", "accelerate", "flash-attn")
 
+# the oldest and the newest version that the suite's core was run with: tests/compat, `make compat`
+_TESTED = {
+    "torch": ("2.9.1", "2.14.1"),
+    "transformers": ("5.6.0", "5.24.0"),
+    "safetensors": ("0.6.2", "0.8.0"),
+    "peft": ("0.18.0", "0.21.2"),
+    "accelerate": ("1.10.0", "1.15.0"),
+}
+
 
 def report() -> dict[str, Any]:
     """The environment as plain data (what ``--json`` prints)."""
@@ -28,6 +38,7 @@ def report() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "tested": {name: _tested(name, *versions) for name, versions in _TESTED.items()},
         "devices": _devices(),
         "extension": _extension(),
         "tuned_configs": os.environ.get(ENVIRONMENT),
@@ -48,6 +59,17 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tested(package: str, oldest: str, newest: str) -> dict[str, Any]:
+    """The tested range, and whether the installed version lies in it (None: not installed)."""
+    installed = _version(package)
+    within = None
+    if installed is not None:
+        # a later patch of the newest minor version is no other version
+        found, last = Version(installed), Version(newest)
+        within = Version(oldest) <= found and found.release[:2] <= last.release[:2]
+    return {"oldest": oldest, "newest": newest, "within": within}
 
 
 def _device_names() -> list[str]:
@@ -88,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     print(f"gistkern {facts['gistkern']}, Python {facts['python']}, {facts['platform']}")
     for name, version in facts["packages"].items():
-        print(f"  {name:14} {version or 'not installed'}")
+        print(f"  {name:14} {version or 'not installed'}{_verdict(facts['tested'].get(name))}")
     print("devices")
     for device in facts["devices"]:
         print("  " + ", ".join(f"{key} {value}" for key, value in device.items()))
@@ -106,6 +128,14 @@ def main(arguments: list[str] | None = None) -> None:
     for row in facts["backends"]:
         verdict = "usable" if row["usable"] else f"not usable: {row['reason']}"
         print(f"  {row['name']:10} on {row['device']:5} {verdict} ({row['what']})")
+
+
+def _verdict(tested: dict[str, Any] | None) -> str:
+    """What stands behind a version in the printed report."""
+    if tested is None or tested["within"] is None:
+        return ""
+    versions = f"{tested['oldest']} to {tested['newest']}"
+    return f" (tested: {versions})" if tested["within"] else f" (NOT TESTED; the versions from {versions} are)"
 
 
 if __name__ == "__main__":

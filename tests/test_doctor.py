@@ -3,11 +3,54 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from gistkern import backends, doctor, native
+
+ROOT = Path(__file__).parents[1]
+
+
+def pins(*files):
+    """The versions that lists of requirements name; a later file's win."""
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def test_the_tested_versions_are_those_that_make_compat_runs():
+    oldest, newest = (
+        pins("constraints.txt", "tests/compat/floor.txt"),
+        pins("constraints.txt", "tests/compat/newest.txt"),
+    )
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*declared["dependencies"], *declared["optional-dependencies"]["train"]]
+    ranges = {one.name: one.specifier for one in map(Requirement, requirements)}
+    for name, versions in doctor._TESTED.items():
+        assert versions == (oldest[name], newest[name])
+        assert all(version in ranges[name] for version in versions)
+        major, minor, *_ = oldest[name].split(".")
+        assert f"{major}.{int(minor) - 1}.99" not in ranges[name], "what is older was not run"
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ("5.5.4", "5.5.4 (NOT TESTED; the versions from 5.6.0 to 5.24.0 are)"),
+        ("5.24.9", "5.24.9 (tested: 5.6.0 to 5.24.0)"),
+        ("5.25.0.dev0", "5.25.0.dev0 (NOT TESTED; the versions from 5.6.0 to 5.24.0 are)"),
+        (None, "not installed\n"),
+    ],
+)
+def test_versions_outside_the_tested_range_are_named(installed, said, capsys, monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: installed if name == "transformers" else version(name))
+    doctor.main([])
+    assert f"  transformers   {said}" in capsys.readouterr().out
+    within = {"5.24.9": True, None: None}.get(installed, False)
+    assert doctor.report()["tested"]["transformers"]["within"] is within
 
 
 def test_json_report_is_complete():
