@@ -79,23 +79,37 @@ def saved_rows(model: PreTrainedModel, digest: str | None) -> torch.Tensor | Non
         )
     folders = _folders(source, getattr(model.config, "_commit_hash", None))
     found = _rows_in(folders)
-    if not found or digest not in (None, *(_digest(rows) for rows in found.values())):
+    if digest not in (None, *map(_digest, found.values())) or not found:
         # from_pretrained(source, subfolder=...) leaves no trace of the subfolder
         below = _rows_in(folder.parent for top in folders for folder in sorted(_below(top)))
-        right = {path: rows for path, rows in below.items() if _digest(rows) == digest}
-        found = right or found or below
-        if len({_digest(rows) for rows in found.values()}) > 1 and set(found) <= set(below):
-            raise ValueError(
-                f"the folders below {source!r} hold different gist rows ({', '.join(map(str, found))}): load the model "
-                "from one of them, from_pretrained(folder), instead of by subfolder="
-            )
+        if digest in map(_digest, below.values()) or (below and not found):
+            found = below
+            if digest is None:
+                _check_alike(found, source)
     if not found:
         raise ValueError(_why_not(source, folders))
-    path, rows = _best(found, digest, model.dtype)
-    if digest not in (None, _digest(rows)) and len(found) == 1:
-        _LOG.warning("the gist rows in %s are not those that its config.json was saved with", path)
+    right = [path for path, rows in found.items() if _digest(rows) == digest]
+    if digest is not None and not right:
+        _LOG.warning("the gist rows below %s are not those that its config.json was saved with", source)
+    path = right[0] if right else next(iter(found))
+    variants = {other: rows for other, rows in found.items() if other.parent == path.parent}
+    _check_alike(variants, str(path.parent))
+    path = min(variants, key=lambda one: (variants[one].dtype != model.dtype, one != path))
     _explain_report(model, path)
-    return rows
+    return variants[path]
+
+
+def _check_alike(found: dict[Path, torch.Tensor], place: str) -> None:
+    """Raise ValueError if files, of which nobody knows which was loaded, differ in more than rounding."""
+    first, *others = found.values()
+    for rows in others:
+        coarse = min(first.dtype, rows.dtype, key=lambda dtype: dtype.itemsize)
+        if rows.shape != first.shape or not torch.equal(first.to(coarse), rows.to(coarse)):
+            raise ValueError(
+                f"files in {place!r} hold different gist rows ({', '.join(map(str, found))}), and which of them was "
+                "loaded leaves no trace: load the model by a folder that holds one of them, from_pretrained(folder), "
+                "instead of by subfolder= or variant="
+            )
 
 
 def _folders(source: str, revision: str | None) -> list[Path]:
@@ -129,15 +143,6 @@ def _rows_in(folders: Iterable[Path]) -> dict[Path, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"cannot read {path}: {error}") from error
     return found
-
-
-def _best(found: dict[Path, torch.Tensor], digest: str | None, dtype: torch.dtype) -> tuple[Path, torch.Tensor]:
-    """Those of the model's dtype (variants differ in it), of these the digest's, of these the first."""
-
-    def order(item: tuple[Path, torch.Tensor]) -> tuple[bool, bool]:
-        return item[1].dtype != dtype, _digest(item[1]) != digest
-
-    return min(found.items(), key=order)
 
 
 def _why_not(source: str, folders: list[Path]) -> str:

@@ -37,6 +37,14 @@ def test_variants_beside_each_other(tmp_path):
     assert torch.equal(rows_of(tmp_path, variant="bf16"), half)
 
 
+def test_variants_of_different_trainings_are_not_guessed(tmp_path):
+    save(tmp_path, 0.1)
+    save(tmp_path, 0.2, variant="ema")
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"hold different gist rows \(.*ema.*\).*instead of by subfolder= or variant="):
+        gistkern.patch_llama(model)
+
+
 def test_a_variant_alone_and_in_shards(tmp_path):
     rows = save(tmp_path, 0.1, variant="v", max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.v.json").exists()
@@ -67,11 +75,12 @@ def test_subfolders_without_digests_are_not_guessed(tmp_path):
 def test_revisions_of_a_cached_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     root = tmp_path / "models--org--name"
-    saved = {name: save(root / "snapshots" / name, by) for name, by in (("1" * 40, 0.1), ("2" * 40, 0.2))}
+    revisions = (("1" * 40, 0.1, torch.float32), ("2" * 40, 0.2, torch.bfloat16), ("3" * 40, 0.3, torch.float32))
+    saved = {name: save(root / "snapshots" / name, by, dtype).float() for name, by, dtype in revisions}
     (root / "refs").mkdir()
     (root / "refs/main").write_text("1" * 40)
     for name, rows in saved.items():
-        model = LlamaForCausalLM.from_pretrained(root / "snapshots" / name)
+        model = LlamaForCausalLM.from_pretrained(root / "snapshots" / name, dtype=torch.float32)
         model.config._name_or_path = "org/name"  # as the hub's name leaves it
         assert torch.equal(gistkern.patch_llama(model).inner.gist_embeddings.weight, rows)
 
