@@ -7,14 +7,22 @@ import errno
 import json
 import os
 import reprlib
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DRAFTS", "field_of", "parse_json", "read_bytes", "replacing"]
+__all__ = ["DRAFTS", "UnreadableError", "field_of", "parse_json", "read_bytes", "replacing"]
 
 DRAFTS = ".gistkern-"  # how the folders begin in which files are written before they take their names
+
+
+class UnreadableError(ValueError):
+    """A file is there and cannot be read, which says nothing about what it holds."""
+
+    def __init__(self, path: str | os.PathLike, error: OSError) -> None:
+        super().__init__(f"{path} cannot be read ({error.strerror}): it may be whole")
 
 
 @contextlib.contextmanager
@@ -62,13 +70,15 @@ def replacing(path: str | os.PathLike, keep: bool = False) -> Iterator[Path]:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """All of a file; ValueError where it is there and cannot be read, which says nothing about what it holds."""
+    """All of a file; UnreadableError where it is there and cannot be read."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise OSError(errno.EINVAL, "it is no regular file")  # a pipe has no end to wait for
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): it may be whole") from error
+        raise UnreadableError(path, error) from error
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

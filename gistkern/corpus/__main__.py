@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or hub name of a checkpoint with trained gist rows")
     parser.add_argument("--tokenizer", help="folder or hub name; the model's by default")
-    parser.add_argument("--documents", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="the store's folder")
+    parser.add_argument("--documents", type=_path, required=True, help="JSON lines")
+    parser.add_argument("--out", type=_path, required=True, help="the store's folder")
     parser.add_argument("--segment-length", type=int, help="tokens per segment; one segment by default")
     parser.add_argument("--segment-overlap", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens compressed together, padding included")
@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16, ...")
     parser.add_argument("--device", help="by default this process's GPU under torchrun, or the CPU")
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, which would be this folder")
+    return Path(text)
 
 
 def _check_model(given: argparse.Namespace) -> None:
@@ -109,7 +115,10 @@ def _load(given: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
 
     tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", given.tokenizer or given.model)
     model = _from_pretrained(AutoModelForCausalLM, "model", given.model, dtype=given.dtype).to(given.device)
-    patch_llama(model)
+    try:
+        patch_llama(model)
+    except TypeError as error:
+        raise ValueError(f"{given.model} cannot be patched: {error}") from error
     return model, tokenizer
 
 

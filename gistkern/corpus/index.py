@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gistkern.corpus.tensor_file import TensorFile
-from gistkern.files import replacing
+from gistkern.files import UnreadableError, replacing
 
 __all__ = ["INDEX", "hash_of", "read_index", "write_index"]
 
@@ -73,6 +73,8 @@ def read_index(folder: Path) -> dict[str, np.ndarray] | None:
     except ValueError as error:
         if not path.exists():  # its corpus has begun to grow
             return None
+        if isinstance(error, UnreadableError):
+            raise
         raise ValueError(
             f"{path} is torn or no index ({error}): delete it, the files of the store are enough"
         ) from error

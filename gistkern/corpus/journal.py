@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from gistkern.files import UnreadableError
+
 __all__ = ["Journal"]
 
 _HEAD = 8 + 32
@@ -29,7 +31,7 @@ def _locked(path: Path) -> BinaryIO:
         try:
             file = path.open("a+b")
         except OSError as error:
-            raise ValueError(f"{path} cannot be opened ({error.strerror}): it may be whole") from error
+            raise UnreadableError(path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):

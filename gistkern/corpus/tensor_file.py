@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gistkern.files import field_of, parse_json
+from gistkern.files import UnreadableError, field_of, parse_json
 
 __all__ = ["TensorFile"]
 
@@ -53,9 +53,9 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place is not waited for
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}): it may be whole") from error
+            raise UnreadableError(path, error) from error
         weakref.finalize(self, os.close, handle)
         self._handle = handle
         size = os.fstat(handle).st_size
@@ -123,12 +123,13 @@ class TensorFile:
         done = 0
         while done < count:
             try:
-                got = os.preadv(self._handle, [memoryview(found)[done:]], offset + done)
+                got = os.pread(self._handle, count - done, offset + done)
             except OSError as error:
-                raise ValueError(f"{self.path} cannot be read ({error.strerror}): it may be whole") from error
+                raise UnreadableError(self.path, error) from error
             if not got:
                 raise self._torn("it ended while it was read")
-            done += got
+            found[done : done + len(got)] = got
+            done += len(got)
         return found
 
     def _torn(self, why: str) -> ValueError:

@@ -108,6 +108,7 @@ def test_a_bad_line_is_named_with_its_file(given, capsys, line, said):
     [
         ({"--documents": "{tmp}"}, "is a folder: pass a file of JSON lines"),
         ({"--documents": "{tmp}/none"}, "none does not exist"),
+        ({"--documents": ""}, "it is empty, which would be this folder"),
         ({"--documents": "/dev/null"}, "is no regular file"),
         ({"--documents": "{tmp}/empty"}, "empty holds no documents"),
         ({"--model": "{tmp}/none"}, "none cannot be loaded"),
