@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from gistkern.cache_plan import CacheState, CallPlan
+from gistkern.tokens_read import UNKNOWN, ContextRead, TokensRead
 from gistkern.versions import CROP_TAKES_LENGTH
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Hashable
 
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache
+
+    from gistkern.hf.handle import GistHandle
     from gistkern.shared_cache import SharedGistCache
 
 __all__ = ["GistCache", "GistLayer"]
+
+_UNPATCHED = "a GistCache works with a patched model only: call gistkern.patch_llama(model) first"
 
 
 class GistLayer(DynamicLayer):
@@ -59,7 +67,7 @@ class GistLayer(DynamicLayer):
 
 
 def _take(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    index = columns[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    index = columns.to(rows.device)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
     return rows.gather(2, index)
 
 
@@ -81,10 +89,10 @@ class GistCache(Cache):
         Per-sample counts. None until the first call.
     positions : str
         Position scheme of the model that wrote the cache.
-    fingerprint : str
-        Identity of that model, set by `compress`.
-    unchecked : bool
-        Whether the cache was loaded without its model; it is then checked when first used.
+    read : TokensRead
+        The tokens that were read after the compressed context.
+    contexts : set of ContextRead
+        Digests of the contexts that were compressed, of all samples.
     """
 
     layers: list[Any]
@@ -93,10 +101,30 @@ class GistCache(Cache):
         super().__init__(layer_class_to_replicate=GistLayer)
         self.state: CacheState | None = None
         self.positions: str | None = None
-        self.fingerprint: str | None = None
-        self.unchecked = False
+        self.read = TokensRead()
+        self.contexts: set[ContextRead] = set()
+        self._fingerprint: str | None = None
+        self._writer: tuple[weakref.ref[GistHandle], Hashable] | None = None
+        self._readers: weakref.WeakKeyDictionary[GistHandle, Hashable] = weakref.WeakKeyDictionary()
         self._plan: CallPlan | None = None
+        self._ids: torch.Tensor | None = None
         self._touched = False
+
+    @classmethod
+    def in_place_of(cls, cache: DynamicCache) -> GistCache:
+        """An empty transformers cache as a GistCache: the same object, so that its owner holds what is read."""
+        cache.__class__ = cls  # type: ignore[assignment]
+        cache.__init__()  # type: ignore[misc]
+        return cache  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the models that know it: a copy is checked again by its fingerprint."""
+        state = dict(vars(self))
+        state["_fingerprint"] = self.fingerprint
+        return {name: value for name, value in state.items() if name not in ("_writer", "_readers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _writer=None, _readers=weakref.WeakKeyDictionary())
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -109,8 +137,8 @@ class GistCache(Cache):
 
     # ---- one model call: begin, update layer by layer, commit
 
-    def begin(self, plan: CallPlan) -> None:
-        """Use `plan` for the updates of the model call that follows.
+    def begin(self, plan: CallPlan, ids: torch.Tensor | None = None) -> None:
+        """Use `plan` for the updates of the model call that follows, which brings `ids` (None: embeddings).
 
         Raises RuntimeError if the call before it failed after some layers had been updated.
         """
@@ -119,21 +147,62 @@ class GistCache(Cache):
                 "an earlier model call failed half way through the layers and left this cache inconsistent: "
                 "go on from a clone made before it, or compress again"
             )
-        self._plan, self._touched = plan, False
+        self._plan, self._ids, self._touched = plan, ids, False
 
     def commit(self) -> None:
         """End the model call: its plan's state becomes the cache's."""
-        if self._plan is not None:
-            self.state, self._plan = self._plan.after, None
+        if self._plan is None:
+            return
+        layout, valid = self._plan.layout, None
+        if self._ids is None:
+            self._ids = torch.full((layout.batch_size, layout.num_rows), UNKNOWN, device=layout.device)
+        if self._plan.has_padding:
+            valid = layout.is_real()
+        self.read.add(self._ids, valid)
+        self.state, self._plan, self._ids = self._plan.after, None, None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Called by the attention layers. Raises RuntimeError outside a patched model's call."""
         if self._plan is None:
-            raise RuntimeError("a GistCache works with a patched model only: call gistkern.patch_llama(model) first")
+            raise RuntimeError(_UNPATCHED)
         self._touched = True
         while len(self.layers) <= layer_idx:
             self.layers.append(GistLayer())
         return self.layers[layer_idx].update(key_states, value_states, self._plan)
+
+    # ---- who wrote it, and who may read it
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Identity of the model that wrote the cache; None if nobody knows it."""
+        if self._fingerprint is None and self._writer is not None:
+            handle, weights = self._writer[0](), self._writer[1]
+            if handle is not None and handle.weights_in_use() == weights:
+                self._fingerprint = handle.fingerprint()
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, value: str | None) -> None:
+        self._fingerprint = value
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a model wrote it (a cache that was filled by hand is nobody's)."""
+        return self._writer is not None or self._fingerprint is not None
+
+    def written_by(self, handle: GistHandle) -> None:
+        """A patched model begins to write. Its fingerprint costs a look at all weights, so it waits until needed."""
+        self._writer = weakref.ref(handle), handle.weights_in_use()
+        self._fingerprint = None
+        self.accept(handle)
+
+    def accept(self, handle: GistHandle) -> None:
+        """Remember that a model, with the adapters it now uses, may read the cache."""
+        self._readers[handle] = handle.adapters_in_use()
+
+    def knows(self, handle: GistHandle) -> bool:
+        """Whether `accept` was called for the model with the adapters it now uses."""
+        return handle in self._readers and self._readers[handle] == handle.adapters_in_use()
 
     # ---- sizes
 
@@ -155,7 +224,7 @@ class GistCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[B, Hkv, G, D]`` of the compact rows of a layer; samples that own fewer have the last."""
@@ -168,6 +237,8 @@ class GistCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Physical length with `query_length` new rows, and offset 0."""
+        if query_length < 1:  # an unpatched model cuts a context off that the question does not hold
+            raise RuntimeError(_UNPATCHED)
         if self.state is None:
             return query_length, 0
         return self.state.gist_columns + self.state.tail_columns + query_length, 0
@@ -189,20 +260,48 @@ class GistCache(Cache):
 
     def clone(self) -> GistCache:
         """An independent copy, so that one compressed context answers several questions."""
-        copy = type(self)()
-        copy.positions, copy.fingerprint, copy.state = self.positions, self.fingerprint, self.state
-        copy.unchecked = self.unchecked
+        copy = self._alike()
         copy.layers = [_copy_layer(layer, torch.clone) for layer in self.layers]
         return copy
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
-        """A copy on another device or in another dtype."""
-        copy = self.clone()
-        copy.layers = [_copy_layer(layer, lambda t: t.to(device=device, dtype=dtype)) for layer in copy.layers]
+    def _alike(self) -> GistCache:
+        """A cache of the same state and origin, without layers."""
+        copy = type(self)()
+        copy.take_origin(self)
+        copy.state, copy.read = self.state, TokensRead(self.read.ids())
+        return copy
+
+    def take_origin(self, other: GistCache) -> None:
+        """What was compressed, how and by whom, from another cache."""
+        self.positions, self.contexts = other.positions, set(other.contexts)
+        self._fingerprint, self._writer = other._fingerprint, other._writer
+        self._readers = weakref.WeakKeyDictionary(other._readers)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> GistCache:
+        """The cache on another device or in another dtype: a copy, or itself where nothing changes, as of a tensor.
+
+        Within a model's call it is always itself: each layer's rows are where that layer is.
+        """
+        place = None if device is None else torch.empty(0, device=device).device  # of "cuda": its current one
+        same = all(t.device == (place or t.device) and t.dtype == (dtype or t.dtype) for t in self._tensors())
+        if same or self._plan is not None:
+            return self
+        copy = self._alike()
+        copy.layers = [
+            _copy_layer(layer, lambda t: t.to(device=device, dtype=dtype, non_blocking=non_blocking))
+            for layer in self.layers
+        ]
+        copy.read = copy.read.to(device)
         if device is not None and copy.state is not None:
             moved: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(copy.state).items()}
             copy.state = CacheState(**moved)
         return copy
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Keys and values of all layers."""
+        return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
 
     def shared(self) -> SharedGistCache:
         """A copy whose rows stand once in memory, however many questions, answers or beams read them.
@@ -219,7 +318,8 @@ class GistCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.layers, self.state, self._plan = [], None, None
-        self.positions = self.fingerprint = None
+        self.take_origin(GistCache())
+        self.read = TokensRead()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (transformers passes a negative count).
@@ -237,6 +337,7 @@ class GistCache(Cache):
         if not tokens_to_remove:
             return
         self.state = self._state().crop(-tokens_to_remove)
+        self.read = self.read.crop(-tokens_to_remove)
         for layer in self.layers:
             layer.keys = layer.keys[..., :tokens_to_remove, :]
             layer.values = layer.values[..., :tokens_to_remove, :]
@@ -247,7 +348,7 @@ class GistCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep samples `indices`, in that order."""
-        self.state = self._state().select(indices)
+        self.state, self.read = self._state().select(indices), self.read.select(indices)
         for layer in self.layers:
             layer.keys, layer.values = (t[indices.to(t.device)] for t in (layer.keys, layer.values))
 

@@ -21,11 +21,12 @@ from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
 from gistkern.files import field_of, parse_json, read_bytes, replacing
 from gistkern.positions import SCHEMES
+from gistkern.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_device", "check_shape", "load", "save"]
+__all__ = ["check_device", "load", "save"]
 
 _FORMAT = "gistkern-cache-1"
 # a field of CacheState is a line here: tensors (int64 [B], or bool of B by so many columns), numbers with their type
@@ -52,7 +53,14 @@ _ROW_DTYPES = {
 def save(cache: GistCache, path: str | os.PathLike) -> None:
     """See `GistCache.save`."""
     state = cache._state()
+    if cache.fingerprint is None and cache.is_signed:
+        raise ValueError(
+            "the model that wrote the cache is gone, or its weights were changed since, and a file names its model: "
+            "save before, or compress again"
+        )
     tensors = {f"state.{name}": getattr(state, name) for name in _STATE_TENSORS}
+    read = cache.read.ids()
+    tensors["read"] = torch.empty(len(state.seen), 0, dtype=torch.int32) if read is None else read.int()
     for index, layer in enumerate(cache.layers):
         tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -60,6 +68,7 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
         "format": _FORMAT,
         "positions": cache.positions,
         "fingerprint": cache.fingerprint,
+        "contexts": sorted(cache.contexts),
         "layers": len(cache.layers),
         "state": {name: getattr(state, name) for name in _STATE_NUMBERS},
     }
@@ -87,29 +96,13 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.d
     for index in range(header["layers"]):
         keys, values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
         cache.layers.append(GistLayer.holding(keys, values))
-    if model is None:
-        cache.unchecked = True
-        return cache
-    from gistkern.hf.fingerprint import check_cache
+    cache.read = TokensRead(tensors["read"].to(device, torch.int64))
+    cache.contexts = {ContextRead(one) for one in header["contexts"]}
+    if model is not None:
+        from gistkern.hf.fingerprint import check_cache
 
-    check_shape(cache, model)
-    check_cache(cache, model)
+        check_cache(cache, model)
     return cache
-
-
-def check_shape(cache: GistCache, model: PreTrainedModel) -> None:
-    """Raise ValueError unless the layers of `cache` have the shape of those of `model` (patched)."""
-    from gistkern.hf.patch import handle_of
-
-    config = handle_of(model).inner.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = (config.num_hidden_layers, heads, width)
-    keys = cache.layers[0].keys
-    found = (len(cache.layers), keys.shape[1], keys.shape[3])
-    if found != wanted:
-        said = (f"{layers} layers of {heads} key/value heads of {width}" for layers, heads, width in (found, wanted))
-        raise ValueError("the cache was written by another model: it holds {}, the model has {}".format(*said))
 
 
 def check_device(given: torch.device | str) -> torch.device:
@@ -164,19 +157,25 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
             ]
             raise ValueError(f"{where}: of the {field} {', '.join(sorted(said)[:5])}")
 
-    same_names(set(header), {"format", "positions", "fingerprint", "layers", "state"}, "fields")
+    same_names(set(header), {"format", "positions", "fingerprint", "contexts", "layers", "state"}, "fields")
     state, count = field_of(header, "state", dict, where), field_of(header, "layers", int, where)
     same_names(set(state), set(_STATE_NUMBERS), "numbers of its state")
     require(header["positions"] in SCHEMES, "positions", f"one of {list(SCHEMES)}", header["positions"])
     mark = header["fingerprint"]
     require(mark is None or type(mark) is str, "fingerprint", "a digest of the model", mark)
+    contexts = field_of(header, "contexts", list, where)
+    whole = all(
+        type(one) is list and [type(part) for part in one] == [int, int, str] and 0 < one[1] <= one[0] <= _MOST
+        for one in contexts
+    )
+    require(whole, "contexts", "a list of [tokens, tokens, digest]", contexts)
     for name, kind in _STATE_NUMBERS.items():
         value = field_of(state, name, kind, where)
         require(0 <= value <= _MOST, name, f"between 0 and {_MOST}", value)
 
     require(0 < count <= len(tensors), "layers", "the number of its layers", count)
     rows = [f"layers.{index}.{name}" for index in range(count) for name in ("keys", "values")]
-    same_names(set(tensors), {*rows, *(f"state.{name}" for name in _STATE_TENSORS)}, "tensors")
+    same_names(set(tensors), {*rows, "read", *(f"state.{name}" for name in _STATE_TENSORS)}, "tensors")
     first = tensors[rows[0]]
     require(first.dim() == 4 and min(first.shape[1::2]) > 0, rows[0], "[B, Hkv, rows, D]", tuple(first.shape))
     samples = len(first)
@@ -187,6 +186,10 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
         require(tensors[name].dtype == first.dtype, name, f"{first.dtype}, as {rows[0]}", tensors[name].dtype)
         require(finite(tensors[name]), name, f"finite ({_OVERFLOW})", "inf or NaN")
 
+    read = tensors["read"]
+    require(read.dtype == torch.int32, "read", "torch.int32", read.dtype)
+    require(read.shape in ((samples, 0), (samples, state["fed"])), "read", "the ids of fed columns", tuple(read.shape))
+    require((read >= UNKNOWN).all(), "read", f"ids, {PADDING} or {UNKNOWN}", read.tolist())
     for name, columns in _STATE_TENSORS.items():
         tensor, shape = tensors[f"state.{name}"], (samples, state[columns]) if columns else (samples,)
         require(tensor.shape == shape, name, f"of shape {shape}", tuple(tensor.shape))

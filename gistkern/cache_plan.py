@@ -75,7 +75,7 @@ class CallPlan:
     """One call: `layout` for the attention, column indices for the cache, the state after the call.
 
     `arrange` (int64 ``[B, G + T + N]`` or None) re-orders the columns before they are seen; `keep` (int64
-    ``[B, G' + T']`` or None for all) lists the columns, of those, that stay.
+    ``[B, G' + T']`` or None for all) lists the columns, of those, that stay. Without `has_padding` every row is real.
     """
 
     layout: GistLayout
@@ -83,6 +83,7 @@ class CallPlan:
     after: CacheState
     arrange: torch.Tensor | None = None
     keep: torch.Tensor | None = None
+    has_padding: bool = True
 
 
 def plan_call(
@@ -138,7 +139,7 @@ def plan_call(
     before_tail = all_valid & (index < whole.keep_local[:, None])
     passed = before_tail & all_gist if scheme == "gist_first" else before_tail
     after, keep = _finish(state, layout, all_valid, all_gist, state.tail_position + passed.sum(1))
-    return CallPlan(layout, position_ids, after, arrange, keep)
+    return CallPlan(layout, position_ids, after, arrange, keep, has_padding=valid is not None)
 
 
 def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tensor, is_gist: torch.Tensor) -> CallPlan:
@@ -192,7 +193,7 @@ def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
         fed=state.fed + rows,
     )
     start = state.tail_position + state.tail_rows
-    return CallPlan(layout, layout.stream_position + start[:, None], after)
+    return CallPlan(layout, layout.stream_position + start[:, None], after, has_padding=False)
 
 
 def _join_tail(

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gistkern import positions
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, plan_call
+from gistkern.hf.contexts import evaluating, left_padded, read_context
+from gistkern.hf.handle import GistHandle, handle_of
 from gistkern.layout import GistLayout
-from gistkern.schemes import check_count, check_padding, from_roles
+from gistkern.schemes import check_count, from_roles
+from gistkern.tokens_read import ContextRead, TokensRead
 from gistkern.versions import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gistkern.hf.patch import GistHandle
 
-__all__ = ["check_segments", "compress", "left_padded"]
+__all__ = ["check_segments", "compress"]
 
 # raw tokens per model call of a compression in segments: enough to fill the machine, small beside a context
 CALL_TOKENS = 4096
@@ -31,7 +33,7 @@ CPU_CALL_TOKENS = 512
 @torch.no_grad()
 def compress(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | Mapping[str, Any] | Sequence[Any],
     attention_mask: torch.Tensor | None = None,
     segment_length: int | None = None,
     segment_overlap: int = 0,
@@ -42,8 +44,9 @@ def compress(
     ----------
     model : PreTrainedModel
         Patched by `gistkern.patch_llama`; a peft wrapper around it will do.
-    input_ids : Tensor
-        int64 ``[B, N]``: the context alone, the gist tokens are appended here.
+    input_ids : Tensor, mapping or list
+        int64 ``[B, N]``: the context alone, the gist tokens are appended here. What a tokenizer (or its
+        ``apply_chat_template``) returns will do, with the mask in it, and so will lists of ids.
     attention_mask : Tensor, optional
         ``[B, N]``; samples may differ in length, with padding left or right.
     segment_length : int, optional
@@ -65,37 +68,32 @@ def compress(
     ------
     ValueError
         If the model is not patched, a sample is empty, or the context holds gist tokens already.
-    """
-    from gistkern.hf.fingerprint import fingerprint
-    from gistkern.hf.patch import handle_of
+    TypeError
+        If the context is a text.
 
+    Notes
+    -----
+    Threads may compress with one model at the same time; a model in training is put to evaluation meanwhile. Gist rows
+    that were never trained are warned of, once.
+    """
     handle = handle_of(model)
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {tuple(input_ids.shape)}")
     check_segments(segment_length, segment_overlap)
-    valid = check_padding(input_ids, attention_mask)
-    if not bool(valid.any(1).all()):
-        raise ValueError(f"sample {int((~valid.any(1)).int().argmax())} of the context is empty")
-    if bool(handle.is_gist(input_ids).any()):
-        raise ValueError("the context holds gist tokens already: pass the raw context, compress appends them")
+    if handle.segment_gist_token_ids and segment_length is None:
+        raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
+    ids, valid = read_context(handle, input_ids, attention_mask)
+    handle.check_settings()
+    handle.warn_if_untrained()
 
     cache = GistCache()
-    length = segment_length or input_ids.shape[1]
-    samples = [segments_of(ids[real], length, segment_overlap) for ids, real in zip(input_ids, valid, strict=True)]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        if not handle.segment_gist_token_ids:
-            _segment_wise(handle, cache, samples, length)
-        elif segment_length is None:
-            raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
-        else:
-            _hierarchical(handle, cache, samples, length)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    cache.state = replace(_state(cache, input_ids), fed=0)
-    cache.fingerprint = fingerprint(handle.inner)
+    length = segment_length or ids.shape[1]
+    real = [sample[mask] for sample, mask in zip(ids, valid, strict=True)]
+    samples = [segments_of(sample, length, segment_overlap) for sample in real]
+    scheme = _hierarchical if handle.segment_gist_token_ids else _segment_wise
+    with evaluating(handle.inner):
+        scheme(handle, cache, samples, length)
+    cache.state, cache.read = replace(_state(cache, ids), fed=0), TokensRead()
+    cache.contexts = {ContextRead.of(sample.cpu()) for sample in real}
+    cache.fingerprint = handle.fingerprint()
     return cache
 
 
@@ -215,10 +213,3 @@ def _run(
 def _state(cache: GistCache, ids: torch.Tensor) -> CacheState:
     """The cache's state; an empty one, of the batch size of `ids`, before the first call."""
     return CacheState.empty(len(ids), ids.device) if cache.state is None else cache.state
-
-
-def left_padded(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids ``[B, N]`` (0 as padding) and the mask of the real ones."""
-    ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_side="left")
-    count = torch.tensor([len(piece) for piece in pieces], device=ids.device)
-    return ids, torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - count[:, None]

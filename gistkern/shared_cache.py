@@ -39,7 +39,7 @@ class SharedGistCache(GistCache):
         self.pool: list[KeyValueRows] = []
         self.first = torch.zeros(0, dtype=torch.int64)
 
-    def begin(self, plan: CallPlan) -> None:
+    def begin(self, plan: CallPlan, ids: torch.Tensor | None = None) -> None:
         """As `GistCache.begin`; layers hold tails only, so the plan's columns are counted from there."""
         state = self.state
         if state is None:
@@ -53,7 +53,7 @@ class SharedGistCache(GistCache):
             raise ValueError("a shared cache keeps all rows of its context: this gist_layout would drop or add some")
         arrange = None if plan.arrange is None else plan.arrange[:, state.gist_columns :] - state.gist_columns
         keep = None if plan.keep is None else plan.keep[:, plan.after.gist_columns :] - state.gist_columns
-        super().begin(replace(plan, arrange=arrange, keep=keep))
+        super().begin(replace(plan, arrange=arrange, keep=keep), ids)
         ahead = self._ahead()
         self._begin, self._end = ((column + ahead).int() for column in (plan.layout.gist_begin, plan.layout.gist_end))
 
@@ -81,8 +81,8 @@ class SharedGistCache(GistCache):
                 q,
                 KeyValueRows(pool.key.to(dtype), pool.value.to(dtype)),
                 KeyValueRows(k, v),
-                gist_begin=self._begin,
-                gist_end=self._end,
+                gist_begin=self._begin.to(q.device),
+                gist_end=self._end.to(q.device),
                 local_begin=layout.local_begin,
                 gist_capacity=layout.past,
                 scale=scale,
@@ -98,12 +98,12 @@ class SharedGistCache(GistCache):
         """As `GistCache.compact`, copied out of the pool; columns that a sample does not own hold rows of others."""
         place = (torch.arange(self._state().gist_columns, device=self.first.device) + self._ahead()).clamp(min=0)
         pool = self.pool[layer]
+        place = place.to(pool.key.device)
         return pool.key[place].transpose(1, 2), pool.value[place].transpose(1, 2)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pool and of all tails."""
-        return super().nbytes + sum(rows.nbytes for rows in self.pool)
+    def _tensors(self) -> list[torch.Tensor]:
+        """Those of the pool too, once."""
+        return [*super()._tensors(), *(tensor for rows in self.pool for tensor in (rows.key, rows.value))]
 
     def clone(self) -> SharedGistCache:
         """Tails of its own, the same rows."""
@@ -112,12 +112,15 @@ class SharedGistCache(GistCache):
         copy.pool, copy.first = self.pool, self.first
         return copy
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SharedGistCache:
-        """A copy, pool included, on another device or in another dtype."""
-        copy = super().to(device, dtype)
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> SharedGistCache:
+        """As `GistCache.to`, pool included."""
+        copy = super().to(device, dtype, non_blocking)
         assert isinstance(copy, SharedGistCache)
-        copy.pool = [KeyValueRows(*(t.to(device=device, dtype=dtype) for t in (p.key, p.value))) for p in self.pool]
-        copy.first = self.first.to(device)
+        if copy is not self:
+            copy.pool = [KeyValueRows(*(t.to(device=device, dtype=dtype) for t in (p.key, p.value))) for p in self.pool]
+            copy.first = self.first.to(device)
         return copy
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -143,7 +146,7 @@ def share(cache: GistCache) -> SharedGistCache:
     state = cache.without_tail("share it before asking")
     owned = torch.arange(state.gist_columns, device=state.seen.device) >= state.gist_columns - state.gist_rows[:, None]
     made = SharedGistCache()
-    made.positions, made.fingerprint, made.unchecked = cache.positions, cache.fingerprint, cache.unchecked
+    made.take_origin(cache)
     made.state = state
     made.first = state.gist_rows.cumsum(0) - state.gist_rows
     for layer in cache.layers:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from gistkern import __version__
-from gistkern.compressing import check_segments, compress, left_padded
+from gistkern.compressing import check_segments, compress
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
@@ -21,6 +21,7 @@ from gistkern.corpus.rows import CompressedDocument, finite, from_cache
 from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
+from gistkern.hf.contexts import left_padded
 from gistkern.schemes import check_count
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def to_cache(
         "tail_position": [document.tail_position for document in documents],
     }
     cache = GistCache()
-    cache.positions, cache.fingerprint, cache.unchecked = positions, fingerprint, True
+    cache.positions, cache.fingerprint = positions, fingerprint
     own_numbers: dict[str, Any] = {name: torch.tensor(values, device=device) for name, values in numbers.items()}
     cache.state = CacheState(
         **own_numbers,

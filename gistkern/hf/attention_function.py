@@ -23,7 +23,7 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
         )
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
-    layout, backend = gist_call.layout, gist_call.backend
+    layout, backend = gist_call.layout_on(query.device), gist_call.backend
     if gist_call.shared is not None:
         shared_out = gist_call.shared.attend(module.layer_idx, query, key, value, layout, scaling, backend)
         return shared_out.transpose(1, 2), None

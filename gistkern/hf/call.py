@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput
 
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
+from gistkern.hf.caching import Carried, cache_of, check_history
 from gistkern.hf.context_parallel import (
     Parallel,
     check_same,
@@ -23,7 +24,6 @@ from gistkern.hf.context_parallel import (
     whole_loss,
 )
 from gistkern.hf.documents import check_positions, packed_documents
-from gistkern.hf.fingerprint import check_cache, check_scheme
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_model"]
 
 
+_CARRIED = "gist_cache"
+
+
 @dataclass(frozen=True)
 class GistCall:
     """What the attention function needs to know of the call, handed down through the layers."""
@@ -44,12 +47,23 @@ class GistCall:
     backend: str
     parallel: Parallel | None = None
     shared: SharedGistCache | None = None
+    elsewhere: dict[torch.device, GistLayout] = field(default_factory=dict)
+
+    def layout_on(self, device: torch.device) -> GistLayout:
+        """The layout on a layer's device: accelerate may have put layers on several."""
+        if self.layout.device == device:
+            return self.layout
+        if device not in self.elsewhere:
+            self.elsewhere[device] = self.layout.to(device)
+        return self.elsewhere[device]
 
 
 def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Labels that leave gist tokens out; under context parallelism the arguments of this rank's shard."""
     arguments = _bind(module, args, kwargs)
     ignore_gists(handle, arguments)
+    if arguments.get(CACHE) is not None and hasattr(module, "_hf_hook"):
+        arguments[_CARRIED] = Carried(arguments.pop(CACHE))
     if handle.context_parallel is not None:
         if not arguments.get("return_dict", handle.model.config.return_dict):
             raise ValueError("a model patched with context_parallel gives no tuples: leave return_dict=False out")
@@ -62,7 +76,9 @@ def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
 
 
 def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
-    """Under context parallelism the whole context's loss, and the kept logits of every rank."""
+    """The caller's own cache; under context parallelism the whole context's loss, and the kept logits of every rank."""
+    if _CARRIED in kwargs and isinstance(output, ModelOutput):
+        output[CACHE] = kwargs[_CARRIED].cache
     if handle.context_parallel is None:
         return
     if output.loss is not None:
@@ -74,6 +90,8 @@ def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict
 def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Replace ids by embeddings, and add layout, positions and cache to the inner model's arguments."""
     arguments = _bind(module, args, kwargs)
+    if _CARRIED in arguments:
+        arguments[CACHE] = arguments.pop(_CARRIED).cache
     if handle.context_parallel is not None:
         if "gist_parallel" not in arguments:  # the inner model was called by itself
             arguments = _parallel(handle, arguments)
@@ -84,10 +102,10 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         embeds = embed(handle, ids, is_gist)
     handle.check_settings()
     documents = None if layout is not None else packed_documents(arguments, is_gist.shape, is_gist.device)
-    cache = _cache(handle, module, arguments, is_gist.shape[0], documents)
+    cache = cache_of(handle, module, arguments, len(is_gist), documents is not None)
     plan = _plan(handle, arguments, layout, is_gist, cache, documents)
     if cache is not None:
-        cache.begin(plan)
+        cache.begin(plan, ids)
     arguments.update(
         inputs_embeds=embeds,
         position_ids=plan.position_ids,
@@ -130,7 +148,7 @@ def _plan(
     documents: torch.Tensor | None,
 ) -> CallPlan:
     """Layout and positions of the call's own rows, behind what the cache holds."""
-    valid = _padding(arguments.get("attention_mask"), is_gist, None if cache is None else cache.state)
+    valid = _padding(arguments.get("attention_mask"), is_gist, cache)
     state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
     if layout is None:
         plan = plan_call(
@@ -206,26 +224,19 @@ def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     return named({**dict(zip(names, args, strict=False)), **kwargs})
 
 
-def _padding(
-    attention_mask: torch.Tensor | None, is_gist: torch.Tensor, state: CacheState | None
-) -> torch.Tensor | None:
+def _padding(attention_mask: Any, is_gist: torch.Tensor, cache: GistCache | None) -> torch.Tensor | None:
     """bool ``[B, N]`` of the call's own tokens, or None where none is padding."""
     if attention_mask is None:
         return None
     rows = is_gist.shape[1]
+    if not torch.is_tensor(attention_mask):
+        raise ValueError(f"attention_mask must be a tensor [batch, tokens], got {type(attention_mask).__name__}")
     if attention_mask.dim() != 2 or len(attention_mask) != len(is_gist) or attention_mask.shape[1] < rows:
         raise ValueError(
             f"attention_mask must be [batch, tokens] with at least the {rows} new tokens of {len(is_gist)} samples, "
             f"got {tuple(attention_mask.shape)}"
         )
-    history = attention_mask[:, : attention_mask.shape[1] - rows]
-    if state is not None and history.shape[1] and history.shape[1] == state.fed:
-        hidden = history.ne(0).sum(1)
-        if bool(((hidden != state.tail_rows) & (hidden != state.seen)).any()):
-            raise ValueError(
-                "attention_mask hides tokens that the cache has read as real ones (samples that generate() had ended "
-                "early, say): crop the cache, or continue the samples one by one"
-            )
+    check_history(cache, attention_mask[:, : attention_mask.shape[1] - rows])
     # generate's mask also covers tokens that the cache has read; the last columns are this call's
     valid = check_padding(is_gist, attention_mask[:, -rows:])
     return None if bool(valid.all()) else valid
@@ -237,50 +248,6 @@ def _guesses(plan: CallPlan, state: CacheState) -> list[torch.Tensor]:
     starts: list[Any] = [0, state.length, state.fed, state.seen[:, None]]
     counted = [start + place for start in starts for place in (columns, plan.layout.stream_position)]
     return [plan.position_ids, *counted]
-
-
-def _cache(
-    handle: GistHandle, module: nn.Module, arguments: dict[str, Any], batch: int, documents: torch.Tensor | None
-) -> GistCache | None:
-    cache: Cache | None = arguments.get(CACHE)
-    use_cache = arguments.get("use_cache")
-    if documents is not None:
-        if cache is not None or use_cache:
-            raise ValueError(
-                "position_ids (or cu_seq_lens_q) pack several documents into a row, which no cache can tell apart: "
-                "pass use_cache=False and no cache, or one document per sample"
-            )
-        return None
-    if _checkpoints_activations(module):
-        if cache is not None or use_cache:
-            raise ValueError("a cache cannot be filled under gradient checkpointing: pass use_cache=False")
-        return None
-    if cache is None:
-        # transformers would cache by default even in training, where nothing reads it
-        wanted = handle.inner.config.use_cache and not module.training if use_cache is None else use_cache
-        cache = GistCache() if wanted else None
-    elif type(cache) is DynamicCache and cache.get_seq_length() == 0:
-        cache = GistCache()  # generate() makes one before it knows the model; the outputs carry ours
-    elif not isinstance(cache, GistCache):
-        raise TypeError(
-            f"a patched model reads a GistCache, got a {type(cache).__name__}"
-            + (" with tokens in it" if type(cache) is DynamicCache else "")
-            + f": pass {CACHE}=gistkern.compress(...) or none"
-        )
-    if cache is None:
-        return None
-    if cache.state is not None and cache.batch_size != batch:
-        raise ValueError(f"the cache holds {cache.batch_size} samples, the call has {batch}")
-    check_scheme(cache, handle)
-    cache.positions = handle.positions
-    if cache.unchecked:
-        check_cache(cache, handle.model)
-        cache.unchecked = False
-    return cache
-
-
-def _checkpoints_activations(module: nn.Module) -> bool:
-    return module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
 def _given_positions(

@@ -3,35 +3,81 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from gistkern.hf.offload import on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gistkern.cache import GistCache
-    from gistkern.hf.patch import GistHandle
+    from gistkern.hf.handle import GistHandle
 
-__all__ = ["check_cache", "check_scheme", "fingerprint"]
+__all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "weights_in_use"]
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
+# fingerprints that a model was found to have, and of which of its weights that is true
+_verified: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
 
 
 def fingerprint(inner: nn.Module) -> str:
     """Hex digest of names, shapes and sampled values of the parameters (adapters and gist rows included)."""
     digest = hashlib.sha256()
-    values = []
+    values: list[torch.Tensor] = []
     idle = _idle_adapters(inner)
-    for name, parameter in inner.named_parameters():
-        if any(f".{adapter}." in name for adapter in idle):
+    for prefix, module in inner.named_modules():
+        own = dict(module.named_parameters(prefix, recurse=False))
+        if not own or any(f".{adapter}." in f"{prefix}." for adapter in idle):
             continue
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        values.append(flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.float32))
-    digest.update(torch.cat([v.to(values[0].device) for v in values]).cpu().numpy().tobytes())
+        with on_device(module):
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if any(f".{adapter}." in f"{name}." for adapter in idle):
+                    continue
+                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+                values += [_sampled(part) for part in _plain(parameter)]
+    if values:
+        digest.update(torch.cat([v.to(values[0].device) for v in values]).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sampled(part: torch.Tensor) -> torch.Tensor:
+    flat = part.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.float32)
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the numbers: quantized weights (torchao's, say) are several behind one face."""
+    if tensor.is_meta:
+        return []
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
+
+
+def adapters_in_use(inner: nn.Module) -> tuple[object, ...]:
+    """Names of the active peft adapters and whether they are switched off, as the first layer has them.
+
+    Read off one module: asked at every call.
+    """
+    for module in inner.layers[0].modules():  # type: ignore[index, union-attr]
+        if hasattr(module, "active_adapters"):
+            return (*module.active_adapters, bool(getattr(module, "disable_adapters", False)))
+    return ()
+
+
+def weights_in_use(inner: nn.Module) -> Hashable:
+    """What changes when the weights are trained, or another adapter is taken; costs no look at a value."""
+    try:
+        version = sum(parameter._version for parameter in inner.parameters())
+    except RuntimeError:  # inference tensors count no versions
+        version = -1
+    return version, adapters_in_use(inner)
 
 
 def _idle_adapters(inner: nn.Module) -> set[str]:
@@ -57,12 +103,37 @@ def check_scheme(cache: GistCache, handle: GistHandle) -> None:
 
 def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
     """Raise ValueError unless `model` (patched) wrote `cache`."""
-    from gistkern.hf.patch import handle_of
+    from gistkern.hf.handle import handle_of
 
     handle = handle_of(model)
     check_scheme(cache, handle)
+    _check_shape(cache, handle)
     dtype = cache.layers[0].dtype if cache.layers else None
     if dtype not in (None, model.dtype):
         raise ValueError(f"the cache holds {dtype}, the model {model.dtype}: load the model in {dtype}")
-    if cache.fingerprint is not None and cache.fingerprint != fingerprint(handle.inner):
+    written = cache.fingerprint
+    if written is None:
+        if cache.is_signed:
+            raise ValueError(
+                "the model that wrote the cache is gone, or its weights were changed since, so nobody can tell whether "
+                "this one reads it rightly: compress the context again"
+            )
+        return
+    in_use = weights_in_use(handle.inner)
+    if _verified.get(handle.inner) == (in_use, written):
+        return
+    if written != fingerprint(handle.inner):
         raise ValueError("the cache was written by another model (or by other weights): compress the context again")
+    _verified[handle.inner] = in_use, written
+
+
+def _check_shape(cache: GistCache, handle: GistHandle) -> None:
+    config = handle.inner.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = [layer.keys for layer in cache.layers if layer.is_initialized]
+    found = {(len(cache.layers), key.shape[1], key.shape[3]) for key in keys}
+    wanted = (config.num_hidden_layers, heads, width)
+    if found - {wanted}:
+        said = (f"{layers} layers of {heads} key/value heads of {width}" for layers, heads, width in (*found, wanted))
+        raise ValueError("the cache was written by another model: it holds {}, the model has {}".format(*said))

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from gistkern.cache import GistCache
+from gistkern.tokens_read import PADDING
 from gistkern.versions import CACHE, named
 
 if TYPE_CHECKING:
@@ -75,21 +77,65 @@ def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
     """
     kwargs = named(kwargs)
     cache = kwargs.get(CACHE)
-    if isinstance(cache, GistCache) and cache.state is not None and kwargs.get("is_first_iteration"):
-        embeds = kwargs.get("inputs_embeds")
-        given = input_ids if embeds is None else embeds
-        _match_batch(cache, len(given))
-        read = cache.state.fed
-        fresh = given.shape[1] - read
-        if fresh <= 0:
-            raise ValueError(
-                f"generate got {given.shape[1]} tokens, but the cache has read {read} tokens after the compressed "
-                "context already: pass those and at least one new token, or a fresh clone of the cache"
-            )
-        kwargs["next_sequence_length"] = fresh
+    first = kwargs.get("is_first_iteration")
+    goes_on = isinstance(cache, GistCache) and cache.state is not None
+    if isinstance(cache, GistCache) and goes_on and first:
+        kwargs["next_sequence_length"] = _fresh_tokens(cache, input_ids, kwargs)
     inputs = original(input_ids, *args, **kwargs)
     inputs.pop("position_ids", None)  # transformers' guess; the position scheme knows
+    if goes_on and not first:
+        inputs.pop("attention_mask", None)  # what generate() appends is real: nothing to read back from the device
     return inputs
+
+
+def _fresh_tokens(cache: GistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> int:
+    """How many of the tokens that `generate` was given the cache has not read.
+
+    Raises
+    ------
+    ValueError
+        If there is none, if the first are not those that the cache has read, or if they repeat the context.
+    """
+    embeds = arguments.get("inputs_embeds")
+    given = input_ids if embeds is None else embeds
+    _match_batch(cache, len(given))
+    assert cache.state is not None
+    read = cache.state.fed
+    if given.shape[1] <= read:
+        raise ValueError(
+            f"generate got {given.shape[1]} tokens, but the cache has read {read} tokens after the compressed "
+            "context already: pass those and at least one new token, or a fresh clone of the cache"
+        )
+    if embeds is not None:
+        return given.shape[1] - read
+    mask = arguments.get("attention_mask")
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if torch.is_tensor(mask) and mask.dim() == 2 and mask.shape[1] >= input_ids.shape[1]:
+        real = mask[:, -input_ids.shape[1] :].to(input_ids.device) != 0
+    if (found := cache.read.different(input_ids.masked_fill(~real, PADDING))) is not None:
+        sample, column, about_padding = found
+        raise ValueError(
+            f"token {column} of sample {sample} is not the one that the cache has read there"
+            + (" (one of them is padding)" if about_padding else "")
+            + f": generate takes the {read} tokens after the compressed context that the cache has read, and new ones "
+            "behind them. For another question pass a fresh clone of the compressed cache; to change an "
+            "earlier turn crop the cache to where it changes"
+        )
+    if not read and cache.contexts:
+        _refuse_context(cache, input_ids, real)
+    return input_ids.shape[1] - read
+
+
+def _refuse_context(cache: GistCache, input_ids: torch.Tensor, real: torch.Tensor) -> None:
+    shortest = min(covered for _, covered, _ in cache.contexts)
+    if input_ids.shape[1] < shortest:
+        return
+    for sample, (ids, mask) in enumerate(zip(input_ids.cpu(), real.cpu(), strict=True)):
+        if any(context.begins(ids[mask]) for context in cache.contexts):
+            raise ValueError(
+                f"sample {sample} begins with the context that the cache holds, which would be read again, raw: pass "
+                "generate the tokens after the context alone"
+            )
 
 
 def _match_batch(cache: GistCache, batch: int) -> None:

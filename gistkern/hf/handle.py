@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from gistkern.hf.attention_function import NAME
 from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
+from gistkern.hf.fingerprint import adapters_in_use, fingerprint, weights_in_use
 from gistkern.hf.offload import on_device
 from gistkern.hf.peft_state import LOADED_UNPATCHED, active_adapters, adapters_with_rows
 from gistkern.positions import SCHEMES
@@ -125,6 +127,18 @@ class GistHandle:
         """
         rows = rows_in_use(self.inner.gist_embeddings).requires_grad_()
         return list(rows.parameters())
+
+    def fingerprint(self) -> str:
+        """Hex digest of the weights in use, by which a cache knows its model again."""
+        return fingerprint(self.inner)
+
+    def weights_in_use(self) -> Hashable:
+        """What changes when the weights are trained, or another adapter is taken."""
+        return weights_in_use(self.inner)
+
+    def adapters_in_use(self) -> Hashable:
+        """What changes when another adapter is taken."""
+        return adapters_in_use(self.inner)
 
     def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
         """The model's own embedding of ids that are no gist tokens."""

@@ -1,0 +1,126 @@
+"""What `compress` takes: token ids in the shapes that tokenizers give them, and a model that is put to evaluation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from gistkern.hf.embedding import vocabulary_size
+from gistkern.schemes import check_padding
+
+if TYPE_CHECKING:
+    from gistkern.hf.handle import GistHandle
+
+__all__ = ["evaluating", "left_padded", "read_context"]
+
+
+def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int64 ``[B, N]`` and the real ones among them, bool ``[B, N]``.
+
+    Parameters
+    ----------
+    handle : GistHandle
+        Of the model that is to read them.
+    given : Tensor, mapping or list
+        Ids ``[B, N]``; what a tokenizer returns (`input_ids` and perhaps `attention_mask`); a list of ids, or a list of
+        such lists of any lengths.
+    attention_mask : Tensor, optional
+        ``[B, N]``, beside ids.
+
+    Raises
+    ------
+    TypeError
+        For a text, or anything else that holds no ids.
+    ValueError
+        For ids of a wrong shape, type or range, an empty sample, gist tokens, or two masks.
+    """
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ValueError(f"the context holds no input_ids, only {sorted(given)}: pass what a tokenizer returns")
+        if attention_mask is not None and given.get("attention_mask") is not None:
+            raise ValueError("the context brings an attention_mask of its own: pass one of the two")
+        attention_mask = given.get("attention_mask") if attention_mask is None else attention_mask
+        given = given["input_ids"]
+    if isinstance(given, (str, bytes)) or (
+        isinstance(given, Sequence) and given and isinstance(given[0], (str, bytes))
+    ):
+        raise TypeError("the context is a text: tokenize it first, compress(model, tokenizer(text, ...))")
+    device = handle.inner.device
+    if isinstance(given, Sequence):
+        ids, own_mask = _of_lists(given, device)
+        attention_mask = own_mask if attention_mask is None else torch.as_tensor(attention_mask, device=device)
+    elif torch.is_tensor(given):
+        ids = given
+    else:
+        raise TypeError(f"the context must be token ids [batch, tokens], got {type(given).__name__}")
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers, got {ids.dtype}")
+    ids = ids.long()
+    valid = check_padding(ids, attention_mask)
+    _check_ids(handle, ids, valid)
+    return ids, valid
+
+
+def _check_ids(handle: GistHandle, ids: torch.Tensor, valid: torch.Tensor) -> None:
+    size = vocabulary_size(handle.inner.get_input_embeddings(), handle.model.config)
+    is_gist = handle.is_gist(ids)
+    outside = valid & ~is_gist & ((ids < 0) | (ids >= size))
+    empty = ~valid.any(1)
+    problems = torch.stack([empty.any(), is_gist.any(), outside.any()]).tolist()
+    if problems[0]:
+        raise ValueError(f"sample {int(empty.int().argmax())} of the context is empty")
+    if problems[1]:
+        raise ValueError("the context holds gist tokens already: pass the raw context, compress appends them")
+    if problems[2]:
+        raise ValueError(f"the context holds the id {int(ids[outside][0])}, the model's vocabulary has {size} tokens")
+
+
+def _of_lists(given: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [given] if given and not isinstance(given[0], Sequence) and not torch.is_tensor(given[0]) else given
+    try:
+        pieces = [torch.as_tensor(row, device=device) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the context must be lists of token ids: {error}") from error
+    if any(piece.dim() != 1 for piece in pieces) or not pieces:
+        raise ValueError("the context must be a list of token ids, or a list of such lists")
+    return left_padded(pieces)
+
+
+def left_padded(pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids ``[B, N]`` (0 as padding) and the mask of the real ones."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_side="left")
+    count = torch.tensor([len(piece) for piece in pieces], device=ids.device)
+    return ids, torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - count[:, None]
+
+
+_lock = threading.Lock()
+# of each model: how many threads evaluate it now, and the modules that train otherwise
+_inside: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no part of the model is in training mode. The last thread to leave puts back what the first found."""
+    with _lock:
+        count, training = _inside.get(model) or (0, [module for module in model.modules() if module.training])
+        _inside[model] = count + 1, training
+        for module in training:
+            module.training = False
+    try:
+        yield
+    finally:
+        with _lock:
+            count, training = _inside.pop(model)
+            if count > 1:
+                _inside[model] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True

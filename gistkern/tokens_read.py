@@ -1,0 +1,93 @@
+"""What a cache has read, so that a prompt which does not go on from there is seen.
+
+`generate` passes again what its cache has read after the compressed context, and counts alone would take any tokens for
+those. They are kept as they are; of a context, whose tokens are what a cache spares, a digest is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+__all__ = ["PADDING", "UNKNOWN", "ContextRead", "TokensRead"]
+
+PADDING, UNKNOWN = -1, -2  # in place of ids: hidden columns, and those that came as embeddings
+# the last tokens of a long context are left out of its digest: with a question behind it a tokenizer may cut them anew
+_LOOSE_END = 8
+
+
+class ContextRead(tuple[int, int, str]):
+    """(tokens of a context, how many of its first ones the digest covers, the digest)."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> ContextRead:
+        """Of the real tokens of one sample, int64 ``[tokens]``."""
+        covered = len(ids) if len(ids) <= 2 * _LOOSE_END else len(ids) - _LOOSE_END
+        return cls((len(ids), covered, _digest(ids[:covered])))
+
+    def begins(self, ids: torch.Tensor) -> bool:
+        """Whether `ids` (int64 ``[tokens]``, on the CPU) begin with this context."""
+        _, covered, digest = self
+        return len(ids) >= covered and _digest(ids[:covered]) == digest
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+class TokensRead:
+    """Ids ``[B, columns]`` that came in calls since the context was compressed, in order.
+
+    Nothing is computed when a call adds its own; they are joined when somebody asks.
+    """
+
+    def __init__(self, ids: torch.Tensor | None = None) -> None:
+        self._parts: list[torch.Tensor] = [] if ids is None or not ids.shape[1] else [ids]
+
+    def add(self, ids: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Columns of one more call, int64 ``[B, N]``; `valid` (bool ``[B, N]``) is false on padding."""
+        # copies: a caller may write the next tokens into the same buffer
+        self._parts.append(ids.clone() if valid is None else ids.masked_fill(~valid, PADDING))
+
+    def ids(self) -> torch.Tensor | None:
+        """All columns, int64 ``[B, columns]``; None where nothing was read."""
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts, 1)]
+        return self._parts[0] if self._parts else None
+
+    def select(self, index: torch.Tensor) -> TokensRead:
+        """Those of samples `index`, in that order."""
+        ids = self.ids()
+        return TokensRead(None if ids is None else ids[index.to(ids.device)])
+
+    def crop(self, count: int) -> TokensRead:
+        """Those but the last `count` columns."""
+        ids = self.ids()
+        return TokensRead(None if ids is None else ids[:, : max(0, ids.shape[1] - count)])
+
+    def to(self, device: torch.device | str | None) -> TokensRead:
+        """On another device."""
+        ids = self.ids()
+        return TokensRead(ids if ids is None or device is None else ids.to(device))
+
+    def different(self, given: torch.Tensor) -> tuple[int, int, bool] | None:
+        """Where `given` (int64 ``[B, N]``, `PADDING` on hidden columns) differs from what was read, or None.
+
+        Returns
+        -------
+        (int, int, bool)
+            Sample and column of the first difference, and whether the two differ about padding there.
+        """
+        ids = self.ids()
+        if ids is None:
+            return None
+        given = given[:, : ids.shape[1]].to(ids.device)
+        ids = ids[:, : given.shape[1]]
+        unlike = (ids != given) & (ids != UNKNOWN)
+        if not bool(unlike.any()):
+            return None
+        sample, column = unlike.nonzero()[0].tolist()
+        return sample, column, bool((ids[sample, column] == PADDING) != (given[sample, column] == PADDING))
