@@ -7,9 +7,9 @@ from pathlib import Path
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
-def load_build():
-    """The module csrc/build_extension.py, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("csrc_build", CSRC / "build_extension.py")
+def load_build(csrc=CSRC):
+    """The module build_extension.py of csrc/, or of a copy of that folder, which it then builds."""
+    spec = importlib.util.spec_from_file_location("csrc_build", csrc / "build_extension.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)

@@ -6,6 +6,7 @@ build compiles the 16-lane source for AVX2, so that a processor without AVX-512 
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from gistkern import GistLayout, gist_attention, native
 from gistkern.testing import make_inputs
 
 ROOT = Path(__file__).parents[2]
+FUZZ = "tests/csrc/fuzz.py"
 X86 = platform.machine() in ("x86_64", "AMD64")
 SETS = ("avx2", "avx512", "baseline") if X86 else ("baseline",)
 CORE = "any_layout or (long_layouts and float32) or what_no_row_sees or (every_case and float16) or fills_the_named"
@@ -64,46 +66,85 @@ def test_the_other_instruction_sets_agree_with_the_oracle(name, library):
 def _preload():
     names = [f"lib{name}.so" for name in ("asan", "ubsan")]
     found = [subprocess.run(["gcc", f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
-    return {"LD_PRELOAD": " ".join(path.strip() for path in found), "ASAN_OPTIONS": "detect_leaks=0"}
+    return {
+        "LD_PRELOAD": " ".join(path.strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }
 
 
-# exact allocations of odd sizes; one row that is too long must be seen, or the sanitizer sees nothing
+# exact allocations of odd sizes
 SANITIZED = """
 import sys, torch
 sys.path.insert(0, "tests")
-from dataclasses import replace
 from gistkern import GistLayout, gist_attention
 from gistkern.testing import make_inputs
 from pool_cases import CASES, check, make_case
-if sys.argv[1] == "suite":
-    for layout in (GistLayout.from_segments([37, 5, 70], 3, tail=9), GistLayout.sliding(150, 40, 16, gists=2),
-                   GistLayout.decode(torch.tensor([10, 0, 37]), torch.tensor([5, 20, 0]), rows=9)):
-        for dim in (1, 7, 64, 72):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                x = make_inputs(layout, heads=6, kv_heads=2, head_dim=dim, dtype=dtype)
-                out = gist_attention(x.q, x.k, x.v, layout, past_key=x.past_key, past_value=x.past_value, backend="cpu")
-                torch.autograd.grad(out, list(x.leaves().values()), x.grad_out, allow_unused=True)
-    for name, options in CASES.items():
-        check(make_case(**options), "cpu")
-else:
-    layout = GistLayout.from_segments([37], 3, tail=9)
-    x = make_inputs(layout, head_dim=64)
-    gist_attention(x.q, x.k, x.v, replace(layout, gist_end=layout.gist_end + 200), backend="cpu")
+for layout in (GistLayout.from_segments([37, 5, 70], 3, tail=9), GistLayout.sliding(150, 40, 16, gists=2),
+               GistLayout.decode(torch.tensor([10, 0, 37]), torch.tensor([5, 20, 0]), rows=9)):
+    for dim in (1, 7, 64, 72):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = make_inputs(layout, heads=6, kv_heads=2, head_dim=dim, dtype=dtype)
+            out = gist_attention(x.q, x.k, x.v, layout, past_key=x.past_key, past_value=x.past_value, backend="cpu")
+            torch.autograd.grad(out, list(x.leaves().values()), x.grad_out, allow_unused=True)
+for name, options in CASES.items():
+    check(make_case(**options), "cpu")
 print("finished")
 """
+sanitized = pytest.mark.skipif(not X86, reason="the sanitizers' libraries are looked for as GCC on x86-64 names them")
 
 
 @pytest.mark.sanitize
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not X86, reason="the sanitizers' libraries are looked for as GCC on x86-64 names them")
+@sanitized
 @pytest.mark.parametrize("name", SETS[:2])
 def test_no_kernel_leaves_its_buffers(name, library):
-    environment = {**_preload(), "GISTKERN_CPU_ISA": name}
-    done = run(["-c", SANITIZED, "suite"], library("address,undefined"), **environment)
+    done = run(["-c", SANITIZED], library("address,undefined"), **_preload(), GISTKERN_CPU_ISA=name)
     assert "finished" in done.stdout, done.stderr[-3000:]
-    broken = run(["-c", SANITIZED, "broken"], library("address,undefined"), **environment)
-    assert "heap-buffer-overflow" in broken.stderr
-    assert "finished" not in broken.stdout
+
+
+@pytest.mark.sanitize
+@pytest.mark.timeout(1800)
+@sanitized
+def test_no_hostile_call_leaves_a_buffer(library):
+    done = run([FUZZ, "--calls", "3000", "--compiled", "12"], library("address,undefined"), **_preload())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ERROR: AddressSanitizer" not in done.stderr
+    assert "runtime error" not in done.stderr
+    served, refused = (int(part.split()[1]) for part in done.stdout.strip().split(", "))
+    assert min(served, refused) > 900
+
+
+# one check of each family left out: the fuzz must then see a kernel leave its buffers
+PLANTED = {
+    "attention": ("& (end[row] <= gist_rows)", ""),
+    "decode": (" || named >= buffers.pages", ""),
+    "compact": (" || slot >= pool_rows", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def unchecked(tmp_path_factory):
+    """A sanitized library of a copy of csrc/ without those checks."""
+    copy = tmp_path_factory.mktemp("unchecked") / "csrc"
+    shutil.copytree(ROOT / "csrc", copy)
+    bounds = copy / "cpu" / "bounds.h"
+    text = bounds.read_text()
+    for check, nothing in PLANTED.values():
+        assert text.count(check) == 1
+        text = text.replace(check, nothing)
+    bounds.write_text(text)
+    load_build(copy).build(copy / "_C.so", cuda="none", narrow_avx512=True, sanitizer="address,undefined")
+    return copy / "_C.so"
+
+
+@pytest.mark.sanitize
+@pytest.mark.timeout(1800)
+@sanitized
+@pytest.mark.parametrize("family", PLANTED)
+def test_the_fuzz_finds_a_check_that_is_left_out(family, unchecked):
+    done = run([FUZZ, "--calls", "3000", "--compiled", "0", "--only", family], unchecked, **_preload())
+    assert "ERROR: AddressSanitizer" in done.stderr
+    assert "served" not in done.stdout
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="needs the extension")
