@@ -9,6 +9,7 @@ import torch
 
 from gistkern.compaction import compact, compact_backward
 from gistkern.layout import GistLayout
+from gistkern.layout_checks import check_now
 
 __all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_scores", "forward", "from_layout"]
 
@@ -97,6 +98,7 @@ def from_layout(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: GistLayout, scale: float | None = None, past=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` of a layout: gathers the compact rows itself. `past` is an optional (key, value) pair."""
+    check_now(layout)
     index = layout.gather.clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     gist_k, gist_v = (t.gather(2, index) for t in (k, v))
     if past is not None:
