@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_scripts_of_the_page_run(tmp_path, monkeypatch, capsys):
-    """Every ```python block of the page, in one namespace, top to bottom."""
+    """Every block of Python of the page, in one namespace, top to bottom."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)
-    assert len(blocks) == 3
+    blocks = re.findall(r"```py(?:thon)?\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)
+    assert len(blocks) == 4
     namespace = {}
     exec(compile(blocks[0], "docs/training.md", "exec"), namespace)
     log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
