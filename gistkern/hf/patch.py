@@ -124,7 +124,7 @@ def patch_llama(
         drawn = None
         if rows is None:
             drawn = rows = fresh_rows(words, settings.num_ids)
-            drawn = drawn.cpu().clone()
+            drawn = None if drawn.is_meta else drawn.cpu().clone()
         elif rows.shape != (settings.num_ids, words.shape[1]):
             raise ValueError(
                 f"the checkpoint's gist rows are {tuple(rows.shape)}, expected {(settings.num_ids, words.shape[1])} by "
