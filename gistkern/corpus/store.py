@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import reprlib
@@ -64,6 +65,7 @@ class GistStore:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
         check_device(device)
+        self._pid = os.getpid()
         self._settings = _settings(self.folder)
         # it holds no lock while it opens a file, so a child forked meanwhile does not wait for one
         self._shard = functools.lru_cache(_OPEN_FILES)(self._opened)
@@ -127,8 +129,9 @@ class GistStore:
         cache = to_cache(documents, self._settings["positions"], self._settings["fingerprint"], device=self.device)
         if shared:
             place = {name: index for index, name in enumerate(read)}
-            cache = cache.shared()
-            cache.batch_select_indices(torch.tensor([place[name] for name in names]))
+            with _own_threads(self._pid):
+                cache = cache.shared()
+                cache.batch_select_indices(torch.tensor([place[name] for name in names]))
         return cache
 
     def _read(self, name: str) -> CompressedDocument:
@@ -199,6 +202,20 @@ class GistStore:
                 self._add(known, name, chunk)
                 found[name] = chunk, place
         return found
+
+
+@contextlib.contextmanager
+def _own_threads(pid: int) -> Iterator[None]:
+    """In a child forked from process `pid` let torch work with one thread: the others are the parent's."""
+    threads = torch.get_num_threads()
+    if os.getpid() == pid or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _number(path: Path) -> int:

@@ -217,6 +217,10 @@ HOSTILE = {
     "'state.extra' is new": ({"state.extra": TWO}, {}),
     "layers.1.values must be of shape": ({"layers.1.values": torch.zeros(2, 2, 6, 16, dtype=torch.float64)}, {}),
     "layers.2.keys must be torch.float64": ({"layers.2.keys": torch.zeros(2, 2, 7, 16)}, {}),
+    "layers.0.values must be numbers": (
+        {f"layers.{i}.values": torch.zeros(2, 2, 7, 16, dtype=torch.int64) for i in range(3)},
+        {},
+    ),
     "layers.1.keys must be finite": ({"layers.1.keys": torch.full((2, 2, 7, 16), torch.inf, dtype=torch.float64)}, {}),
 }
 
@@ -299,7 +303,15 @@ def _moving(model, handle):
     return cache
 
 
+def _autocast(model, handle):
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = gistkern.compress(model.float(), random_ids(2, 9))
+    assert cache.layers[0].keys.dtype != cache.layers[0].values.dtype
+    return cache
+
+
 STATES = {
+    "autocast": _autocast,
     "ragged": _ragged,
     "streamed": _streamed,
     "moving": _moving,
