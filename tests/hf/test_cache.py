@@ -5,7 +5,7 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern.versions import CACHE
+from gistkern.versions import CACHE, CROP_TAKES_LENGTH
 
 
 @pytest.fixture
@@ -57,8 +57,14 @@ def test_crop_takes_back_tail_tokens(patched):
     cache.crop(0)
     with pytest.raises(ValueError, match="cannot crop 4 tokens: only the 3 raw tokens"):
         cache.crop(-4)
-    with pytest.raises(ValueError, match="negative count"):
+    if CROP_TAKES_LENGTH:  # a positive number says how many tokens stay
         cache.crop(4)
+        assert cache.tail_rows.tolist() == [3, 3]
+        cache.crop(2)
+        assert cache.tail_rows.tolist() == [2, 2]
+    else:
+        with pytest.raises(ValueError, match="negative count"):
+            cache.crop(4)
 
 
 def test_reorder_repeat_and_select_follow_the_samples(patched):
