@@ -244,6 +244,13 @@ def evaluate(run, output, *arguments):
     return json.loads((output / "report.json").read_text())
 
 
+@pytest.fixture
+def no_peaks(monkeypatch):
+    """Peaks need two fresh processes, which the tests of training run."""
+    monkeypatch.setattr("measure._peaks", lambda *_: {"prefill_peak_bytes": 5_000, "decode_peak_bytes": None})
+
+
+@pytest.mark.usefixtures("no_peaks")
 def test_the_own_grid_beside_the_full_context(run, tmp_path):
     report = evaluate(run, tmp_path / "out", "--full", "2")
     assert [row["n"] for row in report["rows"]] == [4, 4]
@@ -257,6 +264,7 @@ def test_options_of_datasets_are_not_ignored_without_one(option, run, tmp_path, 
     assert f"{option[0]} is for datasets" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_another_evaluation_of_the_own_grid_is_not_replaced_unasked(run, data, tmp_path, capsys):
     output = tmp_path / "out"
     evaluate(run, output, "--dataset", *data, "--limit", "3")
@@ -295,6 +303,7 @@ def test_any_checkpoint_on_any_datasets(run, data, tmp_path, capsys):
     assert "or other questions" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_time_and_memory_on_request(run, data, tmp_path, monkeypatch):
     for name, value in (
         ("ROUNDS", 1),
@@ -304,10 +313,7 @@ def test_time_and_memory_on_request(run, data, tmp_path, monkeypatch):
         ("BATCH_TOKENS", 2),
     ):
         monkeypatch.setattr(throughput, name, value)
-    monkeypatch.setattr("eval_niah.BATCHES", (2, 1000))
     monkeypatch.setattr("measure.NEW_TOKENS", 3)
-    # peaks need two fresh processes, which the tests of training run
-    monkeypatch.setattr("measure._peaks", lambda *_: {"prefill_peak_bytes": 5_000, "decode_peak_bytes": None})
     monkeypatch.setattr("measure.QUESTIONS", 2)
     monkeypatch.setattr(throughput, "LARGEST_CACHE", 2_000_000)
     both = evaluate(run, tmp_path / "out", "--dataset", data[0], "--measure")["side_by_side"]
