@@ -60,9 +60,15 @@ emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, an
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \
 		$(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
 
+# the longest file in two halves, or one processor would wait for the other
+LONGEST := tests/gpu/test_kernel_attention.py
+HALF := every_scheme or head_dimensions
+
 sanitize: setup ## Triton IR, CUDA C++ and the CPU kernels under sanitizers: bounds, races, undefined values
-	printf '%s\n' tests/gpu/test_kernel_*.py | OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 xargs -P 2 -I FILE \
-		$(BIN)/python -m ttsem.sanitize pytest FILE -p no:xdist -p no:cacheprovider $(ARGS)
+	printf "%s\n" "$(LONGEST) -k '$(HALF)'" "$(LONGEST) -k 'not ($(HALF))'" \
+		$(filter-out $(LONGEST),$(wildcard tests/gpu/test_kernel_*.py)) | \
+		OMP_NUM_THREADS=1 GISTKERN_EMULATED=1 xargs -P 2 -L 1 \
+		$(BIN)/python -m ttsem.sanitize pytest -p no:xdist -p no:cacheprovider $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/csrc -m sanitize -n 2 --dist loadgroup $(ARGS)
 
 aot: setup ## compile every kernel for every listed chip and write docs/evidence/kernels.*
