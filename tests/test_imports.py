@@ -69,7 +69,7 @@ def files(*patterns):
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-TRANSFORMERS_LIVES_IN = {"cache.py", "compressing.py", "cache_file.py", "doctor.py"}
+TRANSFORMERS_LIVES_IN = {"cache.py", "compressing.py", "cache_file.py", "doctor.py", "versions.py"}
 
 
 LAYERED = ("gistkern/*.py", "gistkern/backends/*.py", "gistkern/distributed/*.py", "kernels/*.py")
