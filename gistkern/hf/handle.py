@@ -52,6 +52,9 @@ def handle_of(model: Any) -> GistHandle:
     raise ValueError("the model knows no gist tokens: call gistkern.patch_llama(model) first")
 
 
+_NOWHERE = "the model's weights are on the meta device, where nothing can be computed: load them before patching"
+
+
 class GistHandle:
     """A patched model's gist settings, and the way back. Made by `patch_llama`.
 
@@ -142,9 +145,13 @@ class GistHandle:
 
     def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
         """The model's own embedding of ids that are no gist tokens."""
+        embedding = self.inner.get_input_embeddings()
+        weight = getattr(embedding, "weight", None)
+        if torch.is_tensor(weight) and weight.is_meta and not ids.is_meta and not hasattr(embedding, "_hf_hook"):
+            raise ValueError(_NOWHERE)
         self._embedding = True
         try:
-            return self.inner.get_input_embeddings()(ids)
+            return embedding(ids)
         finally:
             self._embedding = False
 
@@ -178,6 +185,8 @@ class GistHandle:
         if self._checked is not None and self._checked[0] is settings and self._checked[1] == _version(settings):
             return
         with on_device(rows):
+            if rows.settings.is_meta:
+                raise ValueError(_NOWHERE)
             found = rows.settings.tolist()
         if found != self.settings.numbers(self.first_id):
             raise ValueError(

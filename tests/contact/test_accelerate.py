@@ -81,11 +81,15 @@ def test_a_checkpoint_spread_over_memory_and_disk(tmp_path):
 
 
 def test_weights_that_are_nowhere_are_refused():
+    """A model on the meta device can be patched, to count its parameters; nothing can be computed with it."""
     with torch.device("meta"):
         model = make_model()
-    with pytest.raises(ValueError, match="on the meta device"):
-        gistkern.patch_llama(model)
-    assert not hasattr(model, "gistkern_handle")
+    handle = gistkern.patch_llama(model)
+    assert all(parameter.is_meta for parameter in handle.trainable_parameters())
+    ids = torch.tensor([[1, 2, 3]])
+    for compute in (lambda: model(ids, use_cache=False), lambda: gistkern.compress(model, ids)):
+        with pytest.raises(ValueError, match="on the meta device"):
+            compute()
 
 
 def test_a_prepared_model_keeps_its_handle():
