@@ -7,7 +7,7 @@ import torch
 from gistkern import backends
 from gistkern.layout import GistLayout
 from gistkern.layout_checks import check_once
-from gistkern.op_checks import check_scale
+from gistkern.op_checks import check_scale, refuse_forward_mode
 
 __all__ = ["gist_attention"]
 
@@ -71,6 +71,7 @@ def gist_attention(
     check_scale(scale)
     check_once(layout)
     given = (q, k, v, past_key, past_value)
+    refuse_forward_mode(*given)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     name = backends.choose(backend, q, gradient)
     if layout.gather.shape[1] == 0 and past_key is not None and past_value is not None:

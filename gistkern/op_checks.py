@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from gistkern.layout_checks import check_bounds, check_gather
 
@@ -158,3 +159,11 @@ def check_devices(first: torch.Tensor, *others: Any) -> None:
     for tensor in others:
         if torch.is_tensor(tensor) and tensor.device != first.device:
             raise ValueError(f"tensors are on {first.device} and {tensor.device}: use one device")
+
+
+def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError where a tensor carries a tangent (`torch.func.jvp`): the result would have none, silently."""
+    if torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError("gistkern has no forward-mode derivatives (jvp, jacfwd): use reverse mode (backward, vjp)")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gistkern.kernels.schedule import DECODE_ROWS
-from gistkern.op_checks import check_devices
+from gistkern.op_checks import check_devices, refuse_forward_mode
 
 if TYPE_CHECKING:
     from gistkern.pool import KeyValueRows
@@ -169,3 +169,4 @@ def check_compact_values(gather: torch.Tensor, slot: torch.Tensor, local_rows: i
 def refuse_gradients(what: str, *tensors: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(f"{what} has no gradient: call it under torch.no_grad(), or use gist_attention")
+    refuse_forward_mode(*tensors)

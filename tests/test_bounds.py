@@ -293,3 +293,11 @@ def test_a_torch_whose_flash_kernel_knows_no_groups_gets_a_key_head_for_each_que
         compare(make_inputs(layout, heads=6, kv_heads=2, dtype=dtype), layout, "sdpa")
     assert seen
     assert all(heads == {6} for heads in seen)
+
+
+def test_forward_mode_is_refused():
+    """Its tangent would be zero without a word."""
+    layout = segments()
+    q, k = torch.randn(1, 4, layout.num_rows, 16), torch.randn(1, 2, layout.num_rows, 16)
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda q: gist_attention(q, k, k, layout), (q,), (q,))
