@@ -68,7 +68,7 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
         "format": _FORMAT,
         "positions": cache.positions,
         "fingerprint": cache.fingerprint,
-        "contexts": sorted(cache.contexts),
+        "contexts": sorted(map(str, cache.contexts)),
         "layers": len(cache.layers),
         "state": {name: getattr(state, name) for name in _STATE_NUMBERS},
     }
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.d
         keys, values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
         cache.layers.append(GistLayer.holding(keys, values))
     cache.read = TokensRead(tensors["read"].to(device, torch.int64))
-    cache.contexts = {ContextRead(one) for one in header["contexts"]}
+    cache.contexts = set(map(ContextRead.parse, header["contexts"]))
     if model is not None:
         from gistkern.hf.fingerprint import check_cache
 
@@ -164,11 +164,11 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
     mark = header["fingerprint"]
     require(mark is None or type(mark) is str, "fingerprint", "a digest of the model", mark)
     contexts = field_of(header, "contexts", list, where)
-    whole = all(
-        type(one) is list and [type(part) for part in one] == [int, int, str] and 0 < one[1] <= one[0] <= _MOST
-        for one in contexts
-    )
-    require(whole, "contexts", "a list of [tokens, tokens, digest]", contexts)
+    try:
+        for one in contexts:
+            ContextRead.parse(one)
+    except (TypeError, ValueError):
+        require(False, "contexts", "digests of contexts", contexts)
     for name, kind in _STATE_NUMBERS.items():
         value = field_of(state, name, kind, where)
         require(0 <= value <= _MOST, name, f"between 0 and {_MOST}", value)

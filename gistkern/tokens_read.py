@@ -7,6 +7,8 @@ those. They are kept as they are; of a context, whose tokens are what a cache sp
 from __future__ import annotations
 
 import hashlib
+import re
+from typing import NamedTuple
 
 import torch
 
@@ -17,25 +19,37 @@ PADDING, UNKNOWN = -1, -2  # in place of ids: hidden columns, and those that cam
 _LOOSE_END = 8
 
 
-class ContextRead(tuple[int, int, str]):
-    """(tokens of a context, how many of its first ones the digest covers, the digest)."""
+class ContextRead(NamedTuple):
+    """A context that was compressed: its tokens, how many of its first ones the digest covers, the digest."""
 
-    __slots__ = ()
+    tokens: int
+    covered: int
+    digest: str
 
     @classmethod
     def of(cls, ids: torch.Tensor) -> ContextRead:
         """Of the real tokens of one sample, int64 ``[tokens]``."""
         covered = len(ids) if len(ids) <= 2 * _LOOSE_END else len(ids) - _LOOSE_END
-        return cls((len(ids), covered, _digest(ids[:covered])))
+        return cls(len(ids), covered, _digest(ids[:covered]))
+
+    @classmethod
+    def parse(cls, text: str) -> ContextRead:
+        """From how a file spells it; ValueError for what none does."""
+        found = re.fullmatch(r"(\d{1,10}) (\d{1,10}) ([0-9a-f]{32})", text)
+        if found is None or not 0 < int(found[2]) <= int(found[1]):
+            raise ValueError(f"{text[:60]!r} is no digest of a context")
+        return cls(int(found[1]), int(found[2]), found[3])
+
+    def __str__(self) -> str:
+        return f"{self.tokens} {self.covered} {self.digest}"
 
     def begins(self, ids: torch.Tensor) -> bool:
         """Whether `ids` (int64 ``[tokens]``, on the CPU) begin with this context."""
-        _, covered, digest = self
-        return len(ids) >= covered and _digest(ids[:covered]) == digest
+        return len(ids) >= self.covered and _digest(ids[: self.covered]) == self.digest
 
 
 def _digest(ids: torch.Tensor) -> str:
-    return hashlib.sha256(ids.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(ids.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:32]
 
 
 class TokensRead:

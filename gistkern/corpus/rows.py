@@ -17,6 +17,7 @@ import torch
 
 from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
+from gistkern.tokens_read import ContextRead
 
 __all__ = ["CompressedDocument", "bytes_of", "finite", "from_cache", "to_cache"]
 
@@ -31,11 +32,15 @@ _EXPONENT = {
 
 @dataclass(frozen=True)
 class CompressedDocument:
-    """One document: ``rows [r, layers, 2, Hkv, D]``, the tokens it had and the position of what comes next."""
+    """One document: ``rows [r, layers, 2, Hkv, D]``, the tokens it had and the position of what comes next.
+
+    `context` is the digest of its tokens, by which a prompt that repeats them is known.
+    """
 
     rows: torch.Tensor
     seen: int
     tail_position: int
+    context: ContextRead | None = None
 
 
 def from_cache(cache: GistCache) -> list[CompressedDocument]:
@@ -87,6 +92,7 @@ def to_cache(
     }
     cache = GistCache()
     cache.positions, cache.fingerprint = positions, fingerprint
+    cache.contexts = {document.context for document in documents if document.context is not None}
     own_numbers: dict[str, Any] = {name: torch.tensor(values, device=device) for name, values in numbers.items()}
     cache.state = CacheState(
         **own_numbers,

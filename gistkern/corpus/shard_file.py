@@ -17,10 +17,11 @@ from gistkern.corpus.plan import Document
 from gistkern.corpus.rows import CompressedDocument, bytes_of, finite
 from gistkern.corpus.tensor_file import TensorFile
 from gistkern.files import field_of, parse_json, replacing
+from gistkern.tokens_read import ContextRead
 
 __all__ = ["ABOUT", "FORMAT", "SETTINGS", "Shard", "shard_path", "write_shard"]
 
-FORMAT = "gistkern-corpus-2"
+FORMAT = "gistkern-corpus-3"
 SETTINGS = "corpus.json"
 ABOUT = ("gistkern", "model")  # fields of it that say by what a store was made, and are not compared
 _MOST = 2**31 - 1  # positions are int32 in a layout
@@ -46,6 +47,7 @@ def write_shard(
         "chunk": chunk,
         "names": [one.name for one in documents],
         "documents": [one.digest for one in documents],
+        "contexts": [str(ContextRead.of(torch.tensor(one.ids))) for one in documents],
         "sha256": [_checksum(one) for one in compressed],
     }
     tensors = {
@@ -118,6 +120,10 @@ class Shard:
             raise ValueError(f"{self.path} holds chunk {self.header['chunk']}: it was renamed")
         self.names = self._strings("names", where)
         self.digests, self._checksums = self._strings("documents", where), self._strings("sha256", where)
+        try:
+            self._contexts = [ContextRead.parse(one) for one in self._strings("contexts", where)]
+        except ValueError as error:
+            raise ValueError(f"{where}: of its contexts {error}") from error
         self._offsets, self._numbers = self._counts(offsets, numbers, where)
 
     def _strings(self, field: str, where: str) -> list[str]:
@@ -153,7 +159,7 @@ class Shard:
     def read(self, place: int) -> CompressedDocument:
         """The document at a place, checked."""
         begin, end = self._offsets[place : place + 2]
-        document = CompressedDocument(self._file.rows("rows", begin, end), *self._numbers[place])
+        document = CompressedDocument(self._file.rows("rows", begin, end), *self._numbers[place], self._contexts[place])
         what = f"document {self.names[place]!r} in {self.path}"
         if _checksum(document) != self._checksums[place]:
             raise ValueError(

@@ -112,7 +112,7 @@ def check_history(cache: GistCache | None, history: torch.Tensor) -> None:
             return
     count = shown.sum(1).to(state.seen.device)
     # the tail alone, all that was read (gists included), or the context's own tokens and the tail
-    contexts = torch.tensor([tokens for tokens, *_ in cache.contexts] or [-1], device=count.device)
+    contexts = torch.tensor([context.tokens for context in cache.contexts] or [-1], device=count.device)
     of_context = torch.isin(count - state.tail_rows, contexts).all()
     known = torch.stack([(count == state.tail_rows).all(), (count == state.seen).all(), of_context])
     if history.shape[1] == state.fed and read is not None and not bool((read == UNKNOWN).any()):

@@ -127,7 +127,7 @@ def _fresh_tokens(cache: GistCache, input_ids: torch.Tensor, arguments: dict[str
 
 
 def _refuse_context(cache: GistCache, input_ids: torch.Tensor, real: torch.Tensor) -> None:
-    shortest = min(covered for _, covered, _ in cache.contexts)
+    shortest = min(context.covered for context in cache.contexts)
     if input_ids.shape[1] < shortest:
         return
     for sample, (ids, mask) in enumerate(zip(input_ids.cpu(), real.cpu(), strict=True)):

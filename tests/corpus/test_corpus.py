@@ -262,7 +262,7 @@ def test_foreign_files(store, handle, tmp_path):
         shutil.copy(other.folder / path.name, path)
         assert f"{path} is another store's: made with {'segment_length 16, not None' if options else 'fing'}" in said()
     compress(handle.model, torch.tensor([[1, 2, 3]])).save(path)
-    assert "is no file of a gistkern-corpus-2 store" in said()
+    assert "is no file of a gistkern-corpus-3 store" in said()
     with pytest.raises(ValueError, match="written by another model"):
         handle.model(torch.tensor([[1]]), past_key_values=GistStore(tmp_path / "other-0")["doc-9"])
 
@@ -281,7 +281,7 @@ def test_a_damaged_header_is_named(store):
 def test_a_store_needs_its_settings(store, content):
     path = store.folder / "corpus.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ValueError, match=r"corpus.json (cannot be read|is not of a gistkern-corpus-2 store)"):
+    with pytest.raises(ValueError, match=r"corpus.json (cannot be read|is not of a gistkern-corpus-3 store)"):
         GistStore(store.folder)
 
 

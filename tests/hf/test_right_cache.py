@@ -128,7 +128,10 @@ def test_the_context_in_front_of_the_question_is_seen(patched, tmp_path, length)
     mask[1, :3] = 0
     cache = gistkern.compress(model, context, mask)
     cache.save(tmp_path / "c.safetensors")
-    for one in (cache, cache.shared(), gistkern.GistCache.load(tmp_path / "c.safetensors")):
+    rows = [context[0].tolist(), context[1, 3:].tolist()]
+    store = gistkern.compress_corpus(model, rows, tmp_path / "corpus", progress=False)
+    caches = [cache, cache.shared(), gistkern.GistCache.load(tmp_path / "c.safetensors")]
+    for one in (*caches, store.batch(["0", "1"]), store.batch(["0", "1"], shared=True)):
         prompts = [torch.cat([context, question], 1)]
         prompts += [torch.cat([context[:, :-4], question], 1)] if length > 20 else []
         for prompt in prompts:
