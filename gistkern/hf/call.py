@@ -125,6 +125,12 @@ def _inputs(
     ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
     if (ids is None) == (embeds is None):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    given, shape = (
+        (ids, "input_ids [batch, tokens]") if embeds is None else (embeds, "inputs_embeds [batch, tokens, width]")
+    )
+    if not torch.is_tensor(given) or given.dim() != shape.count(",") + 1 or not given.shape[1]:
+        found = tuple(given.shape) if torch.is_tensor(given) else type(given).__name__
+        raise ValueError(f"expected {shape} with at least one token, got {found}")
     if arguments.get("output_attentions", config.output_attentions):
         raise ValueError("output_attentions is not available: the attention matrix is never formed")
     return ids, embeds, arguments.pop("gist_layout", None)
@@ -219,9 +225,26 @@ def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch
 
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments by their names."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return named({**dict(zip(names, args, strict=False)), **kwargs})
+    """Positional arguments by their names; TypeError as an unpatched model's call raises it."""
+    names = _positional(type(module))
+    if len(args) > len(names):
+        raise TypeError(f"{type(module).__name__} takes up to {len(names)} positional arguments, got {len(args)}")
+    given = dict(zip(names, args, strict=False))
+    if twice := sorted(given.keys() & kwargs.keys()):
+        raise TypeError(f"{type(module).__name__} got {', '.join(twice)} twice: by position and by name")
+    return named({**given, **kwargs})
+
+
+def _positional(cls: type) -> list[str]:
+    """Names of a forward's positional arguments; of the class above where a subclass hands ``*args`` on."""
+    for one in cls.__mro__:
+        if "forward" in vars(one):
+            parameters = list(inspect.signature(vars(one)["forward"]).parameters.values())[1:]
+            if not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+                return [
+                    each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+                ]
+    return []
 
 
 def _padding(attention_mask: Any, is_gist: torch.Tensor, cache: GistCache | None) -> torch.Tensor | None:

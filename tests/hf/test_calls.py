@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_model, random_ids
+from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import gistkern
@@ -193,3 +194,36 @@ def test_output_attentions_are_refused_also_by_the_config():
     model.config.output_attentions = True
     with gistkern.patch_llama(model), pytest.raises(ValueError, match="output_attentions"):
         model(random_ids(1, 4))
+
+
+class HandsOn(LlamaForCausalLM):
+    """A user's own class, which names no arguments."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_class_that_hands_its_arguments_on(patched):
+    model, handle = patched
+    own = HandsOn(make_model().config).to(model.dtype).eval()
+    gistkern.patch_llama(own, num_gist_tokens=2, positions=handle.positions)
+    own.load_state_dict(model.state_dict())
+    ids = torch.cat([random_ids(1, 6), torch.tensor([handle.gist_token_ids]), random_ids(1, 3)], 1)
+    mask = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
+    assert torch.equal(own(ids, mask, labels=ids).loss, model(input_ids=ids, attention_mask=mask, labels=ids).loss)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ([random_ids(1, 3), *[None] * 12], {}, TypeError, "up to 8 positional arguments, got 13"),
+        ([random_ids(1, 3)], {"input_ids": random_ids(1, 3)}, TypeError, "input_ids twice"),
+        ([random_ids(1, 3)[:, :0]], {}, ValueError, r"at least one token, got \(1, 0\)"),
+        ([random_ids(1, 3)[0]], {}, ValueError, r"input_ids \[batch, tokens\].*got \(3,\)"),
+        ([[[1, 2, 3]]], {}, ValueError, "got list"),
+        ([], {"inputs_embeds": torch.zeros(1, 3)}, ValueError, r"inputs_embeds \[batch, tokens, width\]"),
+    ],
+)
+def test_arguments_that_no_model_takes(patched, args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        patched[0](*args, **kwargs)
