@@ -54,6 +54,8 @@ def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold the numbers: quantized weights (torchao's, say) are several behind one face."""
     if tensor.is_meta:
         return []
+    if hasattr(tensor, "full_tensor"):  # FSDP2's, in parts: all ranks are here, as they are in a call
+        return _plain(tensor.full_tensor())
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

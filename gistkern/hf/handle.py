@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Hashable
 from dataclasses import asdict
@@ -104,6 +105,17 @@ class GistHandle:
     def __repr__(self) -> str:
         return f"GistHandle({type(self.model).__name__}, {_spelled(self.settings.numbers(self.first_id))})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GistHandle:
+        """A copied model has a handle of its own. A part of it, as peft copies the embedding, keeps this one.
+
+        Else the part's hook would bring a second model with it.
+        """
+        if id(self.model) not in memo and id(self.inner) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     @property
     def context_prefix(self) -> list[int] | None:
         """Special tokens that contexts begin with, as trained; None where nobody knows. Saved with the model."""
@@ -149,6 +161,11 @@ class GistHandle:
         weight = getattr(embedding, "weight", None)
         if torch.is_tensor(weight) and weight.is_meta and not ids.is_meta and not hasattr(embedding, "_hf_hook"):
             raise ValueError(_NOWHERE)
+        if hasattr(weight, "full_tensor") and hasattr(self.model, "unshard") and not hasattr(embedding, "unshard"):
+            raise ValueError(
+                "fully_shard keeps the embedding in parts outside the model's own forward, and the inner model was "
+                "called by itself (gistkern.compress does so): call model.unshard() first, on every rank"
+            )
         self._embedding = True
         try:
             return embedding(ids)
@@ -191,7 +208,12 @@ class GistHandle:
         if found != self.settings.numbers(self.first_id):
             raise ValueError(
                 f"the gist rows were trained with {_spelled(found)}; the model is patched with "
-                f"{_spelled(self.settings.numbers(self.first_id))}: patch it with the settings of the training"
+                f"{_spelled(self.settings.numbers(self.first_id))}: patch it with "
+                + (
+                    "the settings of the training"
+                    if found[:-1] != self.settings.numbers(self.first_id)[:-1]
+                    else "the tokenizer of the training, which gave these ids, or without one if there was none"
+                )
             )
         self._checked = (settings, _version(settings))
 

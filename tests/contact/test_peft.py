@@ -1,5 +1,6 @@
 """peft around a patched model: what is in use counts, and gist rows that would be lost are named."""
 
+import copy
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
+from training_oracle import make_tokenizer
 from transformers import LlamaForCausalLM
 
 import gistkern
@@ -49,6 +51,20 @@ def test_an_adapter_beside_trained_rows_may_leave_them_alone():
     before = handle.inner.gist_embeddings.weight.detach().clone()
     adapted.train()(input_ids=ids, labels=ids).loss.backward()
     assert torch.equal(handle.inner.gist_embeddings.weight, before)
+
+
+def test_an_embedding_that_is_trained_too_brings_no_second_model():
+    """peft copies the embedding, and whatever hangs on it."""
+    model, _, ids = patched(trained=False)
+    both = {**WITH_ROWS, "modules_to_save": ["gist_embeddings", "embed_tokens"]}
+    adapted = get_peft_model(model, LoraConfig(**both))
+    copied = copy.deepcopy(adapted)
+    for one in (adapted, copied):
+        embedding = one.get_input_embeddings().modules_to_save["default"]
+        owners = [hook.__self__ for hook in embedding._forward_pre_hooks.values()]
+        assert owners == [handle_of(one)]
+        assert owners[0].model is one.get_base_model()
+    assert torch.equal(logits(copied, ids), logits(adapted, ids))
 
 
 @pytest.mark.parametrize("named", ["gist_embeddings", "model.gist_embeddings"])
@@ -116,6 +132,18 @@ def test_rows_of_another_size_name_the_settings(tmp_path):
     other, *_ = patched(gists=4)
     with pytest.raises(RuntimeError, match=r"are \(3, 32\), the model is patched for \(4, 32\).*gistkern\.json"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_ids_that_a_tokenizer_gave_name_the_tokenizer(tmp_path):
+    """The ids lie inside a padded vocabulary; gist tokens of a model without a tokenizer follow it."""
+    model = make_model()
+    gistkern.patch_llama(model, make_tokenizer(), num_gist_tokens=3)
+    get_peft_model(model, LoraConfig(**WITH_ROWS)).save_pretrained(tmp_path)
+    again = make_model()
+    gistkern.patch_llama(again, num_gist_tokens=3)
+    adapted = PeftModel.from_pretrained(again, tmp_path)
+    with pytest.raises(ValueError, match=r"first id 63; .*patch it with the tokenizer of the training"):
+        logits(adapted, random_ids(4))
 
 
 def test_a_patched_model_unloads_and_is_patched_again():
