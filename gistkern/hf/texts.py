@@ -98,7 +98,7 @@ def agreed_prefix(saved: Any, given: Any) -> list[int] | None:
     for value in (saved, given):
         if value is not None and (
             not isinstance(value, list)
-            or any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in value)
+            or any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**31 for one in value)
         ):
             raise ValueError(f"context_prefix must be a list of token ids or None, got {value!r}")
     if saved is not None and given is not None and saved != given:

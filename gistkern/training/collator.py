@@ -139,7 +139,8 @@ class GistDataCollator:
             if given:
                 sample[part] = self._ids(where, given[0], feature[given[0]])
             elif part != "span":
-                raise ValueError(f"{where} lacks {part}_ids: got {sorted(feature)}")
+                hint = "" if feature else ": a plain Trainer drops them, unless it has remove_unused_columns=False"
+                raise ValueError(f"{where} lacks {part}_ids: got {sorted(feature)}{hint}")
         return sample
 
     def _ids(self, where: str, name: str, value: Any) -> torch.Tensor:

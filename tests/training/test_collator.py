@@ -172,6 +172,7 @@ def test_more_bad_input():
     for collate, features, message in [
         (GistDataCollator(0, handle), [], "the list of features is empty"),
         (GistDataCollator(0, handle), [{"context_ids": [1], "answer_ids": [2]}], "feature 0 lacks question_ids"),
+        (GistDataCollator(0, handle), [{}], "a plain Trainer drops them, unless it has remove_unused_columns=False"),
         (GistDataCollator(Words(), handle), [{**GOOD, "answer": "4"}], "both answer_ids and answer"),
         (GistDataCollator(Words(), handle), [{**GOOD, "context": ["1"]}], "both context_ids and context"),
         (GistDataCollator(Words(), handle), [{**TEXTS, "question": None}], "question of feature 0: a text must be a s"),

@@ -249,7 +249,7 @@ def test_a_checkpoint_says_what_contexts_began_with(tmp_path, peft):
     with pytest.raises(ValueError, match=r"begin with \[7\] \('<s>'\), this tokenizer begins them with no special"):
         gistkern.compress_corpus(handle.model, {"d": "a"}, tmp_path / "store", tokenizer)
     handle.unpatch()
-    for wrong in ([1.5], "<s>", 7, [-1], [True]):
+    for wrong in ([1.5], "<s>", 7, [-1], [True], [2**31]):
         with pytest.raises(ValueError, match="context_prefix must be a list of token ids"):
             gistkern.patch_llama(make_model(), context_prefix=wrong)
 
