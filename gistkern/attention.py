@@ -107,6 +107,11 @@ def _check_tensors(
     if past_key is not None and past_value is not None:
         given |= {"past_key": past_key, "past_value": past_value}
     for name, tensor in given.items():
+        if not torch.is_tensor(tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{name} must be a dense tensor, got a {kind} one: pad it, or use to_dense()")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, rows, head_dim], got {tuple(tensor.shape)}")
     batch, heads, rows, dim = q.shape

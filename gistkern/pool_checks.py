@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gistkern.pool import KeyValueRows
 
 __all__ = [
+    "check_apart",
     "check_compact",
     "check_compact_values",
     "check_decode",
@@ -58,6 +59,10 @@ def check_decode(
     if page_table is not None and (len(shape) != 4 or shape[2:] != (kv_heads, dim) or 0 in shape[:2]):
         raise ValueError(f"tail must be pages [pages, page_size, {kv_heads}, {dim}], got {shape}")
     vectors = {"gist_begin": gist_begin, "gist_end": gist_end, "local_begin": local_begin}
+    optional = {"tail_length": tail_length, "page_table": page_table}
+    for name, vector in {**vectors, **optional}.items():
+        if not torch.is_tensor(vector) and (vector is not None or name in ("gist_begin", "gist_end")):
+            raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
     for name, vector in vectors.items():
         if vector is not None and (vector.dtype != torch.int32 or tuple(vector.shape) not in {(batch,), (batch, rows)}):
             raise ValueError(
@@ -107,19 +112,41 @@ def check_compact(
         raise ValueError(f"the pool must be [rows, {k.shape[1]}, {k.shape[3]}], got {tuple(pool.key.shape)}")
     if not pool.quantised and pool.key.dtype != k.dtype:
         raise ValueError(f"the pool is {pool.key.dtype}, k {k.dtype}: make them equal, or quantise the pool")
+    check_apart(pool)
+    if pool.key.stride(2) != 1 and pool.key.shape[2] > 1:
+        raise ValueError(f"the pool's rows must be contiguous, got strides {pool.key.stride()}")
+    check_devices(k, v, gather, slot, *pool.tensors())
+
+
+def check_apart(pool: KeyValueRows) -> None:
+    """Raise ValueError unless keys and values of a pool that is written lie alike, and no element is two of them."""
     for name, one, twin in (("key", pool.key, pool.value), ("key_scale", pool.key_scale, pool.value_scale)):
         if one is None or twin is None:
             continue
         if one.stride() != twin.stride():
             raise ValueError(f"keys and values of a pool lie alike in memory, but {name} has strides {one.stride()}")
         # while compiling there are no addresses; the operator asks again when it runs
-        if not torch.compiler.is_compiling() and one.numel() and one.data_ptr() == twin.data_ptr():
-            raise ValueError(f"keys and values of a pool lie apart in memory, but {name} is both")
+        if not torch.compiler.is_compiling() and one.numel() and _share_memory(one, twin):
+            raise ValueError(f"keys and values of a pool lie apart in memory, but parts of {name} are both")
         if any(size > 1 and stride == 0 for size, stride in zip(one.shape, one.stride(), strict=True)):
             raise ValueError(f"a pool is written, but rows of {name} share memory: strides {one.stride()}")
-    if pool.key.stride(2) != 1 and pool.key.shape[2] > 1:
-        raise ValueError(f"the pool's rows must be contiguous, got strides {pool.key.stride()}")
-    check_devices(k, v, gather, slot, *pool.tensors())
+
+
+def _share_memory(one: torch.Tensor, twin: torch.Tensor) -> bool:
+    """Whether an element of one is an element of the other; they have one shape and the same strides."""
+    axes = sorted(((stride, size) for stride, size in zip(one.stride(), one.shape, strict=True) if size > 1))
+
+    def reached(distance: int, axes: list[tuple[int, int]]) -> bool:  # by steps along the axes, forth and back
+        if not axes:
+            return distance == 0
+        *inner, (stride, size) = axes
+        if stride == 0:
+            return reached(distance, inner)
+        steps = distance // stride
+        return any(reached(abs(distance - n * stride), inner) for n in (steps, steps + 1) if n < size)
+
+    distance, rest = divmod(abs(one.data_ptr() - twin.data_ptr()), one.itemsize)
+    return rest == 0 and reached(distance, axes)
 
 
 def check_decode_values(

@@ -50,7 +50,8 @@ def decode(
     tail = [_tail(r, s, tail_length, page_table, q.dtype) for r, s in ((tail_k, tail_k_scale), (tail_v, tail_v_scale))]
     capacity = tail[0].shape[2]
     shift = torch.zeros_like(first) if tail_length is None else capacity - tail_length  # tails stand right-aligned
-    start = shift[:, None] + (torch.zeros_like(begin) if local_begin is None else local_begin)
+    # int64: local_begin may be any int32, and a row that sees no tail row says so with a large one
+    start = shift[:, None] + (torch.zeros_like(begin) if local_begin is None else local_begin).long()
     index = torch.arange(capacity - rows, capacity, device=q.device)
     # a row that would see no tail row at all is empty there: local_begin is one beyond itself
     start = torch.minimum(torch.maximum(start, shift[:, None]), index + 1)

@@ -9,7 +9,7 @@ import torch
 
 from gistkern import backends, op_checks, pool_dense
 from gistkern.pool import KeyValueRows
-from gistkern.pool_checks import check_compact, check_compact_values, check_decode, check_decode_values
+from gistkern.pool_checks import check_apart, check_compact, check_compact_values, check_decode, check_decode_values
 
 __all__ = ["compact", "decode"]
 
@@ -62,6 +62,7 @@ def _compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, bac
     module = backends.get(backend).load()
     arguments = (k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
     if hasattr(module, "pool_compact"):
+        check_apart(KeyValueRows(pool_k, pool_v, pool_k_scale, pool_v_scale))  # the kernel knows the first address only
         op_checks.call(module, "pool_compact", _check_compact, *arguments)
     else:
         _check_compact(*arguments)

@@ -8,8 +8,10 @@ import torch
 
 from gistkern import (
     GistLayout,
+    KeyValueRows,
     backends,
     gist_attention,
+    gist_decode,
     ops,
 )
 from gistkern.backends import sdpa
@@ -301,3 +303,17 @@ def test_forward_mode_is_refused():
     q, k = torch.randn(1, 4, layout.num_rows, 16), torch.randn(1, 2, layout.num_rows, 16)
     with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
         torch.func.jvp(lambda q: gist_attention(q, k, k, layout), (q,), (q,))
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.tolist, torch.Tensor.to_sparse, lambda q: torch.nested.nested_tensor(list(q))]
+)
+def test_what_is_no_dense_tensor_is_said_so(change):
+    layout = segments()
+    q = torch.randn(layout.batch_size, 2, layout.num_rows, 16)
+    with pytest.raises((TypeError, ValueError), match=r"q must be a (dense )?tensor"):
+        gist_attention(change(q), q, q, layout)
+    begin = torch.zeros(1, dtype=torch.int32)
+    rows = KeyValueRows(*torch.randn(2, 1, 2, 5, 16))
+    with pytest.raises(TypeError, match="gist_end must be a tensor"):
+        gist_decode(q[:, :, :1], KeyValueRows(*torch.randn(2, 5, 2, 16)), rows, gist_begin=begin, gist_end=[5])

@@ -1,5 +1,7 @@
 """No pool, page or tail is left: the same ValueError on every backend, eager and compiled, public and operator."""
 
+import contextlib
+
 import pytest
 import torch
 from pool_cases import make_case
@@ -80,9 +82,26 @@ def test_a_pool_that_cannot_be_written_is_refused():
         (KeyValueRows(shared, shared.clone().expand(10, -1, -1)), "strides"),
         (KeyValueRows(shared, shared[:1].clone().expand(10, -1, -1)), "share memory"),
         (KeyValueRows(one, one), "lie apart"),
+        (KeyValueRows(one[1:], one[:-1]), "lie apart"),
+        (KeyValueRows(one[:, :1], one[:, 1:]), None),
     ):
-        with pytest.raises(ValueError, match=message):
+        k = torch.randn(1, pool.key.shape[1], 9, 16)
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             gist_compact(k, k, index, index, pool)
+        for backend in BACKENDS:  # what a compiled call runs
+            with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+                pool_ops.compact(k, k, index, index, pool.key, pool.value, None, None, backend)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("begin", [40, 2**31 - 1])
+def test_a_row_that_sees_no_tail_row_may_say_so_with_any_number(begin, page_size):
+    call = pool_call(page_size=page_size)
+    call["local_begin"] = torch.full((len(call["q"]),), begin, dtype=torch.int32)
+    (out, lse), *others = (gist_decode(**call, backend=backend) for backend in BACKENDS)
+    for one, other in others:
+        torch.testing.assert_close(one, out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other, lse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
