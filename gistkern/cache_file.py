@@ -110,7 +110,7 @@ def check_device(given: torch.device | str) -> torch.device:
     try:
         device = torch.device(given)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise ValueError(f"device={given!r} cannot be used here ({str(error).splitlines()[0]})") from error
     if device.type == "meta":
         raise ValueError("device='meta' holds no data: pass the device of the model")
@@ -128,8 +128,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
     except (SafetensorError, KeyError, AssertionError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is torn or no safetensors file ({error}): compress the context again") from error
     size = int.from_bytes(content[:8], "little")
-    text = parse_json(content[8 : 8 + size], f"the header of {path}").get("__metadata__", {}).get("gistkern", "{}")
-    header = parse_json(text, f"the header of {path}")
+    about = parse_json(content[8 : 8 + size], f"the header of {path}").get("__metadata__") or {}  # may be null
+    header = parse_json(about.get("gistkern", "{}"), f"the header of {path}")
     if header.get("format") != _FORMAT:
         found = reprlib.repr(header.get("format"))
         raise ValueError(f"{path} is not a gist cache of format {_FORMAT!r} (found {found})")

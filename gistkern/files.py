@@ -36,13 +36,18 @@ def replacing(path: str | os.PathLike, keep: bool = False) -> Iterator[Path]:
     Raises
     ------
     OSError
-        Before the block, where `path` is a folder, lies in none that can be written, or has too long a name.
+        Before the block, where `path` is a folder, a device or a pipe, lies in no folder that can be written, or has
+        too long a name.
     """
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder: pass the name of a file", str(target))
     with contextlib.suppress(FileNotFoundError):
-        os.lstat(target)  # raises where the name is too long
+        mode = os.lstat(target).st_mode  # raises where the name is too long
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):  # /dev/null, say, which whoever may would replace
+            raise OSError(
+                errno.EINVAL, "this is no regular file, and would be replaced: pass another name", str(target)
+            )
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder: make it first", str(target.parent))
     # a folder of our own, because safetensors writes through a draft of its own beside the file

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from gistkern.corpus.rows import finite
 from gistkern.files import UnreadableError
 
 __all__ = ["Journal"]
@@ -62,8 +63,11 @@ def _record(blob: bytes) -> tuple[int, dict[str, torch.Tensor]] | None:
         and (batch.shape, batch.dtype, numbers.dtype, digests.dtype) == ((), torch.int64, torch.int64, torch.uint8)
         and (rows.dim(), rows.is_floating_point(), numbers.dim(), digests.dim()) == (5, True, 2, 2)
         and (numbers.shape[1], digests.shape) == (3, (len(numbers), 8))
-        and bool(((numbers >= 0) & (numbers < 2**31)).all())
+        and bool(((numbers >= 0) & (numbers < 2**31)).all() and (numbers[:, 1] > 0).all())
         and int(numbers[:, 0].sum()) == len(rows)
+        and rows.shape[2] == 2
+        and rows.itemsize > 1
+        and finite(rows)
     )
     return (int(batch), tensors) if makes_sense else None
 
@@ -105,6 +109,9 @@ class Journal:
             record = _record(blob) if hashlib.sha256(blob).digest() == head[8:] else None
             if record is None or record[0] in found:
                 break
+            kind = record[1]["rows"].shape[1:], record[1]["rows"].dtype
+            if any((one["rows"].shape[1:], one["rows"].dtype) != kind for one in found.values()):
+                break  # of another model
             end = self._file.tell()
             found[record[0]] = record[1]
         self._file.truncate(end)

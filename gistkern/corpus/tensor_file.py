@@ -86,6 +86,8 @@ class TensorFile:
         )
         if any(type(one) is not int or one < 0 for one in (*shape, *offsets)) or len(offsets) != 2:
             raise self._torn(f"{name} has a shape or place that is no list of counts")
+        if math.prod(max(1, one) for one in shape) >= 2**48:  # more than torch counts, of an empty tensor too
+            raise self._torn(f"{name} has the shape {shape}, which no file holds")
         self.shapes[name], self._offsets[name] = tuple(shape), offsets[0]
         if dtype in _DTYPES:
             self.dtypes[name] = _DTYPES[dtype]

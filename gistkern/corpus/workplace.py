@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from gistkern.corpus.shard_file import FORMAT, SETTINGS
+from gistkern.corpus.shard_file import ABOUT, FORMAT, SETTINGS
 from gistkern.files import DRAFTS, parse_json, read_bytes, replacing
 
 __all__ = ["Workplace"]
@@ -74,8 +74,9 @@ class Workplace:
                     raise
         found = parse_json(read_bytes(path), f"{path} cannot be read, it is torn")
         wanted = {"format": FORMAT, **self._settings}
-        if different := [name for name in wanted if found.get(name) != wanted[name]]:
-            said = ", ".join(f"{name} {found.get(name)!r}, not {wanted[name]!r}" for name in different)
+        names = [*wanted, *(name for name in found if name not in wanted and name not in ABOUT)]
+        if different := [name for name in names if found.get(name) != wanted.get(name)]:
+            said = ", ".join(f"{name} {found.get(name)!r}, not {wanted.get(name)!r}" for name in different)
             raise ValueError(f"{self._folder} was begun with {said}: pass the same, or another out_dir")
 
     def _tidy(self) -> None:

@@ -122,6 +122,21 @@ def test_a_declared_length_is_not_believed(tmp_path, length):
             "numbers": torch.tensor([[2**62, 5, 5], [-(2**62) + 4, 5, 5]]),
             "digests": torch.zeros(2, 8, dtype=torch.uint8),
         },
+        # no file of a store could hold these: a resumed run would write one that never opens
+        *(
+            {
+                "batch": torch.tensor(0),
+                "rows": torch.full((1, 2, kinds, 1, 8), value, dtype=dtype),
+                "numbers": torch.tensor([[1, seen, 5]]),
+                "digests": torch.zeros(1, 8, dtype=torch.uint8),
+            }
+            for kinds, value, dtype, seen in (
+                (2, torch.nan, torch.float32, 5),
+                (2, 1, torch.float8_e4m3fn, 5),
+                (3, 1, torch.float32, 5),
+                (2, 1, torch.float32, 0),
+            )
+        ),
     ],
 )
 def test_a_record_that_makes_no_sense_is_cut_off(tmp_path, tensors):
@@ -133,7 +148,36 @@ def test_a_record_that_makes_no_sense_is_cut_off(tmp_path, tensors):
     journal.close()
 
 
+def test_records_of_two_models_are_cut_off(tmp_path):
+    journal = Journal(tmp_path / "a.journal")
+    for batch, layers in enumerate((2, 3)):
+        rows, numbers = torch.zeros(1, layers, 2, 1, 8), torch.tensor([[1, 5, 5]])
+        journal.add(batch, {"rows": rows, "numbers": numbers, "digests": torch.zeros(1, 8, dtype=torch.uint8)})
+    journal.close()
+    journal = Journal(tmp_path / "a.journal")
+    assert list(journal.done) == [0]
+    journal.close()
+
+
 # ---- a checksum is no validation
+
+
+@pytest.mark.parametrize("shape", [[0, 10**30], [0, 2**62, 2**62]])
+def test_an_empty_array_of_a_shape_that_nothing_holds(store, shape):
+    path = store.folder / "index.safetensors"
+    entry = {"dtype": "I64", "shape": shape, "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(("hashes", "chunks", "places"), entry)).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="which no file holds"):
+        GistStore(store.folder)
+
+
+def test_a_setting_that_nobody_made_is_refused_when_resumed(store, handle):
+    """As one flipped bit in a field's name makes it: no file of the store would agree with it."""
+    path = store.folder / "corpus.json"
+    path.write_text(path.read_text().replace('"gistkern"', '"gistkerm"'))
+    with pytest.raises(ValueError, match="was begun with gistkerm"):
+        compress_corpus(handle.model, documents(12), store.folder, **SMALL)
 
 
 def forged(path, header=None, **tensors):

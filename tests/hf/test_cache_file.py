@@ -254,6 +254,23 @@ def test_a_header_that_is_no_json_object(used, text):
         gistkern.GistCache.load(used)
 
 
+def test_metadata_that_is_null(used):
+    content = used.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]) | {"__metadata__": None}).encode()
+    used.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    with pytest.raises(ValueError, match="is not a gist cache"):
+        gistkern.GistCache.load(used)
+
+
+def test_a_pipe_is_not_replaced(saved, tmp_path):
+    """Nor /dev/null, by those who may."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        saved[0].save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_folder_and_an_unreadable_file(saved, monkeypatch):
     _, path = saved
     with pytest.raises(ValueError, match=r"cannot be read .Is a directory"):
@@ -263,7 +280,7 @@ def test_a_folder_and_an_unreadable_file(saved, monkeypatch):
         gistkern.GistCache.load(path)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "meta", 3.5])
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "meta", 3.5, "hpu"])
 def test_a_device_that_is_not_there(saved, device):
     with pytest.raises(ValueError, match="device="):
         gistkern.GistCache.load(saved[1], device=device)
