@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,8 +29,8 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[t
     handle : GistHandle
         Of the model that is to read them.
     given : Tensor, mapping or list
-        Ids ``[B, N]``; what a tokenizer returns (`input_ids` and perhaps `attention_mask`); a list of ids, or a list of
-        such lists of any lengths.
+        Ids ``[B, N]``; what a tokenizer returns (`input_ids` and perhaps `attention_mask`, as tensors, arrays or lists);
+        a list of ids, or a list of such lists of any lengths.
     attention_mask : Tensor, optional
         ``[B, N]``, beside ids.
 
@@ -47,16 +48,18 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[t
             raise ValueError("the context brings an attention_mask of its own: pass one of the two")
         attention_mask = given.get("attention_mask") if attention_mask is None else attention_mask
         given = given["input_ids"]
+    given, attention_mask = (torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in (given, attention_mask))
     if isinstance(given, (str, bytes)) or (
         isinstance(given, Sequence) and given and isinstance(given[0], (str, bytes))
     ):
         raise TypeError("the context is a text: tokenize it first, compress(model, tokenizer(text, ...))")
     device = handle.inner.device
     if isinstance(given, Sequence):
-        ids, own_mask = _of_lists(given, device)
-        attention_mask = own_mask if attention_mask is None else torch.as_tensor(attention_mask, device=device)
+        ids, attention_mask = _of_lists(given, attention_mask, device)
     elif torch.is_tensor(given):
         ids = given
+        if isinstance(attention_mask, Sequence):
+            attention_mask = torch.as_tensor(attention_mask)
     else:
         raise TypeError(f"the context must be token ids [batch, tokens], got {type(given).__name__}")
     if ids.dim() != 2 or not ids.numel():
@@ -83,15 +86,33 @@ def _check_ids(handle: GistHandle, ids: torch.Tensor, valid: torch.Tensor) -> No
         raise ValueError(f"the context holds the id {int(ids[outside][0])}, the model's vocabulary has {size} tokens")
 
 
-def _of_lists(given: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = [given] if given and not isinstance(given[0], Sequence) and not torch.is_tensor(given[0]) else given
-    try:
-        pieces = [torch.as_tensor(row, device=device) for row in rows]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"the context must be lists of token ids: {error}") from error
+def _of_lists(given: Sequence[Any], attention_mask: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of a sample or of several, of any lengths, and their mask, which may be lists like those of the ids."""
+    pieces = _rows(given, "the context must be lists of token ids", device)
     if any(piece.dim() != 1 for piece in pieces) or not pieces:
         raise ValueError("the context must be a list of token ids, or a list of such lists")
-    return left_padded(pieces)
+    ids, real = left_padded(pieces)
+    if attention_mask is None:
+        return ids, real
+    if torch.is_tensor(attention_mask):
+        masks = list(attention_mask) if attention_mask.dim() > 1 else [attention_mask]
+    else:
+        masks = _rows(attention_mask, "attention_mask must be lists like those of the context", device)
+    if [mask.shape for mask in masks] != [piece.shape for piece in pieces]:
+        raise ValueError(
+            f"attention_mask must be like the context's lists of {[len(piece) for piece in pieces]} ids, "
+            f"got {[tuple(mask.shape) for mask in masks]}"
+        )
+    return ids, left_padded([mask.to(device) for mask in masks])[0]
+
+
+def _rows(given: Any, wanted: str, device: torch.device) -> list[torch.Tensor]:
+    """A list of numbers, or a list of such lists, as one tensor for each row."""
+    try:
+        one = not len(given) or not isinstance(given[0], (Sequence, np.ndarray, torch.Tensor))
+        return [torch.as_tensor(row, device=device) for row in ([given] if one and len(given) else given)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{wanted}: {error}") from error
 
 
 def left_padded(pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

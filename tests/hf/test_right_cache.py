@@ -307,12 +307,16 @@ def test_a_context_in_the_shapes_of_tokenizers(patched):
         {"input_ids": ids.int(), "attention_mask": mask.bool()},
         {"input_ids": ids.tolist(), "attention_mask": mask.tolist()},
         {"input_ids": lists},
+        {"input_ids": lists, "attention_mask": [[1] * 9, [1] * 5]},
+        {"input_ids": ids.numpy(), "attention_mask": mask.numpy()},
+        {"input_ids": ids, "attention_mask": mask.tolist()},
         lists,
     ):
         found = gistkern.compress(model, given)
         assert torch.equal(found.layers[-1].keys, expected.layers[-1].keys)
     alone = gistkern.compress(model, ids[:1])
-    assert torch.equal(gistkern.compress(model, lists[0]).layers[-1].keys, alone.layers[-1].keys)
+    for given in (lists[0], {"input_ids": lists[0], "attention_mask": [1] * 9}):  # tokenizer(text)
+        assert torch.equal(gistkern.compress(model, given).layers[-1].keys, alone.layers[-1].keys)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +333,7 @@ def test_a_context_in_the_shapes_of_tokenizers(patched):
         (torch.ones(3, dtype=torch.long), ValueError, "batch, tokens"),
         (torch.tensor([[5, 100_000]]), ValueError, "the id 100000, the model's vocabulary has 100 tokens"),
         (torch.tensor([[5, -3]]), ValueError, "the id -3"),
+        ({"input_ids": [[5, 6], [7]], "attention_mask": [[1, 1], [1, 1]]}, ValueError, "attention_mask must be like"),
         (
             {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1, 1]])},
             ValueError,
