@@ -104,8 +104,8 @@ class GistCache(Cache):
         self.read = TokensRead()
         self.contexts: set[ContextRead] = set()
         self._fingerprint: str | None = None
-        self._writer: tuple[weakref.ref[GistHandle], Hashable] | None = None
-        self._readers: weakref.WeakKeyDictionary[GistHandle, Hashable] = weakref.WeakKeyDictionary()
+        self._writer: tuple[weakref.ref[GistHandle], tuple[int, Hashable]] | None = None
+        self._readers: weakref.WeakKeyDictionary[GistHandle, tuple[int, Hashable]] = weakref.WeakKeyDictionary()
         self._plan: CallPlan | None = None
         self._ids: torch.Tensor | None = None
         self._touched = False
@@ -192,17 +192,23 @@ class GistCache(Cache):
 
     def written_by(self, handle: GistHandle) -> None:
         """A patched model begins to write. Its fingerprint costs a look at all weights, so it waits until needed."""
-        self._writer = weakref.ref(handle), handle.weights_in_use()
-        self._fingerprint = None
         self.accept(handle)
+        self._writer = weakref.ref(handle), self._readers[handle]
+        self._fingerprint = None
 
     def accept(self, handle: GistHandle) -> None:
-        """Remember that a model, with the adapters it now uses, may read the cache."""
-        self._readers[handle] = handle.adapters_in_use()
+        """Remember that a model, with the weights and adapters it now uses, may read the cache."""
+        self._readers[handle] = handle.weights_in_use()
 
     def knows(self, handle: GistHandle) -> bool:
-        """Whether `accept` was called for the model with the adapters it now uses."""
-        return handle in self._readers and self._readers[handle] == handle.adapters_in_use()
+        """Whether `accept` was called for the model with the adapters it now uses.
+
+        And with its weights, if nothing has been asked yet: they take longer to go through than a decode step may.
+        """
+        known = self._readers.get(handle)
+        if known is None or (self.state is not None and self.state.tail_columns):
+            return known is not None and known[1] == handle.adapters_in_use()
+        return known == handle.weights_in_use()
 
     # ---- sizes
 

@@ -29,8 +29,8 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[t
     handle : GistHandle
         Of the model that is to read them.
     given : Tensor, mapping or list
-        Ids ``[B, N]``; what a tokenizer returns (`input_ids` and perhaps `attention_mask`, as tensors, arrays or lists);
-        a list of ids, or a list of such lists of any lengths.
+        Ids ``[B, N]``; what a tokenizer returns (`input_ids` and perhaps `attention_mask`; tensors, arrays or lists); a
+        list of ids, or a list of such lists of any lengths.
     attention_mask : Tensor, optional
         ``[B, N]``, beside ids.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "weights_in_use"]
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
+_SHAPING = ("model_type", "hidden_act", "rms_norm_eps", "rope_parameters")  # of a config, beside the shapes of weights
 # fingerprints that a model was found to have, and of which of its weights that is true
 _verified: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
 
 
 def fingerprint(inner: nn.Module) -> str:
-    """Hex digest of names, shapes and sampled values of the parameters (adapters and gist rows included)."""
-    digest = hashlib.sha256()
+    """Hex digest of names, shapes and sampled values of the parameters (adapters and gist rows included).
+
+    Equal weights are another model where the config rotates or normalizes otherwise (a YaRN factor switched on, say).
+    """
+    config = {name: getattr(inner.config, name, None) for name in _SHAPING}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     values: list[torch.Tensor] = []
     idle = _idle_adapters(inner)
     for prefix, module in inner.named_modules():
@@ -73,7 +79,7 @@ def adapters_in_use(inner: nn.Module) -> tuple[object, ...]:
     return ()
 
 
-def weights_in_use(inner: nn.Module) -> Hashable:
+def weights_in_use(inner: nn.Module) -> tuple[int, Hashable]:
     """What changes when the weights are trained, or another adapter is taken; costs no look at a value."""
     try:
         version = sum(parameter._version for parameter in inner.parameters())

@@ -147,7 +147,7 @@ class GistHandle:
         """Hex digest of the weights in use, by which a cache knows its model again."""
         return fingerprint(self.inner)
 
-    def weights_in_use(self) -> Hashable:
+    def weights_in_use(self) -> tuple[int, Hashable]:
         """What changes when the weights are trained, or another adapter is taken."""
         return weights_in_use(self.inner)
 

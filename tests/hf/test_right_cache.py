@@ -264,6 +264,42 @@ def test_a_streamed_cache_does_not_take_the_name_of_later_weights(patched, tmp_p
         model(random_ids(1, 3), past_key_values=orphan)
 
 
+def test_weights_that_changed_since_are_another_model(patched):
+    model, _ = patched
+    cache, ids = gistkern.compress(model, random_ids(1, 20)), random_ids(1, 3)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache.clone()).logits
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+        for one in (cache.clone(), cache.shared()):
+            with pytest.raises(ValueError, match="other weights"):
+                model(ids, past_key_values=one)
+        model.load_state_dict(weights)
+        assert torch.equal(model(ids, past_key_values=cache.clone()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rms_norm_eps": 0.1},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ],
+)
+def test_equal_weights_under_another_config_are_another_model(patched, other):
+    model, _ = patched
+    config = copy.deepcopy(model.config)
+    config.update(other)
+    config._attn_implementation = "sdpa"
+    del config.gistkern
+    twin = type(model)(config).to(model.dtype).eval()
+    gistkern.patch_llama(twin, num_gist_tokens=2)
+    twin.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="written by another model"):
+        twin(random_ids(1, 3), past_key_values=gistkern.compress(model, random_ids(1, 20)))
+
+
 def test_another_adapter_is_another_model(patched):
     model, _ = patched
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["gist_embeddings"], init_lora_weights=False)
