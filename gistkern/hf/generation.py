@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from gistkern.cache import GistCache
+from gistkern.hf.handle import ATTRIBUTE
 from gistkern.tokens_read import PADDING
 from gistkern.versions import CACHE, named
 
@@ -38,6 +39,11 @@ def generate(handle: GistHandle, original, *args, **kwargs):
     bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
     arguments = named({**bound.pop("kwargs", {}), **bound})
     _refuse(arguments, arguments.get("generation_config") or handle.model.generation_config)
+    if arguments.get("position_ids") is not None:
+        _check_positions(arguments)
+    draft, prompt = arguments.get("assistant_model"), arguments.get("inputs", arguments.get("input_ids"))
+    if draft is not None and not hasattr(draft, ATTRIBUTE) and torch.is_tensor(prompt) and handle.is_gist(prompt).any():
+        raise ValueError("the prompt holds gist tokens, which assistant_model does not know: patch that model too")
     ids = [i for i in range(handle.first_id, handle.first_id + handle.num_ids) if i < handle.model.config.vocab_size]
     if ids:
         suppress = SuppressTokensLogitsProcessor(ids, device=handle.model.device)
@@ -65,8 +71,28 @@ def _refuse(arguments: dict[str, Any], config: Any) -> None:
             f"cache_implementation={setting('cache_implementation')!r} is not available: a patched model keeps a "
             "GistCache, which is small because contexts are compressed; leave it out"
         )
-    if arguments.get("position_ids") is not None:
-        raise ValueError("generate takes no position_ids on a patched model: the position scheme sets them")
+
+
+def _check_positions(arguments: dict[str, Any]) -> None:
+    """Take `position_ids` out; ValueError unless they count tokens one by one, as the scheme does anyway.
+
+    From anywhere, or where a cache begins or ends: transformers passes a draft model those of the large one.
+    """
+    positions, mask, cache = arguments.pop("position_ids"), arguments.get("attention_mask"), arguments.get(CACHE)
+    real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.to(positions.device) != 0
+    if positions.dim() == 2 and real.dim() == 2 and positions.shape[1] == real.shape[1]:
+        counted = ((positions.diff(dim=1) == 1) | ~(real[:, 1:] & real[:, :-1])).all()
+        if isinstance(cache, GistCache) and cache.state is not None:
+            state = cache.state
+            first = positions.expand(real.shape).gather(1, real.int().argmax(1, keepdim=True)).to(state.seen.device)
+            starts = (0, state.length - state.fed, state.length, state.seen[:, None] - state.fed, state.seen[:, None])
+            counted = counted & torch.stack([(first == start).all() for start in starts]).any().to(counted.device)
+        if bool(counted):
+            return
+    raise ValueError(
+        "generate takes no position_ids on a patched model but those that count tokens one by one, which the position "
+        "scheme sets: leave them out"
+    )
 
 
 def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):

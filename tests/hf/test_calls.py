@@ -159,7 +159,8 @@ def test_labels_of_gist_tokens_are_left_out_however_they_come(patched):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
-        ({"position_ids": torch.arange(4)[None]}, "takes no position_ids"),
+        ({"position_ids": 2 * torch.arange(4)[None]}, "takes no position_ids"),
+        ({"position_ids": 9 + torch.arange(4)[None]}, "takes no position_ids"),
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "generation_config", "model"])
@@ -173,6 +174,39 @@ def test_generate_refuses_what_it_would_answer_wrongly(patched, asked, message, 
         model.generation_config = config if by == "model" else model.generation_config
     with pytest.raises(ValueError, match=message):
         model.generate(random_ids(1, 4), past_key_values=cache, max_new_tokens=2, **arguments)
+
+
+def test_generate_takes_positions_that_the_scheme_sets_anyway(patched):
+    model, _ = patched
+    ids, mask = random_ids(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = gistkern.compress(model, random_ids(2, 20))
+    asked = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    for given in ({}, {"past_key_values": cache}):
+        copies = [{name: value.clone() for name, value in given.items()} for _ in range(3)]
+        expected = model.generate(ids, **copies[0], **asked)
+        assert torch.equal(model.generate(ids, position_ids=counted, **copies[1], **asked), expected)
+        places = counted + (cache.get_seq_length() if given else 5)
+        assert torch.equal(model.generate(ids, position_ids=places, **copies[2], **asked), expected)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("draft", ["patched", "plain", "itself"])
+def test_a_draft_model_changes_no_answer(patched, draft, compressed):
+    model, handle = patched
+    small = model if draft == "itself" else make_model(seed=4)
+    if draft == "patched":
+        gistkern.patch_llama(small, num_gist_tokens=2)
+    cache = gistkern.compress(model, random_ids(1, 20)) if compressed else gistkern.GistCache()
+    asked = {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(random_ids(1, 5), past_key_values=cache.clone(), **asked)
+    assert torch.equal(
+        model.generate(random_ids(1, 5), past_key_values=cache, assistant_model=small, **asked), expected
+    )
+    if draft == "plain":
+        with pytest.raises(ValueError, match="patch that model too"):
+            model.generate(torch.tensor([handle.gist_token_ids]), assistant_model=small, **asked)
 
 
 def test_generate_from_embeddings(patched):
