@@ -23,7 +23,7 @@ from gistkern.hf.context_parallel import (
     whole_logits,
     whole_loss,
 )
-from gistkern.hf.documents import check_positions, packed_documents
+from gistkern.hf.documents import broadcast_positions, check_positions, packed_documents
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.schemes import check_padding
@@ -121,7 +121,7 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
 def _inputs(
     config: Any, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, GistLayout | None]:
-    """Ids or embeddings, and the layout if one is given; taken out of the arguments."""
+    """Ids or embeddings, and the layout if one is given; taken out of the arguments. Positions are broadcast."""
     ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
     if (ids is None) == (embeds is None):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -133,6 +133,12 @@ def _inputs(
         raise ValueError(f"expected {shape} with at least one token, got {found}")
     if arguments.get("output_attentions", config.output_attentions):
         raise ValueError("output_attentions is not available: the attention matrix is never formed")
+    given, name, dims = (embeds, "inputs_embeds", 3) if ids is None else (ids, "input_ids", 2)
+    if not torch.is_tensor(given) or given.dim() != dims or not given.shape[1]:
+        found = tuple(given.shape) if torch.is_tensor(given) else type(given).__name__
+        raise ValueError(f"{name} must be a tensor [batch, tokens{', hidden' * (dims - 2)}] with a token, got {found}")
+    if arguments.get("position_ids") is not None:
+        arguments["position_ids"] = broadcast_positions(arguments["position_ids"], given.shape[:2], given.device)
     return ids, embeds, arguments.pop("gist_layout", None)
 
 
@@ -254,6 +260,8 @@ def _padding(attention_mask: Any, is_gist: torch.Tensor, cache: GistCache | None
     rows = is_gist.shape[1]
     if not torch.is_tensor(attention_mask):
         raise ValueError(f"attention_mask must be a tensor [batch, tokens], got {type(attention_mask).__name__}")
+    if attention_mask.dim() == 2 and len(attention_mask) == 1:
+        attention_mask = attention_mask.expand(len(is_gist), -1)
     if attention_mask.dim() != 2 or len(attention_mask) != len(is_gist) or attention_mask.shape[1] < rows:
         raise ValueError(
             f"attention_mask must be [batch, tokens] with at least the {rows} new tokens of {len(is_gist)} samples, "
@@ -285,6 +293,6 @@ def _given_positions(
         raise ValueError(f"gist_layout is on {layout.device}, the call on {is_gist.device}: use layout.to(device)")
     given = arguments.get("position_ids")
     if given is not None:
-        return given.expand(is_gist.shape)
+        return given
     start = state.tail_position + state.tail_rows
     return (layout.positions(handle.positions) + start[:, None]).masked_fill(~layout.is_real(), 0)

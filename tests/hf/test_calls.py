@@ -31,12 +31,19 @@ def documents(handle):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("marked", ["position_ids", "cu_seq_lens_q", "both"])
+@pytest.mark.parametrize("marked", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "all"])
 def test_packed_documents_do_not_see_each_other(patched, training, marked):
     model, handle = patched
     ids, layout, counted, ends = documents(handle)
-    given = {"position_ids": counted, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 18}
-    given = given if marked == "both" else {marked: given[marked]}
+    index = (counted == 0).cumsum(1).int()
+    given = {
+        "position_ids": counted,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "seq_idx": index,
+        "max_length_q": 18,
+    }
+    given = given if marked == "all" else {marked: given[marked]}
     model.train(training)
     with torch.no_grad():
         expected = model(ids, gist_layout=layout, use_cache=False).logits
@@ -62,6 +69,7 @@ def test_rows_of_a_batch_pack_documents_of_their_own(patched):
         {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), "attention_mask": torch.ones(1, 8)},
         {"position_ids": torch.tensor([[0, 1, 2, 3, 7, 8, 9, 10]])},
         {"cu_seq_lens_q": torch.tensor([0, 4, 9])},
+        {"cu_seq_lens_q": torch.tensor([0, 5, 8]), "seq_idx": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])},
         {"cu_seq_lens_q": torch.tensor([0, 5, 8]), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
     ],
 )
@@ -69,6 +77,33 @@ def test_positions_that_the_scheme_would_ignore_are_refused(patched, given, trai
     model, _ = patched
     with pytest.raises(ValueError, match=r"position_ids|cu_seq_lens_q"):
         model.train(training)(random_ids(1, 8), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": random_ids(1, 8)[0]}, "input_ids must be a tensor"),
+        ({"input_ids": random_ids(1, 8)[:, :0]}, "input_ids must be a tensor"),
+        ({"input_ids": random_ids(1, 8).tolist()}, "input_ids must be a tensor"),
+        ({"inputs_embeds": torch.zeros(8, 32)}, "inputs_embeds must be a tensor"),
+        ({"input_ids": random_ids(2, 8), "position_ids": torch.arange(7)[None]}, "position_ids must be"),
+        ({"input_ids": random_ids(2, 8), "position_ids": torch.zeros(3, 8)}, "position_ids must be"),
+        ({"input_ids": random_ids(2, 8), "seq_idx": torch.zeros(1, 7)}, "seq_idx must be"),
+        ({"input_ids": random_ids(2, 8), "cu_seq_lens_q": "all"}, "cu_seq_lens_q must be"),
+    ],
+)
+def test_shapes_are_checked_before_anything_is_computed(patched, given, message):
+    model, _ = patched
+    with pytest.raises(ValueError, match=message):
+        model(**given)
+
+
+def test_one_row_of_a_mask_serves_all_samples(patched):
+    model, _ = patched
+    ids, mask = random_ids(2, 8), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask.expand(2, 8)).logits
+        assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
 def test_a_cache_cannot_hold_packed_documents(patched):
