@@ -20,6 +20,7 @@ from safetensors import torch as safetensors
 from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
 from gistkern.files import field_of, parse_json, read_bytes, replacing
+from gistkern.hf.offload import input_device
 from gistkern.positions import SCHEMES
 from gistkern.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 
@@ -83,7 +84,12 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.device | str) -> GistCache:
     """See `GistCache.load`."""
-    device = check_device(device) if model is None else model.device
+    if model is None:
+        device = check_device(device)
+    else:
+        from gistkern.hf.handle import handle_of
+
+        device = input_device(handle_of(model).inner)
     header, tensors = _read(path)
     _check(header, tensors, f"{path} was not written by GistCache.save")
     cache = GistCache()

@@ -22,6 +22,8 @@ from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
 from gistkern.hf.contexts import left_padded
+from gistkern.hf.handle import handle_of
+from gistkern.hf.offload import input_device
 from gistkern.schemes import check_count
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def compress_corpus(
                 "were compressed: pass a list or a mapping, or an iterator, which is read once"
             )
         _finish(place.open(), len(found), settings)
-    return GistStore(out_dir, model.device)
+    return GistStore(out_dir, input_device(handle.inner))
 
 
 def _compress_chunk(
@@ -167,7 +169,8 @@ def _compress_chunk(
             if number in journal.done:
                 _check_record(journal, number, batch)
             else:
-                ids, mask = left_padded([torch.tensor(one.ids, device=model.device) for one in batch])
+                device = input_device(handle_of(model).inner)
+                ids, mask = left_padded([torch.tensor(one.ids, device=device) for one in batch])
                 compressed = from_cache(compress(model, ids, mask, **segments))
                 if wrong := [one.name for one, rows in zip(batch, compressed, strict=True) if not finite(rows.rows)]:
                     raise ValueError(

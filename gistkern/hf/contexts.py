@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gistkern.hf.embedding import vocabulary_size
+from gistkern.hf.offload import input_device
 from gistkern.schemes import check_padding
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[t
         isinstance(given, Sequence) and given and isinstance(given[0], (str, bytes))
     ):
         raise TypeError("the context is a text: tokenize it first, compress(model, tokenizer(text, ...))")
-    device = handle.inner.device
+    device = input_device(handle.inner)
+    if device.type == "meta":
+        raise ValueError("the model is on the meta device and has no weights to compress with: load them first")
     if isinstance(given, Sequence):
         ids, attention_mask = _of_lists(given, attention_mask, device)
     elif torch.is_tensor(given):

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from gistkern.cache import GistCache
 from gistkern.hf.handle import ATTRIBUTE
+from gistkern.hf.offload import input_device
 from gistkern.tokens_read import PADDING
 from gistkern.versions import CACHE, named
 
@@ -46,7 +47,7 @@ def generate(handle: GistHandle, original, *args, **kwargs):
         raise ValueError("the prompt holds gist tokens, which assistant_model does not know: patch that model too")
     ids = [i for i in range(handle.first_id, handle.first_id + handle.num_ids) if i < handle.model.config.vocab_size]
     if ids:
-        suppress = SuppressTokensLogitsProcessor(ids, device=handle.model.device)
+        suppress = SuppressTokensLogitsProcessor(ids, device=str(input_device(handle.model)))
         arguments["logits_processor"] = LogitsProcessorList([*(arguments.get("logits_processor") or []), suppress])
     return original(**arguments)
 

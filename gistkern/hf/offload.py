@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-__all__ = ["on_device"]
+__all__ = ["input_device", "on_device"]
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a transformers model takes its ids and gives its logits; its own `device` is "meta" while weights are away.
+
+    Of a model that has no weights anywhere it is "meta" as well.
+    """
+    device: torch.device = model.device  # type: ignore[assignment]
+    if device.type != "meta":
+        return device
+    for module in (*model.get_input_embeddings().modules(), *model.modules()):  # type: ignore[operator]
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):  # accelerate may have put several in one
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return device
 
 
 @contextmanager

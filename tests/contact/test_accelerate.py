@@ -54,10 +54,10 @@ def test_offloaded_weights_give_the_same(how, first, tmp_path):
     assert torch.equal(model(ids, use_cache=False).logits, expected[0])
     cache = gistkern.compress(model, ids[:, :9])
     assert torch.equal(model(question, past_key_values=cache).logits, expected[1])
-    assert model.generate(question, past_key_values=gistkern.compress(model, ids[:, :9]), max_new_tokens=3).shape == (
-        1,
-        7,
-    )
+    gistkern.compress(model, ids[:, :9].tolist()).save(tmp_path / "context.safetensors")
+    loaded = gistkern.GistCache.load(tmp_path / "context.safetensors", model)
+    assert torch.equal(model(question, past_key_values=loaded.clone()).logits, expected[1])
+    assert model.generate(question, past_key_values=loaded, max_new_tokens=3).shape == (1, 7)
     handle.unpatch()
     remove_hook_from_submodules(model)
 
