@@ -133,10 +133,6 @@ def _inputs(
         raise ValueError(f"expected {shape} with at least one token, got {found}")
     if arguments.get("output_attentions", config.output_attentions):
         raise ValueError("output_attentions is not available: the attention matrix is never formed")
-    given, name, dims = (embeds, "inputs_embeds", 3) if ids is None else (ids, "input_ids", 2)
-    if not torch.is_tensor(given) or given.dim() != dims or not given.shape[1]:
-        found = tuple(given.shape) if torch.is_tensor(given) else type(given).__name__
-        raise ValueError(f"{name} must be a tensor [batch, tokens{', hidden' * (dims - 2)}] with a token, got {found}")
     if arguments.get("position_ids") is not None:
         arguments["position_ids"] = broadcast_positions(arguments["position_ids"], given.shape[:2], given.device)
     return ids, embeds, arguments.pop("gist_layout", None)

@@ -82,10 +82,10 @@ def test_positions_that_the_scheme_would_ignore_are_refused(patched, given, trai
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"input_ids": random_ids(1, 8)[0]}, "input_ids must be a tensor"),
-        ({"input_ids": random_ids(1, 8)[:, :0]}, "input_ids must be a tensor"),
-        ({"input_ids": random_ids(1, 8).tolist()}, "input_ids must be a tensor"),
-        ({"inputs_embeds": torch.zeros(8, 32)}, "inputs_embeds must be a tensor"),
+        ({"input_ids": random_ids(1, 8)[0]}, "expected input_ids"),
+        ({"input_ids": random_ids(1, 8)[:, :0]}, "expected input_ids"),
+        ({"input_ids": random_ids(1, 8).tolist()}, "expected input_ids"),
+        ({"inputs_embeds": torch.zeros(8, 32)}, "expected inputs_embeds"),
         ({"input_ids": random_ids(2, 8), "position_ids": torch.arange(7)[None]}, "position_ids must be"),
         ({"input_ids": random_ids(2, 8), "position_ids": torch.zeros(3, 8)}, "position_ids must be"),
         ({"input_ids": random_ids(2, 8), "seq_idx": torch.zeros(1, 7)}, "seq_idx must be"),
