@@ -326,7 +326,7 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
 }
 
 // Counts changes of these operators; INTERFACE of gistkern/native.py must agree.
-int64_t interface() { return 1; }
+int64_t interface() { return 2; }
 
 std::string instruction_set() {
   const char* error = nullptr;

@@ -31,7 +31,7 @@ VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
 LIBRARY = "GISTKERN_LIBRARY"
 _TORCH = (2, 11)
 # of the operators in csrc/bindings.cpp that this file calls
-INTERFACE = 1
+INTERFACE = 2
 
 
 def library_path() -> Path:
