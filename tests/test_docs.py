@@ -33,6 +33,15 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_promise_names_a_test():
+    promises = (ROOT / "docs/reliability.md").read_text()
+    named = set(re.findall(r"`(tests/[^`]+)`", promises))
+    assert len(named) > 10
+    assert not [path for path in named if not (ROOT / path).is_file()]
+    rows = [line for line in promises.splitlines() if line.startswith("|") and "---" not in line]
+    assert all("`" in row.split("|")[2] or "the same" in row or "shown by" in row for row in rows)
+
+
 def test_readme_python_runs(tmp_path, monkeypatch):
     """Every ```python block of the README, in one namespace, top to bottom."""
     monkeypatch.chdir(tmp_path)
