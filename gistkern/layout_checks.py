@@ -160,10 +160,16 @@ def trusted(layout: GistLayout, *sources: GistLayout) -> GistLayout:
 
 def _state(layout: GistLayout) -> tuple[Any, ...] | None:
     """What changes when the tensors do; None where there are no values to read (shapes without data)."""
-    tensors = [getattr(layout, name) for name in _VALUES]
-    if layout.gist_begin.is_meta or any(type(t) is not torch.Tensor for t in tensors):
+    # asked at every layer: attributes only, and no loop
+    begin, end, local, gather = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
+    plain = torch.Tensor
+    if not (type(begin) is type(end) is type(local) is type(gather) is plain) or begin.is_meta:
         return None
-    return (layout.past, layout.tail, *((id(t), 0 if t.is_inference() else t._version) for t in tensors))
+    ids = (layout.past, layout.tail, id(begin), id(end), id(local), id(gather))
+    try:
+        return (*ids, begin._version, end._version, local._version, gather._version)
+    except RuntimeError:  # of inference tensors, which count no versions
+        return ids
 
 
 def _require(condition: bool | np.bool_, message: str) -> None:

@@ -163,7 +163,7 @@ def check_devices(first: torch.Tensor, *others: Any) -> None:
 
 def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
     """Raise RuntimeError where a tensor carries a tangent (`torch.func.jvp`): the result would have none, silently."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no tangents anywhere
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("gistkern has no forward-mode derivatives (jvp, jacfwd): use reverse mode (backward, vjp)")

@@ -228,6 +228,8 @@ def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments by their names; TypeError as an unpatched model's call raises it."""
+    if not args:
+        return named(kwargs)
     names = _positional(type(module))
     if len(args) > len(names):
         raise TypeError(f"{type(module).__name__} takes up to {len(names)} positional arguments, got {len(args)}")
