@@ -138,7 +138,13 @@ def test_a_wrong_option_is_refused_before_anything_loads(script):
 
 
 def test_ctrl_c_saves_and_says_the_command_that_goes_on(finished, tmp_path, monkeypatch):
-    process = subprocess.Popen(command("--run", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("--run", tmp_path / "run"),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a shell ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.time() + 120
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and log.read_text()):  # the first checkpoint would be that of step 2

@@ -162,6 +162,7 @@ def test_the_load_report_does_not_look_like_lost_data(tmp_path, caplog, monkeypa
     if not before:
         monkeypatch.setattr(PreTrainedModel, "_keys_to_ignore_on_load_unexpected", None)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="transformers")  # other tests may have silenced it
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert ("UNEXPECTED" in caplog.text) is not before
     gistkern.patch_llama(model)
