@@ -27,7 +27,7 @@ from gistkern.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_device", "load", "save"]
+__all__ = ["check_device", "finite", "load", "save"]
 
 _FORMAT = "gistkern-cache-1"
 # a field of CacheState is a line here: tensors (int64 [B], or bool of B by so many columns), numbers with their type
@@ -48,6 +48,15 @@ _ROW_DTYPES = {
         *("float64", "float32", "float16", "bfloat16", "int8"),
         *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
     )
+}
+
+
+# a number is inf or NaN where all bits of its exponent are set
+_EXPONENT = {
+    torch.float64: (torch.int64, 0x7FF0 << 48),
+    torch.float32: (torch.int32, 0x7F80 << 16),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
 }
 
 
@@ -221,8 +230,12 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
 
 
 def finite(rows: torch.Tensor) -> bool:
-    """Whether all numbers are; also of 8 bits, which torch does not ask."""
-    return bool(torch.isfinite(rows.float() if rows.itemsize == 1 else rows).all())
+    """Whether no number is inf or NaN. numpy's work, so that a forked child may ask (gistkern/corpus/rows.py)."""
+    if not rows.is_floating_point():
+        return True
+    rows = rows.float() if rows.itemsize == 1 else rows
+    whole, mask = _EXPONENT[rows.dtype]
+    return not ((rows.view(whole).numpy() & mask) == mask).any()
 
 
 def _checksum(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:

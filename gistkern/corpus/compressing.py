@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from gistkern import __version__
+from gistkern.cache_file import finite
 from gistkern.compressing import check_segments, compress
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
-from gistkern.corpus.rows import CompressedDocument, finite, from_cache
+from gistkern.corpus.rows import CompressedDocument, from_cache
 from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace

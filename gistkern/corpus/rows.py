@@ -19,15 +19,7 @@ from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
 from gistkern.tokens_read import ContextRead
 
-__all__ = ["CompressedDocument", "bytes_of", "finite", "from_cache", "to_cache"]
-
-# a number is inf or NaN where all bits of its exponent are set
-_EXPONENT = {
-    torch.float64: (torch.int64, 0x7FF0 << 48),
-    torch.float32: (torch.int32, 0x7F80 << 16),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-}
+__all__ = ["CompressedDocument", "bytes_of", "from_cache", "to_cache"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +52,6 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of a CPU tensor, uint8."""
     found: np.ndarray = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return found
-
-
-def finite(rows: torch.Tensor) -> bool:
-    """Whether no number is inf or NaN."""
-    whole, mask = _EXPONENT[rows.dtype]
-    return not ((rows.view(whole).numpy() & mask) == mask).any()
 
 
 def to_cache(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from gistkern.cache_file import finite
 from gistkern.corpus.plan import Document
-from gistkern.corpus.rows import CompressedDocument, bytes_of, finite
+from gistkern.corpus.rows import CompressedDocument, bytes_of
 from gistkern.corpus.tensor_file import TensorFile
 from gistkern.files import field_of, parse_json, replacing
 from gistkern.tokens_read import ContextRead

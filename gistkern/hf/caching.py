@@ -47,7 +47,7 @@ def cache_of(
             "position_ids (or cu_seq_lens_q) pack several documents into a row, which no cache can tell apart: "
             "pass use_cache=False and no cache, or one document per sample"
         )
-    if _checkpoints_activations(module) and wanted:
+    if wanted and _checkpoints_activations(module):
         raise ValueError("a cache cannot be filled under gradient checkpointing: pass use_cache=False")
     if given is None:
         # transformers would cache by default even in training, where nothing reads it
