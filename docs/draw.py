@@ -5,7 +5,7 @@ from pathlib import Path
 import draw_tiles
 
 from gistkern import GistLayout
-from gistkern.mask_picture import save_png
+from gistkern.layout.picture import save_png
 
 HERE = Path(__file__).parent / "pictures"
 

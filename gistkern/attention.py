@@ -6,7 +6,7 @@ import torch
 
 from gistkern import backends
 from gistkern.layout import GistLayout
-from gistkern.layout_checks import check_once
+from gistkern.layout.checks import check_once
 from gistkern.op_checks import check_scale, refuse_forward_mode
 
 __all__ = ["gist_attention"]

@@ -21,7 +21,7 @@ from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CacheState
 from gistkern.files import field_of, parse_json, read_bytes, replacing
 from gistkern.hf.offload import input_device
-from gistkern.positions import SCHEMES
+from gistkern.layout.positions import SCHEMES
 from gistkern.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 
 if TYPE_CHECKING:

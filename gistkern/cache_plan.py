@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from gistkern.layout import GistLayout
-from gistkern.layout_checks import check_kept
-from gistkern.schemes import decode_rows, from_roles
+from gistkern.layout.checks import check_kept
+from gistkern.layout.layout import layout_of
+from gistkern.layout.schemes import decode_rows, from_roles
 
 __all__ = ["CacheState", "CallPlan", "plan_call", "plan_layout"]
 
@@ -116,14 +117,16 @@ def plan_call(
     new_valid = torch.ones_like(is_gist) if valid is None else valid
     left, arrange, all_valid, all_gist = _join_tail(state, is_gist & new_valid, new_valid)
     tail, rows = state.tail_columns, is_gist.shape[1]
-    whole = from_roles(
-        all_gist,
-        all_valid,
-        sink_tokens=sink_tokens,
-        past=state.gist_columns,
-        past_rows=state.gist_rows,
-        seen=state.seen - state.tail_rows,
-        documents=documents,
+    whole = layout_of(
+        from_roles(
+            all_gist,
+            all_valid,
+            sink_tokens=sink_tokens,
+            past=state.gist_columns,
+            past_rows=state.gist_rows,
+            seen=state.seen - state.tail_rows,
+            documents=documents,
+        )
     )
     layout = whole.last_rows(rows)
     if scheme == "gist_first" and tail:
@@ -182,7 +185,7 @@ def _tail_position(
 def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
     """New raw tokens for every sample: nothing to read back from the device."""
     rows = is_gist.shape[1]
-    layout = decode_rows(state.gist_rows, state.gist_columns, state.tail_rows, state.tail_columns, rows)
+    layout = layout_of(decode_rows(state.gist_rows, state.gist_columns, state.tail_rows, state.tail_columns, rows))
     after = replace(
         state,
         seen=state.seen + rows,

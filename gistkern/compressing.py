@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gistkern import positions
 from gistkern.cache import GistCache
 from gistkern.cache_plan import CacheState, plan_call
 from gistkern.hf.contexts import evaluating, left_padded, read_context
 from gistkern.hf.handle import GistHandle, handle_of
-from gistkern.layout import GistLayout
-from gistkern.schemes import check_count, from_roles
+from gistkern.layout import GistLayout, positions
+from gistkern.layout.arguments import check_count
+from gistkern.layout.layout import layout_of
+from gistkern.layout.schemes import from_roles
 from gistkern.tokens_read import ContextRead, TokensRead
 from gistkern.versions import CACHE
 
@@ -153,13 +154,15 @@ def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[list[torch
 
 def _run_independent(handle: GistHandle, cache: GistCache, ids: torch.Tensor, valid: torch.Tensor) -> None:
     state = _state(cache, ids)
-    layout = from_roles(
-        handle.is_gist(ids),
-        valid,
-        sink_tokens=handle.sink_tokens,
-        past=state.gist_columns,
-        past_rows=state.gist_rows,
-        seen=state.seen,
+    layout = layout_of(
+        from_roles(
+            handle.is_gist(ids),
+            valid,
+            sink_tokens=handle.sink_tokens,
+            past=state.gist_columns,
+            past_rows=state.gist_rows,
+            seen=state.seen,
+        )
     )
     starts = valid & (layout.local_begin == layout.row_index())
     layout = replace(
@@ -177,7 +180,7 @@ def _run_summary(handle: GistHandle, cache: GistCache, summary: torch.Tensor, si
     state = _state(cache, sinks)
     ids = summary.expand(len(sinks), -1)
     valid = torch.ones_like(ids, dtype=torch.bool)
-    layout = from_roles(valid, valid, sink_tokens=0, past=state.gist_columns, past_rows=state.gist_rows)
+    layout = layout_of(from_roles(valid, valid, sink_tokens=0, past=state.gist_columns, past_rows=state.gist_rows))
     layout = replace(layout.closed(), keep_begin=state.gist_columns - sinks)
     place = layout.positions(handle.positions) + state.tail_position[:, None]
     _run(handle, cache, ids, valid, layout, place)

@@ -1,7 +1,7 @@
 """What the operators of `gistkern.ops` ask of their tensors, at every call, compiled or not: one ValueError.
 
 Values are read where they lie on the CPU. On a GPU that would wait for it: `gist_attention` looks at each layout once
-(`gistkern.layout_checks.check_once`). Backends whose kernels check by themselves (`CHECKED` in their module, the
+(`gistkern.layout.checks.check_once`). Backends whose kernels check by themselves (`CHECKED` in their module, the
 extension's in csrc/bindings.cpp) are called first and asked why afterwards.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from gistkern.layout_checks import check_bounds, check_gather
+from gistkern.layout.checks import check_bounds, check_gather
 
 __all__ = [
     "call",

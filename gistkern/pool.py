@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from gistkern import backends
+from gistkern.layout.arguments import check_count
 from gistkern.op_checks import check_scale
 from gistkern.quantise import LARGEST
-from gistkern.schemes import check_count
 
 __all__ = ["KeyValueRows", "gist_compact", "gist_decode"]
 

@@ -9,7 +9,7 @@ import torch
 
 from gistkern.compaction import compact, compact_backward
 from gistkern.layout import GistLayout
-from gistkern.layout_checks import check_now
+from gistkern.layout.checks import check_now
 
 __all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_scores", "forward", "from_layout"]
 

@@ -181,7 +181,7 @@ def row_bounds(b_gist_begin, b_gist_end, b_local_begin, b_local_row, gist_lo, n_
 
 @triton.jit
 def seen_columns(o_col, b_gist, b_gist_end, b_local, b_local_last):
-    """bool ``[BM, BN]``: the mask rule (gistkern/layout.py), row by row, on the columns of one tile.
+    """bool ``[BM, BN]``: the mask rule (gistkern/layout/), row by row, on the columns of one tile.
 
     Bounds from `row_bounds`. Columns beyond the last are in no row's interval.
     """

@@ -15,7 +15,7 @@ from gistkern import (
     ops,
 )
 from gistkern.backends import sdpa
-from gistkern.layout_checks import check_intervals, check_kept
+from gistkern.layout.checks import check_intervals, check_kept
 from gistkern.testing import compare, make_inputs
 
 BACKENDS = [name for name in ("cpu", "sdpa", "reference") if backends.get(name).missing() is None]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import GIST_IDS, documents, layouts, token_batches
 
 from gistkern import GistLayout
-from gistkern.layout_checks import check_intervals
+from gistkern.layout.checks import check_intervals
 
 
 def rule_of_design(ids, mask, sinks):
@@ -213,7 +213,7 @@ def test_a_layout_of_wrong_shapes_cannot_be_made(changes, message):
 
 
 def test_png_picture(tmp_path):
-    from gistkern.mask_picture import save_png
+    from gistkern.layout.picture import save_png
 
     save_png(GistLayout.from_segments([5, 4], 2, tail=3), tmp_path / "mask.png", title="a mask")
     assert (tmp_path / "mask.png").read_bytes()[:4] == b"\x89PNG"

@@ -25,7 +25,7 @@ from gistkern.corpus.workplace import Workplace
 from gistkern.hf.contexts import left_padded
 from gistkern.hf.handle import handle_of
 from gistkern.hf.offload import input_device
-from gistkern.schemes import check_count
+from gistkern.layout.arguments import check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from gistkern.corpus.index import hash_of, read_index
 from gistkern.corpus.rows import CompressedDocument, to_cache
 from gistkern.corpus.shard_file import ABOUT, FORMAT, SETTINGS, Shard, shard_path
 from gistkern.files import parse_json, read_bytes
-from gistkern.positions import SCHEMES
+from gistkern.layout.positions import SCHEMES
 
 __all__ = ["GistStore"]
 

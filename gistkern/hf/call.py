@@ -26,7 +26,7 @@ from gistkern.hf.context_parallel import (
 from gistkern.hf.documents import broadcast_positions, check_positions, packed_documents
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
-from gistkern.schemes import check_padding
+from gistkern.layout.arguments import check_padding
 from gistkern.shared_cache import SharedGistCache
 from gistkern.versions import CACHE, named
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from gistkern.hf.embedding import vocabulary_size
 from gistkern.hf.offload import input_device
-from gistkern.schemes import check_padding
+from gistkern.layout.arguments import check_padding
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle

@@ -16,7 +16,7 @@ from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
 from gistkern.hf.fingerprint import adapters_in_use, fingerprint, weights_in_use
 from gistkern.hf.offload import on_device
 from gistkern.hf.peft_state import LOADED_UNPATCHED, active_adapters, adapters_with_rows
-from gistkern.positions import SCHEMES
+from gistkern.layout.positions import SCHEMES
 
 if TYPE_CHECKING:
     from gistkern.hf.settings import GistSettings

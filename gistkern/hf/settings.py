@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gistkern.positions import SCHEMES, check_scheme
-from gistkern.schemes import check_count
+from gistkern.layout.arguments import check_count
+from gistkern.layout.positions import SCHEMES, check_scheme
 
 __all__ = ["GistSettings", "agreed_settings", "config_block", "read_block"]
 

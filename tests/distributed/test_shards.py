@@ -12,7 +12,7 @@ from parallel_cases import LAYOUTS, layout_of
 from gistkern import GistLayout
 from gistkern.distributed import count_traffic, row_work, shards, split_layout
 from gistkern.distributed.traffic import record
-from gistkern.layout_checks import check_intervals
+from gistkern.layout.checks import check_intervals
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gistkern import GistLayout, patch_llama
-from gistkern.layout_checks import check_intervals
+from gistkern.layout.checks import check_intervals
 from gistkern.training import Stage
 from models import tiny_llama
 from niah import KEY_DIGITS, Haystack, train_tokenizer

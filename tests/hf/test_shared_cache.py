@@ -8,7 +8,8 @@ from conftest import make_model, random_ids
 
 import gistkern
 from gistkern import compressing, native, shared_cache
-from gistkern.schemes import decode_rows
+from gistkern.layout.layout import layout_of
+from gistkern.layout.schemes import decode_rows
 from gistkern.shared_cache import SharedGistCache
 
 NEW = 6
@@ -246,7 +247,7 @@ def test_what_it_cannot_do_is_said(tmp_path):
     shared = cache.shared()
     with pytest.raises(ValueError, match="cannot take gist tokens"), torch.no_grad():
         model(torch.tensor([[5, 6, *handle.gist_token_ids]]), past_key_values=shared)
-    dropping = decode_rows(shared.gist_rows, int(shared.gist_rows), shared.tail_rows, 0, 2)
+    dropping = layout_of(decode_rows(shared.gist_rows, int(shared.gist_rows), shared.tail_rows, 0, 2))
     dropping = replace(dropping, keep_begin=dropping.keep_begin + 1)
     with pytest.raises(ValueError, match="this gist_layout would drop or add some"), torch.no_grad():
         model(random_ids(1, 2), past_key_values=shared, gist_layout=dropping)

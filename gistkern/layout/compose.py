@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from gistkern.layout import GistLayout
-from gistkern.layout_checks import trusted
+from gistkern.layout.fields import LayoutFields
 
 __all__ = ["pack", "stack"]
 
 
-def pack(layouts: Sequence[GistLayout]) -> GistLayout:
+def pack(layouts: Sequence[LayoutFields]) -> LayoutFields:
     """See `GistLayout.pack`."""
     _check(layouts, "pack", same_batch=True)
     for name in ("num_local", "num_compact"):
@@ -39,11 +38,10 @@ def pack(layouts: Sequence[GistLayout]) -> GistLayout:
         compact_offset += layout.num_compact
         local_offset += layout.num_rows
     joined: dict[str, Any] = {name: torch.cat(tensors, 1) for name, tensors in parts.items()}
-    packed = GistLayout(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
-    return trusted(packed, *layouts)
+    return LayoutFields(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
 
 
-def stack(layouts: Sequence[GistLayout], padding_side: str) -> GistLayout:
+def stack(layouts: Sequence[LayoutFields], padding_side: str) -> LayoutFields:
     """See `GistLayout.stack`."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -52,10 +50,10 @@ def stack(layouts: Sequence[GistLayout], padding_side: str) -> GistLayout:
     width = max(layout.gather.shape[1] for layout in layouts)
     padded = [_padded(layout, rows, width, padding_side) for layout in layouts]
     joined: dict[str, Any] = {name: torch.cat([p[name] for p in padded]) for name in padded[0]}
-    return trusted(GistLayout(**joined), *layouts)
+    return LayoutFields(**joined)
 
 
-def _padded(layout: GistLayout, rows: int, width: int, side: str) -> dict[str, torch.Tensor]:
+def _padded(layout: LayoutFields, rows: int, width: int, side: str) -> dict[str, torch.Tensor]:
     missing = rows - layout.num_rows
     left = side == "left"
     pad = (missing, 0) if left else (0, missing)
@@ -84,10 +82,10 @@ def _padded(layout: GistLayout, rows: int, width: int, side: str) -> dict[str, t
     }
 
 
-def _check(layouts: Sequence[GistLayout], verb: str, same_batch: bool) -> None:
+def _check(layouts: Sequence[LayoutFields], verb: str, same_batch: bool) -> None:
     if not layouts:
         raise ValueError(f"nothing to {verb}: the list of layouts is empty")
-    if wrong := [layout for layout in layouts if not isinstance(layout, GistLayout)]:
+    if wrong := [layout for layout in layouts if not isinstance(layout, LayoutFields)]:
         raise TypeError(f"{verb} takes GistLayouts, got {type(wrong[0]).__name__}")
     if any(layout.past or layout.tail for layout in layouts):
         raise ValueError(f"{verb} takes layouts without past and tail rows")

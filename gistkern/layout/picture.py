@@ -1,25 +1,12 @@
-"""Pictures of a mask: as text for a terminal, as PNG for a page."""
+"""The picture of a mask, as PNG for a page; `GistLayout.picture` is the one for a terminal."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gistkern.layout import GistLayout
+from gistkern.layout import GistLayout
 
-__all__ = ["save_png", "text"]
-
-_ROWS = 120  # a wider picture tells nothing in a terminal
-
-
-def text(layout: GistLayout, sample: int = 0) -> str:
-    """One line per row, one character per token; ``g`` above marks the gist tokens."""
-    if layout.num_local > _ROWS:
-        raise ValueError(f"a text picture holds {_ROWS} tokens, the layout has {layout.num_local}: use save_png")
-    mask = layout.token_mask()[sample].tolist()
-    marks = " " * layout.tail + "".join("g" if gist else " " for gist in layout.is_gist[sample].tolist())
-    return "\n".join([marks, *("".join("█" if seen else "·" for seen in row) for row in mask)])
+__all__ = ["save_png"]
 
 
 def save_png(layout: GistLayout, path: str | os.PathLike, sample: int = 0, title: str | None = None) -> None:

@@ -1,18 +1,17 @@
-"""Every compression scheme of the field as a `GistLayout`: one function per constructor.
+"""Every compression scheme of the field: one function per constructor of `GistLayout`, which takes what they return.
 
 `from_roles` is the common core: it turns "which token is a gist, a sink, a segment start" into intervals.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 
-from gistkern import positions
-from gistkern.layout import GistLayout
-from gistkern.layout_checks import trusted
+from gistkern.layout import positions
+from gistkern.layout.arguments import check_count, check_padding, check_segments, counts_of, ints, token_ids
+from gistkern.layout.fields import LayoutFields
 
 __all__ = ["decode", "decode_rows", "from_input_ids", "from_roles", "from_segments", "hierarchical", "sliding"]
 
@@ -27,7 +26,7 @@ def from_roles(
     past_rows: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
-) -> GistLayout:
+) -> LayoutFields:
     """Layout of a batch of documents, from the role of each token.
 
     Parameters
@@ -74,7 +73,7 @@ def from_roles(
 
     last = (index * valid).amax(1, keepdim=True)
     has_rows = valid.any(1)
-    layout = GistLayout(
+    return LayoutFields(
         gist_begin=gist_begin.int(),
         gist_end=gist_end.int(),
         local_begin=local_begin.int(),
@@ -87,7 +86,6 @@ def from_roles(
         keep_local=torch.where(has_rows, segment_start.gather(1, last)[:, 0], rows).long(),
         past=past,
     )
-    return trusted(layout)
 
 
 def _gather_list(persistent: torch.Tensor) -> torch.Tensor:
@@ -102,18 +100,47 @@ def _gather_list(persistent: torch.Tensor) -> torch.Tensor:
 def from_input_ids(
     input_ids: torch.Tensor,
     gist_token_ids: Sequence[int] | torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    sink_tokens: int,
-    past: int | torch.Tensor,
-) -> GistLayout:
-    """See `GistLayout.from_input_ids`."""
+    attention_mask: torch.Tensor | None = None,
+    sink_tokens: int = 1,
+    past: int | torch.Tensor = 0,
+) -> LayoutFields:
+    """Read the segments off the ids: a run of gist tokens followed by another token ends a segment.
+
+    Parameters
+    ----------
+    input_ids : Tensor
+        Integer ``[B, N]``.
+    gist_token_ids : sequence of int
+        The ids of the gist tokens.
+    attention_mask : Tensor, optional
+        ``[B, N]``, nonzero for real tokens. Padding may stand left, right or on both sides.
+    sink_tokens : int
+        So many first real tokens of the document stay visible for ever (the attention sink of
+        Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks").
+    past : int or Tensor
+        Compact rows that come with the call; an int ``[B]`` tensor where samples own different
+        numbers of them (then they stand right-aligned in a buffer of ``past.max()`` rows).
+        With past rows the call continues a document, so it has no sink of its own.
+
+    Raises
+    ------
+    ValueError
+        On a wrong shape or dtype, no or repeated gist ids, a mask with holes, a negative count.
+
+    Examples
+    --------
+    >>> from gistkern import GistLayout
+    >>> ids = torch.tensor([[5, 6, 9, 7, 8]])
+    >>> GistLayout.from_input_ids(ids, [9], sink_tokens=0).token_mask()[0, 3].tolist()
+    [False, False, True, True, False]
+    """
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"input_ids must be an integer tensor [batch, tokens], got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
     if not input_ids.numel():
         raise ValueError(f"input_ids must hold at least one token, got {tuple(input_ids.shape)}")
-    ids = _token_ids(gist_token_ids, input_ids.device)
+    ids = token_ids(gist_token_ids, input_ids.device)
     if len(ids.unique()) != len(ids) or ids.min() < 0:
         raise ValueError(f"gist_token_ids must be distinct and non-negative, got {ids.tolist()}")
     check_count("sink_tokens", sink_tokens)
@@ -124,74 +151,31 @@ def from_input_ids(
         return from_roles(is_gist, valid, sink_tokens=0 if past else sink_tokens, past=past)
     if past.shape != (len(input_ids),):
         raise ValueError(f"past must be an int, or non-negative ints [{len(input_ids)}], got {past!r}")
-    owned = _counts_of("past", past, input_ids.device)
+    owned = counts_of("past", past, input_ids.device)
     # a sample with past rows continues its document: all of its sinks have gone by
     seen = torch.where(owned > 0, sink_tokens, 0)
     columns = int(owned.max())
     return from_roles(is_gist, valid, sink_tokens=sink_tokens, past=columns, past_rows=owned, seen=seen)
 
 
-def _token_ids(ids: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    try:
-        ids = torch.as_tensor(ids, device=device)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"gist_token_ids must be a non-empty list of token ids, got {ids!r}") from error
-    if ids.dim() != 1 or not len(ids) or ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"gist_token_ids must be a non-empty list of token ids, got {ids.tolist()!r}")
-    return ids.long()
-
-
-def check_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The padding mask as bool ``[B, N]``; ValueError if its shape differs or padding stands inside."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] like input_ids {tuple(input_ids.shape)}, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    valid = attention_mask.to(input_ids.device) != 0
-    if attention_mask.is_floating_point() and attention_mask.isnan().any():
-        raise ValueError("attention_mask holds NaN: it must be nonzero for real tokens and 0 for padding")
-    edges = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]
-    if (edges > 1).any():
-        raise ValueError(
-            f"attention_mask of sample {int(edges.argmax())} has padding between real tokens: "
-            "padding may stand left and right of a sample's tokens only"
-        )
-    return valid
-
-
-def check_count(name: str, value: int, least: int = 0) -> None:
-    """Raise ValueError unless `value` is an int of at least `least`, and fits an int32 as intervals do."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-    if value >= 2**31:
-        raise ValueError(f"{name} must be less than 2^31, got {value}")
-
-
-def _counts_of(name: str, value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Counts of samples as int64 ``[B]`` on `device`."""
-    wrong = value.dim() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
-    if wrong or not len(value) or bool(((value < 0) | (value >= 2**31)).any()):
-        raise ValueError(f"{name} must be an int, or non-negative ints below 2^31, one for each sample, got {value!r}")
-    return value.to(device, torch.int64)
-
-
 def from_segments(
     lengths: Sequence[int],
     gists: int | Sequence[int],
-    tail: int,
-    sink_tokens: int,
-    past: int,
-    device: torch.device | str,
-) -> GistLayout:
-    """See `GistLayout.from_segments`."""
-    lengths = _ints("lengths", lengths)
-    counts = [gists] * len(lengths) if isinstance(gists, int) else _ints("gists", gists)
+    *,
+    tail: int = 0,
+    sink_tokens: int = 1,
+    past: int = 0,
+    device: torch.device | str = "cpu",
+) -> LayoutFields:
+    """One document of explicit segments: ``lengths[s]`` raw tokens, then ``gists`` (or ``gists[s]``) gists.
+
+    `tail` raw tokens (the question and answer) follow the last segment. Batch size 1.
+    """
+    lengths = ints("lengths", lengths)
+    counts = [gists] * len(lengths) if isinstance(gists, int) else ints("gists", gists)
     if len(counts) != len(lengths):
         raise ValueError(f"gists lists {len(counts)} segments, lengths lists {len(lengths)}")
-    _check_segments(lengths, counts)
+    check_segments(lengths, counts)
     for name, value in (("tail", tail), ("sink_tokens", sink_tokens), ("past", past)):
         check_count(name, value)
     if not len(lengths) and not tail:
@@ -204,23 +188,6 @@ def from_segments(
         starts=starts.to(device),
         past=past,
     )
-
-
-def _ints(name: str, values: Sequence[int]) -> list[int]:
-    """Also of numpy and torch integers."""
-    try:
-        return [value if isinstance(value, bool) else operator.index(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a list of ints, got {values!r}") from error
-
-
-def _check_segments(lengths: Sequence[int], counts: Sequence[int]) -> None:
-    for name, values in (("raw tokens", lengths), ("gist tokens", counts)):
-        for i, value in enumerate(values):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"segment {i} has {value!r} {name}: every segment needs an int of at least 1")
-    if sum(lengths) + sum(counts) >= 2**31:
-        raise ValueError("the segments have 2^31 tokens or more: a layout has fewer")
 
 
 def _roles_of_segments(lengths: Sequence[int], counts: Sequence[int], tail: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,8 +205,20 @@ def _roles_of_segments(lengths: Sequence[int], counts: Sequence[int], tail: int)
     return is_gist, starts
 
 
-def sliding(n: int, window: int, stride: int, gists: int, sink_tokens: int, device: torch.device | str) -> GistLayout:
-    """See `GistLayout.sliding`."""
+def sliding(
+    n: int,
+    window: int,
+    stride: int,
+    *,
+    gists: int = 1,
+    sink_tokens: int = 1,
+    device: torch.device | str = "cpu",
+) -> LayoutFields:
+    """A local window over `n` rows in which every `stride` raw tokens are followed by `gists` gist tokens.
+
+    A row sees the last `window` rows, itself included, and the gists (and sinks) older than that.
+    Batch size 1.
+    """
     for name, value in (("n", n), ("window", window), ("stride", stride), ("gists", gists)):
         check_count(name, value, least=1)
     check_count("sink_tokens", sink_tokens)
@@ -250,7 +229,7 @@ def sliding(n: int, window: int, stride: int, gists: int, sink_tokens: int, devi
     before = torch.nn.functional.pad(persistent.long().cumsum(1), (1, 0))
     starts = index % (stride + gists) == 0
     keep_local = max(n - window + 1, 0)
-    layout = GistLayout(
+    return LayoutFields(
         gist_begin=torch.zeros_like(index, dtype=torch.int32),
         gist_end=before.gather(1, window_start).int(),
         local_begin=window_start.int(),
@@ -262,27 +241,31 @@ def sliding(n: int, window: int, stride: int, gists: int, sink_tokens: int, devi
         keep_end=before[:, keep_local],
         keep_local=torch.full((1,), keep_local, device=device),
     )
-    return trusted(layout)
 
 
 def hierarchical(
     lengths: Sequence[int],
     segment_gists: int,
     summary_gists: int,
-    tail: int,
-    see_earlier_gists: bool,
-    sink_tokens: int,
-    device: torch.device | str,
-) -> GistLayout:
-    """See `GistLayout.hierarchical`."""
-    lengths = _ints("lengths", lengths)
-    _check_segments(lengths, [segment_gists] * len(lengths))
+    *,
+    tail: int = 0,
+    see_earlier_gists: bool = False,
+    sink_tokens: int = 1,
+    device: torch.device | str = "cpu",
+) -> LayoutFields:
+    """Gists of gists: each segment writes `segment_gists`, then `summary_gists` see all of those.
+
+    The `tail` rows, and every later call, see the sinks and the summary gists only. Segments see
+    nothing outside themselves, or the earlier segments' gists with `see_earlier_gists`. Batch size 1.
+    """
+    lengths = ints("lengths", lengths)
+    check_segments(lengths, [segment_gists] * len(lengths))
     if not len(lengths):
         raise ValueError("a hierarchical layout needs at least one segment")
     for name, value, least in (("summary_gists", summary_gists, 1), ("tail", tail, 0), ("sink_tokens", sink_tokens, 0)):
         check_count(name, value, least)
     # level 1 alone: where its gists and sinks stand in the compact buffer, in stream order
-    level1 = from_segments(lengths, segment_gists, 0, sink_tokens, 0, "cpu")
+    level1 = from_segments(lengths, segment_gists, sink_tokens=sink_tokens)
     body, level1_rows = level1.num_rows, level1.num_compact
     sinks = level1.gather[0][~level1.is_gist[0, level1.gather[0]]]
     # compact buffer: level 1, then the sinks once more, then the summary gists; the tail sees the last two
@@ -302,7 +285,7 @@ def hierarchical(
     place1 = positions.gist_first(level1.is_gist, level1_valid, starts, restart=not see_earlier_gists)[0]
     after1 = int(place1[level1.is_gist[0]].max()) + 1
     place_summary = after1 + torch.arange(summary_gists)
-    layout = GistLayout(
+    fields = LayoutFields(
         gist_begin=rows(begin1, 0, level1_rows).int(),
         gist_end=rows(end1, level1_rows, end).int(),
         local_begin=rows(level1.local_begin[0], body, body + summary_gists).int(),
@@ -314,21 +297,25 @@ def hierarchical(
         keep_end=torch.tensor([end]),
         keep_local=torch.tensor([body + summary_gists]),
     )
-    return trusted(layout).to(device)
+    return fields.on(device)
 
 
 def decode(
     past: int | torch.Tensor,
-    tail: int | torch.Tensor,
-    rows: int,
-    batch_size: int,
-    device: torch.device | str,
-) -> GistLayout:
-    """See `GistLayout.decode`."""
+    tail: int | torch.Tensor = 0,
+    *,
+    rows: int = 1,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> LayoutFields:
+    """`rows` new raw rows that see all past rows and the tail: the layout of a decoding step.
+
+    `past` and `tail` are int, or int ``[B]`` tensors of per-sample counts, right-aligned.
+    """
     check_count("rows", rows, least=1)
     for name, value in (("past", past), ("tail", tail)):
         if torch.is_tensor(value):
-            batch_size = len(_counts_of(name, value, device))
+            batch_size = len(counts_of(name, value, device))
         else:
             check_count(name, value)
     check_count("batch_size", batch_size, least=1)
@@ -345,12 +332,14 @@ def decode(
     return decode_rows(owned, past_columns, kept, tail_columns, rows)
 
 
-def decode_rows(owned: torch.Tensor, past_columns: int, kept: torch.Tensor, tail_columns: int, rows: int) -> GistLayout:
+def decode_rows(
+    owned: torch.Tensor, past_columns: int, kept: torch.Tensor, tail_columns: int, rows: int
+) -> LayoutFields:
     """`decode` with the buffers' widths known, so that nothing waits for the device."""
     batch_size, device = len(owned), owned.device
     offset = torch.arange(rows, device=device).expand(batch_size, rows)
     first, start = past_columns - owned, tail_columns - kept
-    layout = GistLayout(
+    return LayoutFields(
         gist_begin=first[:, None].expand(-1, rows).int(),
         gist_end=torch.full((batch_size, rows), past_columns, dtype=torch.int32, device=device),
         local_begin=start[:, None].expand(-1, rows).int(),
@@ -364,4 +353,3 @@ def decode_rows(owned: torch.Tensor, past_columns: int, kept: torch.Tensor, tail
         past=past_columns,
         tail=tail_columns,
     )
-    return trusted(layout)

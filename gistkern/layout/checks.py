@@ -8,13 +8,12 @@ at every call on the CPU, compiled or not, however its vectors came about.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from gistkern.layout import GistLayout
+from gistkern.layout.fields import LayoutFields
 
 __all__ = [
     "check_bounds",
@@ -27,10 +26,12 @@ __all__ = [
     "trusted",
 ]
 
+Layout = TypeVar("Layout", bound=LayoutFields)
+
 _VALUES = ("gist_begin", "gist_end", "local_begin", "gather")
 
 
-def check_shapes(layout: GistLayout) -> None:
+def check_shapes(layout: LayoutFields) -> None:
     """Raise ValueError unless shapes, dtypes and devices agree."""
     for name in ("past", "tail"):
         value = getattr(layout, name)
@@ -82,7 +83,7 @@ def check_gather(gather: np.ndarray, num_local: int) -> None:
         )
 
 
-def check_intervals(layout: GistLayout) -> None:
+def check_intervals(layout: LayoutFields) -> None:
     """Raise ValueError unless every row's two intervals obey docs/mask.md. Waits for the device."""
     check_shapes(layout)  # once more: a tensor may have been resized in place
     begin, end, start, gather = (getattr(layout, name).cpu().numpy() for name in _VALUES)
@@ -100,7 +101,7 @@ def check_intervals(layout: GistLayout) -> None:
 
 
 def _check_seen_once(
-    begin: np.ndarray, end: np.ndarray, start: np.ndarray, gather: np.ndarray, layout: GistLayout
+    begin: np.ndarray, end: np.ndarray, start: np.ndarray, gather: np.ndarray, layout: LayoutFields
 ) -> None:
     # the rows that see compact row c are [first[c], last[c]): both vectors are non-decreasing
     column = np.arange(layout.past, layout.num_compact)
@@ -119,7 +120,7 @@ def _check_seen_once(
     )
 
 
-def check_kept(layout: GistLayout) -> None:
+def check_kept(layout: LayoutFields) -> None:
     """Raise ValueError unless `keep_begin`, `keep_end` and `keep_local` name rows that exist. Waits for the device."""
     begin, end, local = torch.stack([layout.keep_begin, layout.keep_end, layout.keep_local]).cpu().numpy()
     _require(
@@ -132,7 +133,7 @@ def check_kept(layout: GistLayout) -> None:
     )
 
 
-def check_once(layout: GistLayout) -> None:
+def check_once(layout: LayoutFields) -> None:
     """`check_intervals`, unless these very tensors have passed. Nothing while compiling or capturing a CUDA graph."""
     if torch.compiler.is_compiling():
         return
@@ -145,20 +146,20 @@ def check_once(layout: GistLayout) -> None:
     layout.__dict__["_checked"] = state
 
 
-def check_now(layout: GistLayout) -> None:
+def check_now(layout: LayoutFields) -> None:
     """`check_intervals`, where there are values to read."""
     if not torch.compiler.is_compiling() and _state(layout) is not None:
         check_intervals(layout)
 
 
-def trusted(layout: GistLayout, *sources: GistLayout) -> GistLayout:
+def trusted(layout: Layout, *sources: LayoutFields) -> Layout:
     """Remember that `layout` holds by construction: if it was made from other layouts, if those do."""
     if not torch.compiler.is_compiling() and all(s.__dict__.get("_checked", 0) == _state(s) for s in sources):
         layout.__dict__["_checked"] = _state(layout)
     return layout
 
 
-def _state(layout: GistLayout) -> tuple[Any, ...] | None:
+def _state(layout: LayoutFields) -> tuple[Any, ...] | None:
     """What changes when the tensors do; None where there are no values to read (shapes without data)."""
     # asked at every layer: attributes only, and no loop
     begin, end, local, gather = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather

@@ -1,0 +1,182 @@
+"""The mask rule: which rows of the token stream see which keys.
+
+A row sees exactly two intervals (docs/mask.md):
+
+1. ``[gist_begin, gist_end)`` of the *compact rows*: the ``past`` rows that came with the call, followed by
+   the rows that ``gather`` lists from this call;
+2. ``[local_begin, i]`` of the *local rows*: its own segment, causally.
+
+Nothing else in the project decides who sees whom.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec
+
+import torch
+
+from gistkern.layout import compose, schemes
+from gistkern.layout.checks import check_now, check_shapes, trusted
+from gistkern.layout.fields import LayoutFields
+from gistkern.layout.positions import check_scheme
+
+__all__ = ["GistLayout", "layout_of"]
+
+_ROW_FIELDS = ("gist_begin", "gist_end", "local_begin")
+_PICTURE_ROWS = 120  # a wider picture tells nothing in a terminal
+
+Arguments = ParamSpec("Arguments")
+
+
+def layout_of(fields: LayoutFields, *sources: GistLayout) -> GistLayout:
+    """The layout of what a scheme returned, whose values hold by construction: made of other layouts, if theirs do."""
+    return trusted(GistLayout(**vars(fields)), *sources)
+
+
+def _constructor(scheme: Callable[Arguments, LayoutFields]) -> Callable[Arguments, GistLayout]:
+    """A constructor with the arguments and the docstring of a scheme, which stand there alone."""
+
+    @functools.wraps(scheme)
+    def construct(*args: Arguments.args, **kwargs: Arguments.kwargs) -> GistLayout:
+        return layout_of(scheme(*args, **kwargs))
+
+    signature = inspect.signature(scheme).replace(return_annotation="GistLayout")
+    construct.__signature__ = signature  # type: ignore[attr-defined]
+    return construct
+
+
+@dataclass(frozen=True, eq=False)
+class GistLayout(LayoutFields):
+    """Visibility of every row of a batch of token streams, as two intervals per row.
+
+    Build one with a constructor (`from_input_ids`, `from_segments`, `sliding`, `hierarchical`, `decode`)
+    and combine them with `pack` (several documents in one row of the batch) and `stack` (a ragged batch).
+
+    Parameters
+    ----------
+    gist_begin, gist_end, local_begin : Tensor
+        int32 ``[B, N]``. Each is non-decreasing along N. `local_begin` counts local rows, of which the
+        first `tail` came from earlier calls, so row ``i`` of the call is local row ``tail + i``.
+        A padding row is empty: ``gist_begin == gist_end`` and ``local_begin == tail + i + 1``.
+    gather : Tensor
+        int64 ``[B, G - past]``: the local row that fills each compact row; -1 where a ragged batch has none.
+    past : int
+        Compact rows that come with the call, in front of the gathered ones.
+    tail : int
+        Local rows that come with the call, in front of its own N rows.
+    is_gist : Tensor
+        bool ``[B, N]``: which rows are gist tokens.
+    stream_position, gist_first_position : Tensor
+        int64 ``[B, N]``: positions under the two schemes, counted from the start of the call.
+    keep_begin, keep_end, keep_local : Tensor
+        int64 ``[B]``: what a later row may still see, hence what a cache keeps after this call: the compact
+        rows ``[keep_begin, keep_end)`` and the local rows from `keep_local` on.
+
+    Raises
+    ------
+    ValueError
+        If shapes, types or devices disagree. Values are checked where they are used: `gist_attention`, `dense` and
+        `token_mask` raise ValueError if an interval or an entry of `gather` leaves its buffer, whatever the backend,
+        compiled or not, and however the layout came about; eager calls also if a vector decreases, a row would see
+        a padding entry of `gather`, or a row would see one token twice (docs/mask.md).
+
+    Examples
+    --------
+    Two segments of two tokens, each closed by one gist, then a question of two tokens:
+
+    >>> layout = GistLayout.from_segments([2, 2], gists=1, tail=2, sink_tokens=0)
+    >>> print(layout.token_mask()[0].int())
+    tensor([[1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 0, 0],
+            [0, 0, 1, 1, 1, 0, 0, 0],
+            [0, 0, 1, 1, 1, 1, 0, 0],
+            [0, 0, 1, 0, 0, 1, 1, 0],
+            [0, 0, 1, 0, 0, 1, 1, 1]], dtype=torch.int32)
+    """
+
+    def __post_init__(self) -> None:
+        check_shapes(self)
+
+    from_input_ids = staticmethod(_constructor(schemes.from_input_ids))
+    from_segments = staticmethod(_constructor(schemes.from_segments))
+    sliding = staticmethod(_constructor(schemes.sliding))
+    hierarchical = staticmethod(_constructor(schemes.hierarchical))
+    decode = staticmethod(_constructor(schemes.decode))
+
+    @staticmethod
+    def pack(layouts: Sequence[GistLayout]) -> GistLayout:
+        """Concatenate documents along N (varlen packing). No interval crosses a document."""
+        return layout_of(compose.pack(layouts), *layouts)
+
+    @staticmethod
+    def stack(layouts: Sequence[GistLayout], padding_side: str = "left") -> GistLayout:
+        """Stack layouts along the batch, padding the shorter ones on `padding_side`."""
+        return layout_of(compose.stack(layouts, padding_side), *layouts)
+
+    # ---- derived facts
+
+    def positions(self, scheme: str) -> torch.Tensor:
+        """int64 ``[B, N]`` positions, counted from the start of the call; padding rows have 0."""
+        check_scheme(scheme)
+        return self.stream_position if scheme == "absolute" else self.gist_first_position
+
+    def dense(self) -> torch.Tensor:
+        """bool ``[B, N, G + M]``: compact columns, then local ones. For tests and pictures only."""
+        check_now(self)
+        compact = torch.arange(self.num_compact, device=self.device)
+        local = torch.arange(self.num_local, device=self.device)
+        begin, end, start = (getattr(self, name)[..., None] for name in _ROW_FIELDS)
+        sees_gist = (compact >= begin) & (compact < end)
+        sees_local = (local >= start) & (local <= self.row_index()[:, None])
+        return torch.cat([sees_gist, sees_local], dim=-1)
+
+    def token_mask(self) -> torch.Tensor:
+        """bool ``[B, N, M]``: ``[b, i, j]`` is true iff row i sees local row j, directly or as a gathered gist.
+
+        Without a tail that is ``[B, N, N]`` in token coordinates. Past rows are not tokens of the call.
+        """
+        dense = self.dense()
+        mask = dense[..., self.num_compact :].clone()
+        gathered = dense[..., self.past : self.num_compact] & (self.gather >= 0)[:, None]
+        index = self.gather.clamp(min=0)[:, None].expand(-1, self.num_rows, -1)
+        hits = torch.zeros(mask.shape, dtype=torch.int32, device=self.device)
+        return mask | (hits.scatter_add_(2, index, gathered.int()) > 0)
+
+    def picture(self, sample: int = 0) -> str:
+        """The token mask of one sample as text, ``g`` above marking gist tokens.
+
+        `gistkern.layout.picture.save_png` draws it; ValueError where it is too wide for a terminal.
+        """
+        if self.num_local > _PICTURE_ROWS:
+            raise ValueError(
+                f"a text picture holds {_PICTURE_ROWS} tokens, the layout has {self.num_local}: use save_png"
+            )
+        marks = " " * self.tail + "".join("g" if gist else " " for gist in self.is_gist[sample].tolist())
+        mask = self.token_mask()[sample].tolist()
+        return "\n".join([marks, *("".join("█" if seen else "·" for seen in row) for row in mask)])
+
+    # ---- new layouts from this one
+
+    def to(self, device: torch.device | str) -> GistLayout:
+        """The same layout with its tensors on `device`."""
+        return layout_of(self.on(device), self)
+
+    def last_rows(self, count: int) -> GistLayout:
+        """The layout of the last `count` rows alone; the rows before them become tail rows."""
+        if not isinstance(count, int) or not 0 < count <= self.num_rows:
+            raise ValueError(f"count must lie in 1..{self.num_rows} (the rows of the layout), got {count!r}")
+        cut = (*_ROW_FIELDS, "is_gist", "stream_position", "gist_first_position")
+        rows: dict[str, Any] = {name: getattr(self, name)[:, -count:] for name in cut}
+        return trusted(replace(self, **rows, tail=self.num_local - count), self)
+
+    def closed(self) -> GistLayout:
+        """The same rows, with the open segment ended: a cache then keeps its gists and drops the rest."""
+        count = (self.gather >= 0).sum(1)
+        local = torch.full_like(self.keep_local, self.num_local)
+        return trusted(replace(self, keep_end=self.past + count, keep_local=local), self)
