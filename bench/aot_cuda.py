@@ -79,12 +79,12 @@ _ONE_ROW = {"query_heads": KV_HEADS}
 
 CUDA_KERNELS = {
     "cuda_decode_mma": CudaKernel("decode", {}, _MMA, _TILES),
-    "cuda_decode_mma_quantised": CudaKernel("decode", {"quantised": 1}, _MMA, _TILES),
+    "cuda_decode_mma_quantised": CudaKernel("decode", {"quantized": 1}, _MMA, _TILES),
     "cuda_decode_simt": CudaKernel("decode", _ONE_ROW, _SIMT_LOOP, ("LDG 128",)),
     "cuda_decode_simt_rows": CudaKernel("decode", {"variant": _SIMT}, _SIMT_LOOP, ("LDG 128",)),
-    "cuda_decode_simt_quantised": CudaKernel("decode", _ONE_ROW | {"quantised": 1}, _SIMT_LOOP, ("LDG 128",)),
+    "cuda_decode_simt_quantised": CudaKernel("decode", _ONE_ROW | {"quantized": 1}, _SIMT_LOOP, ("LDG 128",)),
     "cuda_decode_simt_rows_quantised": CudaKernel(
-        "decode", {"variant": _SIMT, "quantised": 1}, _SIMT_LOOP, ("LDG 128",)
+        "decode", {"variant": _SIMT, "quantized": 1}, _SIMT_LOOP, ("LDG 128",)
     ),
     "cuda_merge_splits": CudaKernel("decode", {}, _SIMT_LOOP, ("LDG 128",), index=1),
     "cuda_compact": CudaKernel("compact", {}, _WIDE, ("LDG 128",)),

@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
     } else {
       require_rows(name, tensor, {pages, tail_rows, kv_heads, dim}, q);
     }
-    if (!is_quantised(tensor)) require_type(name, tensor, q.scalar_type());
+    if (!is_quantized(tensor)) require_type(name, tensor, q.scalar_type());
     require_scale((std::string(name) + "_scale").c_str(), scales, tensor);
   };
   check_buffer("gist_k", gist_k, gist_k_scale, true);
@@ -281,7 +281,7 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
     } else {
       require_rows(name, out, {batch, kv_heads, columns, dim}, k);
     }
-    if (!is_quantised(out)) require_type(name, out, k.scalar_type());
+    if (!is_quantized(out)) require_type(name, out, k.scalar_type());
     require_scale((std::string(name) + "_scale").c_str(), scale, out);
     require_no_overlap(name, out);
     if (scale) require_no_overlap("a scale", *scale);

@@ -8,18 +8,18 @@ namespace {
 
 const char* invalid_source(const Rows& rows, ElementType out_type) {
   if (rows.data == nullptr) return "a key or value buffer is missing";
-  if (is_quantised(rows.type) && rows.scale == nullptr) return "a quantised buffer needs scales";
-  bool quantises = is_quantised(out_type) && !is_quantised(rows.type);
-  return rows.type == out_type || quantises ? nullptr : "rows are copied in their own type, or quantised";
+  if (is_quantized(rows.type) && rows.scale == nullptr) return "a quantized buffer needs scales";
+  bool quantizes = is_quantized(out_type) && !is_quantized(rows.type);
+  return rows.type == out_type || quantizes ? nullptr : "rows are copied in their own type, or quantized";
 }
 
 const char* invalid(const CompactArguments& a) {
   if (a.batch < 0 || a.past_rows < 0 || a.gathered_rows < 0) return "sizes must not be negative";
   if (a.kv_heads < 1 || a.head_dim < 1) return "kv_heads and head_dim must be positive";
-  if (is_quantised(a.out_type) && a.head_dim > kMaxQuantisedDim) return "quantised rows have a head_dim of at most 256";
+  if (is_quantized(a.out_type) && a.head_dim > kMaxQuantizedDim) return "quantized rows have a head_dim of at most 256";
   if (a.out_key == nullptr || a.out_value == nullptr) return "an output buffer is missing";
-  if (is_quantised(a.out_type) && (a.out_key_scale == nullptr || a.out_value_scale == nullptr)) {
-    return "a quantised output needs scales";
+  if (is_quantized(a.out_type) && (a.out_key_scale == nullptr || a.out_value_scale == nullptr)) {
+    return "a quantized output needs scales";
   }
   if (a.gathered_rows > 0) {
     if (a.gather == nullptr) return "the gather list is missing";
@@ -35,7 +35,7 @@ const char* invalid(const CompactArguments& a) {
 
 CompactSide side_of(const CompactArguments& a, const Rows& local, const Rows& past, void* out, float* out_scale) {
   bool one_sample = a.batch == 1, one_head = a.kv_heads == 1;
-  bool whole = a.head_dim % kCompactElements == 0;  // what one lane quantises
+  bool whole = a.head_dim % kCompactElements == 0;  // what one lane quantizes
   auto aligned = [&](const Rows& rows) {
     return whole && rows_aligned(rows.data, rows.stride, element_bytes(rows.type), one_sample, one_head);
   };
@@ -55,8 +55,8 @@ CompactPlan plan_compact(const CompactArguments& a) {
   plan.sides[0] = side_of(a, a.key, a.past_key, a.out_key, a.out_key_scale);
   plan.sides[1] = side_of(a, a.value, a.past_value, a.out_value, a.out_value_scale);
   plan.element_bytes = element_bytes(a.out_type);
-  plan.quantised = is_quantised(a.out_type);
-  int elements = plan.quantised ? kCompactElements : 16 / plan.element_bytes;
+  plan.quantized = is_quantized(a.out_type);
+  int elements = plan.quantized ? kCompactElements : 16 / plan.element_bytes;
   while (plan.lanes < 32 && plan.lanes * elements < a.head_dim) plan.lanes *= 2;
   plan.row_blocks = static_cast<int>(divide_up(a.past_rows + a.gathered_rows, kCompactThreads / plan.lanes));
   return plan;

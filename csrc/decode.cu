@@ -12,8 +12,8 @@ using DecodeKernel = void (*)(DecodeArguments, DecodePlan);
 
 const char* invalid_buffer(const Rows& rows, ElementType type) {
   if (rows.data == nullptr) return "a key or value buffer is missing";
-  if (rows.type != type && !is_quantised(rows.type)) return "keys and values have the query's type, or are quantised";
-  if (is_quantised(rows.type) && rows.scale == nullptr) return "a quantised buffer needs scales";
+  if (rows.type != type && !is_quantized(rows.type)) return "keys and values have the query's type, or are quantized";
+  if (is_quantized(rows.type) && rows.scale == nullptr) return "a quantized buffer needs scales";
   return nullptr;
 }
 
@@ -41,26 +41,26 @@ const char* invalid(const DecodeArguments& a) {
   return nullptr;
 }
 
-template <typename T, bool kQuantised>
+template <typename T, bool kQuantized>
 DecodeKernel simt_kernel(int rows) {
-  return rows == 1 ? gist_decode_simt_kernel<T, 1, kQuantised> : gist_decode_simt_kernel<T, kSimtRows, kQuantised>;
+  return rows == 1 ? gist_decode_simt_kernel<T, 1, kQuantized> : gist_decode_simt_kernel<T, kSimtRows, kQuantized>;
 }
 
-template <typename T, bool kQuantised>
+template <typename T, bool kQuantized>
 DecodeKernel mma_kernel(int width) {
-  if (width == 64) return gist_decode_mma_kernel<T, 64, kQuantised>;
-  if (width == 128) return gist_decode_mma_kernel<T, 128, kQuantised>;
-  return gist_decode_mma_kernel<T, 256, kQuantised>;
+  if (width == 64) return gist_decode_mma_kernel<T, 64, kQuantized>;
+  if (width == 128) return gist_decode_mma_kernel<T, 128, kQuantized>;
+  return gist_decode_mma_kernel<T, 256, kQuantized>;
 }
 
 template <typename T>
 DecodeKernel kernel_of(const DecodePlan& plan) {
   if constexpr (sizeof(T) == 2) {
     if (plan.variant == DecodeVariant::kTensorCore) {
-      return plan.quantised ? mma_kernel<T, true>(plan.width) : mma_kernel<T, false>(plan.width);
+      return plan.quantized ? mma_kernel<T, true>(plan.width) : mma_kernel<T, false>(plan.width);
     }
   }
-  return plan.quantised ? simt_kernel<T, true>(plan.unit_rows) : simt_kernel<T, false>(plan.unit_rows);
+  return plan.quantized ? simt_kernel<T, true>(plan.unit_rows) : simt_kernel<T, false>(plan.unit_rows);
 }
 
 template <typename T>

@@ -96,13 +96,13 @@ inline void require_float(const char* name, const Tensor& tensor) {
           " must be float32, float16 or bfloat16, got ", torch::headeronly::toString(type));
 }
 
-inline bool is_quantised(const Tensor& tensor) {
+inline bool is_quantized(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Char || tensor.scalar_type() == ScalarType::Float8_e4m3fn;
 }
 
-// A scale for each row where the rows are quantised, and only there.
+// A scale for each row where the rows are quantized, and only there.
 inline void require_scale(const char* name, const MaybeTensor& scale, const Tensor& rows) {
-  require(scale.has_value() == is_quantised(rows), name, is_quantised(rows) ? " is missing" : " is for quantised rows");
+  require(scale.has_value() == is_quantized(rows), name, is_quantized(rows) ? " is missing" : " is for quantized rows");
   if (!scale) return;
   require_type(name, *scale, ScalarType::Float);
   require_device(name, *scale, rows);

@@ -17,7 +17,7 @@ _EXPORTS = {
     "GistCache": "gistkern.cache",
     "compress_corpus": "gistkern.corpus.compressing",
     "GistStore": "gistkern.corpus.store",
-    "KeyValueRows": "gistkern.pool",
+    "KeyValueRows": "gistkern.rows",
     "gist_compact": "gistkern.pool",
     "gist_decode": "gistkern.pool",
     "plain_prefix": "gistkern.hf.prefix",
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle, patch_llama
     from gistkern.hf.prefix import plain_prefix
     from gistkern.layout import GistLayout
-    from gistkern.pool import KeyValueRows, gist_compact, gist_decode
+    from gistkern.pool import gist_compact, gist_decode
+    from gistkern.rows import KeyValueRows
 
 
 def __getattr__(name: str) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gistkern.compaction import dense_rows
+from gistkern.rows import dense_rows
 
 __all__ = [
     "INTERFACE",

@@ -2,109 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import torch
 
 from gistkern import backends
-from gistkern.layout.arguments import check_count
 from gistkern.op_checks import check_scale
-from gistkern.quantise import LARGEST
+from gistkern.rows import KeyValueRows
 
-__all__ = ["KeyValueRows", "gist_compact", "gist_decode"]
-
-
-@dataclass(frozen=True)
-class KeyValueRows:
-    """Keys and values of one layer, quantised or not.
-
-    Parameters
-    ----------
-    key, value : Tensor
-        ``[..., D]``: a pool ``[R, Hkv, D]``, pages ``[P, page_size, Hkv, D]``, or tails ``[B, Hkv, M, D]``; float16,
-        bfloat16, float32, or quantised: int8 or float8_e4m3fn.
-    key_scale, value_scale : Tensor, optional
-        fp32, the shape of `key` without D: what a quantised row is multiplied by.
-
-    Raises
-    ------
-    ValueError
-        If the tensors do not fit each other, or scales are missing or superfluous.
-
-    Examples
-    --------
-    >>> pool = KeyValueRows.empty(100, kv_heads=2, head_dim=64, dtype=torch.int8)
-    >>> pool.key.shape, pool.key_scale.shape, pool.nbytes
-    (torch.Size([100, 2, 64]), torch.Size([100, 2]), 27200)
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    key_scale: torch.Tensor | None = None
-    value_scale: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if not torch.is_tensor(tensor) and (tensor is not None or field.name in ("key", "value")):
-                raise TypeError(f"{field.name} must be a tensor, got {type(tensor).__name__}")
-        if self.key.dim() < 3 or self.key.shape[-1] == 0:
-            raise ValueError(f"key must be [..., rows, heads, D] with D at least 1, got {tuple(self.key.shape)}")
-        if not self.key.is_floating_point() and not self.quantised:
-            raise ValueError(f"keys and values are floats, int8 or float8_e4m3fn, got {self.key.dtype}")
-        if self.key.shape != self.value.shape or self.key.dtype != self.value.dtype:
-            raise ValueError(
-                f"key and value must be alike, got {tuple(self.key.shape)} {self.key.dtype} and "
-                f"{tuple(self.value.shape)} {self.value.dtype}"
-            )
-        for name in ("key_scale", "value_scale"):
-            scale = getattr(self, name)
-            if (scale is not None) != self.quantised:
-                wanted = "needs fp32 scales" if self.quantised else "takes no scales"
-                raise ValueError(f"{self.key.dtype} {wanted}, got {name}={'None' if scale is None else 'a tensor'}")
-            if scale is not None and (scale.shape != self.key.shape[:-1] or scale.dtype != torch.float32):
-                raise ValueError(
-                    f"{name} must be torch.float32 of shape {tuple(self.key.shape[:-1])}, "
-                    f"got {scale.dtype} of shape {tuple(scale.shape)}"
-                )
-        if len({t.device for t in self.tensors()}) > 1:
-            raise ValueError(
-                f"keys, values and scales are on {[str(t.device) for t in self.tensors()]}: use one device"
-            )
-
-    @classmethod
-    def empty(
-        cls,
-        rows: int,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
-    ) -> KeyValueRows:
-        """An unwritten pool ``[rows, kv_heads, head_dim]``; int8 and float8_e4m3fn come with scales."""
-        check_count("rows", rows)
-        check_count("kv_heads", kv_heads, least=1)
-        check_count("head_dim", head_dim, least=1)
-        key, value = (torch.empty((rows, kv_heads, head_dim), dtype=dtype, device=device) for _ in range(2))
-        if dtype not in LARGEST:
-            return cls(key, value)
-        scales = (torch.empty((rows, kv_heads), dtype=torch.float32, device=device) for _ in range(2))
-        return cls(key, value, *scales)
-
-    @property
-    def quantised(self) -> bool:
-        """Whether the elements are int8 or float8_e4m3fn."""
-        return self.key.dtype in LARGEST
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and scales."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Those of the four that exist."""
-        return [tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None]
+__all__ = ["gist_compact", "gist_decode"]
 
 
 def gist_decode(
@@ -203,7 +107,7 @@ def gist_compact(
     *,
     backend: str = "auto",
 ) -> None:
-    """Write gist rows of one layer into a pool, quantising them if the pool is quantised. In place, one launch.
+    """Write gist rows of one layer into a pool, quantizing them if the pool is quantized. In place, one launch.
 
     Parameters
     ----------

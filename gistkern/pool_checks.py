@@ -12,7 +12,7 @@ from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.op_checks import check_devices, refuse_forward_mode
 
 if TYPE_CHECKING:
-    from gistkern.pool import KeyValueRows
+    from gistkern.rows import KeyValueRows
 
 __all__ = [
     "check_apart",
@@ -88,8 +88,8 @@ def check_decode(
         raise ValueError(f"pool and tail have fewer than 2^31 rows, got {len(gist.key)} and {tail_rows}")
     check_devices(q, *gist.tensors(), *tail.tensors(), *vectors.values(), tail_length, page_table)
     for name, buffer in (("gist", gist), ("tail", tail)):
-        if not buffer.quantised and buffer.key.dtype != q.dtype:
-            raise ValueError(f"{name} is {buffer.key.dtype}, q {q.dtype}: make them equal, or quantise the rows")
+        if not buffer.quantized and buffer.key.dtype != q.dtype:
+            raise ValueError(f"{name} is {buffer.key.dtype}, q {q.dtype}: make them equal, or quantize the rows")
 
 
 def check_compact(
@@ -110,8 +110,8 @@ def check_compact(
     refuse_gradients("gist_compact", k, v, *pool.tensors())
     if pool.key.dim() != 3 or pool.key.shape[1:] != (k.shape[1], k.shape[3]) or not pool.key.shape[1]:
         raise ValueError(f"the pool must be [rows, {k.shape[1]}, {k.shape[3]}], got {tuple(pool.key.shape)}")
-    if not pool.quantised and pool.key.dtype != k.dtype:
-        raise ValueError(f"the pool is {pool.key.dtype}, k {k.dtype}: make them equal, or quantise the pool")
+    if not pool.quantized and pool.key.dtype != k.dtype:
+        raise ValueError(f"the pool is {pool.key.dtype}, k {k.dtype}: make them equal, or quantize the pool")
     check_apart(pool)
     if pool.key.stride(2) != 1 and pool.key.shape[2] > 1:
         raise ValueError(f"the pool's rows must be contiguous, got strides {pool.key.stride()}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gistkern.quantise import dequantise, quantise
+from gistkern.rows import dequantize, quantize
 
 __all__ = ["compact", "decode"]
 
@@ -63,7 +63,7 @@ def _taken(
     pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, used: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Rows ``[B, Hkv, G, D]`` of a pool ``[R, Hkv, D]``; zeros where not `used`."""
-    rows = dequantise(pool[index], None if scale is None else scale[index], dtype)
+    rows = dequantize(pool[index], None if scale is None else scale[index], dtype)
     return rows.masked_fill(~used[..., None, None], 0).transpose(1, 2)
 
 
@@ -76,10 +76,10 @@ def _tail(
 ) -> torch.Tensor:
     """``[B, Hkv, T, D]``, right-aligned: the last row of each sequence in the last place, zeros in front."""
     if page_table is None:
-        wide = dequantise(rows, scale, dtype)
+        wide = dequantize(rows, scale, dtype)
     else:
         pages = page_table.clamp(0, len(rows) - 1).long()
-        taken = dequantise(rows[pages], None if scale is None else scale[pages], dtype)  # [B, pages, size, Hkv, D]
+        taken = dequantize(rows[pages], None if scale is None else scale[pages], dtype)  # [B, pages, size, Hkv, D]
         wide = taken.flatten(1, 2).transpose(1, 2)
     if length is None:
         return wide
@@ -108,5 +108,5 @@ def compact(
             pool[target] = taken
         else:
             # the bytes: index_put has no float8 kernel
-            elements, scales[target] = quantise(taken, pool.dtype)
+            elements, scales[target] = quantize(taken, pool.dtype)
             pool.view(torch.int8)[target] = elements.view(torch.int8)

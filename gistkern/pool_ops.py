@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from gistkern import backends, op_checks, pool_dense
-from gistkern.pool import KeyValueRows
 from gistkern.pool_checks import check_apart, check_compact, check_compact_values, check_decode, check_decode_values
+from gistkern.rows import KeyValueRows
 
 __all__ = ["compact", "decode"]
 

@@ -1,15 +1,15 @@
 """The specification: gist-masked attention, dense, in the precision of its inputs (use fp64 or fp32).
 
-Imported by tests and by the backend table's `reference` row; no optimised code imports it.
+Imported by tests and by the backend table's `reference` row; no optimized code imports it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from gistkern.compaction import compact, compact_backward
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_now
+from gistkern.rows import compact, compact_backward
 
 __all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_scores", "forward", "from_layout"]
 

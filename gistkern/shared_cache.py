@@ -12,7 +12,8 @@ from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CallPlan
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.layout import GistLayout
-from gistkern.pool import KeyValueRows, gist_decode
+from gistkern.pool import gist_decode
+from gistkern.rows import KeyValueRows
 
 __all__ = ["SharedGistCache", "share"]
 

@@ -9,8 +9,8 @@ import torch
 
 from gistkern import reference
 from gistkern.attention import gist_attention
-from gistkern.compaction import gather_rows
 from gistkern.layout import GistLayout
+from gistkern.rows import gather_rows
 
 __all__ = ["Inputs", "assert_within_budget", "compare", "make_inputs"]
 

@@ -12,7 +12,7 @@ from gistkern.kernels.primitives import (
     load_columns,
     load_rows,
     matmul,
-    normalised,
+    normalized,
     pack_of,
     query_rows,
     row_bounds,
@@ -112,7 +112,7 @@ def attend(
     """Attention of a tile of rows ``b_q`` ``[BM, BD]`` over its visited columns ``[col_begin, col_end)``.
 
     The range starts at a multiple of BN, and ends at one or at the last column.
-    Returns the unnormalised output ``[BM, BD]``, the running maximum (of raw scores) and sum ``[BM]``.
+    Returns the unnormalized output ``[BM, BD]``, the running maximum (of raw scores) and sum ``[BM]``.
     """
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
@@ -282,7 +282,7 @@ def gist_attn_fwd_kernel(
         TWO_LOOPS,
     )
     m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
-    b_out, b_lse = normalised(b_acc, b_m, b_l, scale, m_empty)
+    b_out, b_lse = normalized(b_acc, b_m, b_l, scale, m_empty)
     p_stat = (i_b * HEADS + o_head) * n_rows + o_row
     tl.store(lse_ptr + p_stat, b_lse, mask=m_row)
     store_rows(out_ptr + p_stat * D, b_out.to(out_ptr.dtype.element_ty), m_row, D, BD)

@@ -40,7 +40,7 @@ _NEAR = {
 
 
 def candidates(start: Config) -> Iterator[Config]:
-    """The shipped config first, then its neighbours: tiles halved and doubled, 4 or 8 warps, a stage fewer or more."""
+    """The shipped config first, then its neighbors: tiles halved and doubled, 4 or 8 warps, a stage fewer or more."""
     yield start
     for rows in _NEAR["block_rows"](start):
         for cols in _NEAR["block_cols"](start):

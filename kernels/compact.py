@@ -138,7 +138,7 @@ def launch_gist_compact(
     past_v: torch.Tensor | None,
     gather: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The compact rows of K and V, ``[B, Hkv, past + G, D]`` each; arguments as `gistkern.compaction`."""
+    """The compact rows of K and V, ``[B, Hkv, past + G, D]`` each; arguments as `gistkern.rows`."""
     batch, heads, _, dim = k.shape
     past = 0 if past_k is None else past_k.shape[2]
     compact = past + gather.shape[1]

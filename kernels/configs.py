@@ -52,7 +52,7 @@ _FAMILIES = {
 _TWO_LOOPS = ("sm_80", "small", "sm_100")
 
 # why-texts that several rows share
-_MEASURED = "the fastest of its neighbours that does not spill, on an H100 (docs/kernels.md, Tiles)"
+_MEASURED = "the fastest of its neighbors that does not spill, on an H100 (docs/kernels.md, Tiles)"
 _RATIO = "128 rows halve the K/V traffic of 64; more columns only add rounding to the gist interval"
 _SPILLS = "larger tiles spill registers"
 _TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what shared memory does"

@@ -14,7 +14,7 @@ from gistkern.kernels.configs import pick
 from gistkern.kernels.device import facts_of, guard, wide_rows
 from gistkern.kernels.primitives import (
     load_rows,
-    normalised,
+    normalized,
     pack_of,
     query_rows,
     row_intervals,
@@ -127,7 +127,7 @@ def gist_decode_kernel(
         TWO_LOOPS,
     )
     m_empty = (b_gist_begin >= b_gist_end) & (b_local_begin > b_local_row)
-    b_out, b_lse = normalised(b_acc, b_m, b_l, scale, m_empty)
+    b_out, b_lse = normalized(b_acc, b_m, b_l, scale, m_empty)
     n_stats = n_heads.to(tl.int64) * PACK * n_rows
     p_stat = i_split * n_stats + (i_b * HEADS + o_head) * n_rows + o_row
     tl.store(lse_ptr + p_stat, b_lse, mask=m_row)
@@ -159,7 +159,7 @@ def merge_splits_kernel(
         # each split is one "column" whose score is its LSE
         b_p, b_alpha, b_m, b_l = softmax_step(b_lse[:, None], b_m, b_l, 1.0, True)
         b_acc = b_acc * b_alpha[:, None] + b_p * b_part
-    b_out, b_lse = normalised(b_acc, b_m, b_l, 1.0, b_l == 0.0)
+    b_out, b_lse = normalized(b_acc, b_m, b_l, 1.0, b_l == 0.0)
     tl.store(lse_ptr + o_stat, b_lse, mask=m_stat)
     store_rows(out_ptr + o_stat * D, b_out.to(out_ptr.dtype.element_ty), m_stat, D, BD)
 

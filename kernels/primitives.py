@@ -17,7 +17,7 @@ __all__ = [
     "load_columns",
     "load_rows",
     "matmul",
-    "normalised",
+    "normalized",
     "pack_of",
     "probabilities",
     "query_rows",
@@ -213,7 +213,7 @@ def softmax_step(b_s, b_m, b_l, scale, FP32: tl.constexpr):
 
 
 @triton.jit
-def normalised(b_acc, b_m, b_l, scale, m_empty):
+def normalized(b_acc, b_m, b_l, scale, m_empty):
     """Output tile and natural-log LSE from what the softmax steps accumulated; 0 and -inf for empty rows.
 
     Tiles without a mask give rows that see nothing garbage, so `m_empty` must name them.

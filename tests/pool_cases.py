@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gistkern import KeyValueRows, gist_decode
-from gistkern.quantise import dequantise, quantise
+from gistkern.rows import dequantize, quantize
 from gistkern.testing import FORWARD_FACTOR, assert_within_budget
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
@@ -119,7 +119,7 @@ def _rows(values, used, dtype, poison):
     both, scales = [], []
     for one in values:
         if dtype in (INT8, E4M3):
-            elements, scale = quantise(one.float(), dtype)
+            elements, scale = quantize(one.float(), dtype)
             scales.append(scale.masked_fill(~used, nan).contiguous())
         else:
             elements = one.masked_fill(~used[..., None], nan).to(dtype)
@@ -130,7 +130,7 @@ def _rows(values, used, dtype, poison):
 def seen_rows(case, sequence, row):
     """Keys and values ``[n, Hkv, D]`` in fp64 that one query row sees."""
     wide = {
-        name: [dequantise(t, s, torch.float64) for t, s in ((rows.key, rows.key_scale), (rows.value, rows.value_scale))]
+        name: [dequantize(t, s, torch.float64) for t, s in ((rows.key, rows.key_scale), (rows.value, rows.value_scale))]
         for name, rows in (("gist", case.gist), ("tail", case.tail))
     }
     begin, end = (v[sequence] if v.dim() == 1 else v[sequence, row] for v in (case.gist_begin, case.gist_end))

@@ -82,7 +82,7 @@ def test_a_reason_that_excuses_nothing_is_an_error():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_arguments_are_specialised_as_declared(kernel):
+def test_arguments_are_specialized_as_declared(kernel):
     source = compiler_input(launch_of(kernel, "sm_90", 128), "sm_90")
     fn, names = source.fn, source.fn.arg_names
     assert list(source.signature) == names
@@ -245,11 +245,11 @@ def test_cuda_launches_are_those_of_the_host_code(cuda_launch_of):
     functions = {name: cuda_launch_of(name, "sm_80", 64).function for name in aot_cuda.CUDA_KERNELS}
     assert functions == {
         "cuda_decode_mma": "gist_decode_mma_kernel<__nv_bfloat16, 64, false>",
-        "cuda_decode_mma_quantised": "gist_decode_mma_kernel<__nv_bfloat16, 64, true>",
+        "cuda_decode_mma_quantized": "gist_decode_mma_kernel<__nv_bfloat16, 64, true>",
         "cuda_decode_simt": "gist_decode_simt_kernel<__nv_bfloat16, 1, false>",
         "cuda_decode_simt_rows": "gist_decode_simt_kernel<__nv_bfloat16, 4, false>",
-        "cuda_decode_simt_quantised": "gist_decode_simt_kernel<__nv_bfloat16, 1, true>",
-        "cuda_decode_simt_rows_quantised": "gist_decode_simt_kernel<__nv_bfloat16, 4, true>",
+        "cuda_decode_simt_quantized": "gist_decode_simt_kernel<__nv_bfloat16, 1, true>",
+        "cuda_decode_simt_rows_quantized": "gist_decode_simt_kernel<__nv_bfloat16, 4, true>",
         "cuda_merge_splits": "gist_decode_merge_kernel<__nv_bfloat16>",
         "cuda_compact": "gist_compact_kernel",
     }

@@ -10,7 +10,7 @@ from strategies import layouts
 from torch.utils.checkpoint import checkpoint
 
 from gistkern import GistLayout, backends, gist_attention, ops
-from gistkern.compaction import gather_rows
+from gistkern.rows import gather_rows
 from gistkern.testing import compare, make_inputs
 
 

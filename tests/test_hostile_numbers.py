@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gistkern import GistLayout, KeyValueRows, gist_compact, native
-from gistkern.quantise import dequantise, quantise
+from gistkern.rows import dequantize, quantize
 
 
 def segments():
@@ -73,9 +73,9 @@ def test_integers_of_other_libraries_are_integers():
 def test_rows_whose_scale_is_subnormal_stay_finite(dtype):
     """The scale of such a row is rounded to a multiple of 2^-149, often by half of itself."""
     rows = torch.tensor(2.0**-149) * torch.arange(1, 2000)[:, None] * torch.tensor([1.0, -0.5])
-    elements, scale = quantise(rows, dtype)
-    assert dequantise(elements, scale, torch.float32).isfinite().all()
-    assert (dequantise(elements, scale, torch.float32).abs() <= rows.abs() + 2.0**-149 * 448).all()
+    elements, scale = quantize(rows, dtype)
+    assert dequantize(elements, scale, torch.float32).isfinite().all()
+    assert (dequantize(elements, scale, torch.float32).abs() <= rows.abs() + 2.0**-149 * 448).all()
     if native.missing() is None:
         pool = KeyValueRows.empty(len(rows), kv_heads=1, head_dim=2, dtype=dtype)
         index = torch.arange(len(rows))[None]

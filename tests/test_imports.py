@@ -35,7 +35,7 @@ gist_attention(x, x, x, layout)
 """
     loaded = modules_after(code)
     assert not loaded & {"transformers", "triton", "peft", "bitsandbytes"}
-    assert "gistkern.reference" not in loaded, "no optimised code imports the reference"
+    assert "gistkern.reference" not in loaded, "no optimized code imports the reference"
 
 
 # all of them, and the one that others of them import

@@ -1,4 +1,4 @@
-"""Pooled, paged and quantised decoding on CPU against an oracle that collects every row's keys one by one."""
+"""Pooled, paged and quantized decoding on CPU against an oracle that collects every row's keys one by one."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pool_cases import CASES, E4M3, INT8, check, int32, make_case
 
 from gistkern import KeyValueRows, backends, gist_compact, gist_decode, pool_ops
-from gistkern.quantise import dequantise, quantise
+from gistkern.rows import dequantize, quantize
 
 NATIVE = backends.get("cpu").missing() is None
 SERVING = ["cpu", "sdpa"] if NATIVE else ["sdpa"]
@@ -99,16 +99,16 @@ def test_compaction_fills_the_named_rows_and_no_others(pool_dtype, backend):
             if scale is None:
                 assert torch.equal(rows[row], exact)
                 continue
-            elements, scales = quantise(exact, pool_dtype)
+            elements, scales = quantize(exact, pool_dtype)
             assert torch.equal(rows[row].float(), elements.float())
             assert torch.equal(scale[row], scales)
 
 
 @pytest.mark.parametrize("dtype", [INT8, E4M3], ids=str)
-def test_quantisation_errs_by_half_a_step(dtype):
+def test_quantization_errs_by_half_a_step(dtype):
     rows = torch.randn(50, 64) * torch.logspace(-6, 6, 50)[:, None]
-    elements, scale = quantise(rows, dtype)
-    error = (dequantise(elements, scale, torch.float32) - rows).abs()
+    elements, scale = quantize(rows, dtype)
+    error = (dequantize(elements, scale, torch.float32) - rows).abs()
     largest = rows.abs().amax(-1, keepdim=True)
     # int8: half of largest / 127; e4m3: half a unit in the last of four significand bits, or of the smallest subnormal
     bound = largest / 254 if dtype == INT8 else torch.maximum(rows.abs() / 16, largest / 448 * 2**-10)
@@ -179,7 +179,7 @@ def test_nan_in_a_row_that_is_seen_shows(backend):
 
 
 @pytest.mark.parametrize("backend", SERVING)
-def test_quantising_keeps_nan(backend):
+def test_quantizing_keeps_nan(backend):
     k = torch.randn(1, 2, 3, 8)
     k[0, 0, 1, 2] = torch.nan
     pool = KeyValueRows.empty(3, kv_heads=2, head_dim=8, dtype=INT8)

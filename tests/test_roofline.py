@@ -14,8 +14,8 @@ from bench.gpus import GPUS, Gpu, gpu_named
 from bench.roofline_page import page
 from bench.work import Shape, least_bytes, visible_pairs
 from gistkern import GistLayout, gist_attention
-from gistkern.compaction import gather_rows
 from gistkern.kernels.chips import chip_named
+from gistkern.rows import gather_rows
 from gistkern.testing import make_inputs
 
 DOCS = Path(__file__).parents[1] / "docs"

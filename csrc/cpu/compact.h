@@ -1,4 +1,4 @@
-// One compact row of keys and values: copied bit for bit, or quantised with a scale of its own.
+// One compact row of keys and values: copied bit for bit, or quantized with a scale of its own.
 #pragma once
 
 #include "gistkern/compact.h"
@@ -7,7 +7,7 @@
 GISTKERN_NAMESPACE_BEGIN
 
 // Elements rounded to nearest even; returns the scale. A row of zeros has scale 0.
-inline float quantise(const float* row, int64_t dim, ElementType type, void* to) {
+inline float quantize(const float* row, int64_t dim, ElementType type, void* to) {
   float largest = 0.0f;
   for (int64_t d = 0; d < dim; ++d) {
     const float magnitude = __builtin_fabsf(row[d]);
@@ -49,7 +49,7 @@ inline void compact_row(const CompactArguments& x, int64_t sample, int64_t kv_he
       if (scale) scale[scale_at] = 0.0f;
     } else if (scale) {
       read_row(from, sample, kv_head, row, x.head_dim, scratch);
-      scale[scale_at] = quantise(scratch, x.head_dim, x.out_type, to);
+      scale[scale_at] = quantize(scratch, x.head_dim, x.out_type, to);
     } else {
       std::memcpy(to, row_address(from, sample, kv_head, row), x.head_dim * element_bytes(x.out_type));
     }

@@ -1,4 +1,4 @@
-// 2^x for x <= about 1, vectorised.
+// 2^x for x <= about 1, vectorized.
 #pragma once
 
 #include "lanes.h"

@@ -2,7 +2,7 @@
 //
 // Blocks run one after another and the threads of a block in turns, both in an order drawn from the environment
 // variable GISTKERN_EMULATOR_SEED. Shared memory starts as NaN in every block. What the hardware would answer with
-// undefined behaviour ends the process with a message (or the launch, see emulator_return_errors).
+// undefined behavior ends the process with a message (or the launch, see emulator_return_errors).
 #pragma once
 
 #include <cuda_bf16.h>

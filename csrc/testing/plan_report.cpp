@@ -63,7 +63,7 @@ struct Tile {
 Rows rows_of(ElementType type, int head_dim, int rows, int heads) {
   Rows result;
   result.data = buffer;
-  if (is_quantised(type)) result.scale = reinterpret_cast<const float*>(buffer);
+  if (is_quantized(type)) result.scale = reinterpret_cast<const float*>(buffer);
   int64_t row = head_dim, head = row * rows;
   for (int i = 0; i < 3; ++i) result.stride[i] = i == 0 ? head * heads : i == 1 ? head : row;
   result.type = type;
@@ -79,7 +79,7 @@ const char* decode(Numbers& numbers, Tile& tile) {
   a.query_rows = 1, a.head_dim = numbers["head_dim"], a.multiprocessors = numbers["multiprocessors"];
   a.gist_capacity = numbers["gist_rows"], a.tail_capacity = numbers["tail_rows"];
   a.query_stride[0] = a.head_dim * a.query_heads, a.query_stride[1] = a.query_stride[2] = a.head_dim;
-  ElementType gist_type = numbers["quantised"] ? ElementType::kInt8 : a.type;
+  ElementType gist_type = numbers["quantized"] ? ElementType::kInt8 : a.type;
   a.gist_key = a.gist_value = rows_of(gist_type, a.head_dim, a.gist_capacity, a.kv_heads);
   a.tail_key = a.tail_value = rows_of(a.type, a.head_dim, a.tail_capacity, a.kv_heads);
   auto variant = static_cast<DecodeVariant>(numbers["variant"]);
@@ -87,7 +87,7 @@ const char* decode(Numbers& numbers, Tile& tile) {
   bool tensor_core = plan.variant == DecodeVariant::kTensorCore;
   tile.rows = plan.unit_rows, tile.packed_rows = packed_rows(a), tile.stages = tensor_core ? kMmaStages : 0;
   tile.columns =
-      tensor_core ? mma_columns(plan.width) : 32 / plan.lanes * simt_columns(element_bytes(a.type), plan.quantised);
+      tensor_core ? mma_columns(plan.width) : 32 / plan.lanes * simt_columns(element_bytes(a.type), plan.quantized);
   return gistkern_decode(&a, variant, nullptr);
 }
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from gistkern import native
-from gistkern.compaction import dense_rows
 from gistkern.kernels.device import facts_of
 from gistkern.native import pool_compact
+from gistkern.rows import dense_rows
 
 __all__ = ["compact", "forward", "pool_compact", "pool_decode"]
 
@@ -43,7 +43,7 @@ def compact(
     past_v: torch.Tensor | None,
     gather: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compact rows of keys and values in one launch; arguments as `gistkern.compaction`."""
+    """Compact rows of keys and values in one launch; arguments as `gistkern.rows`."""
     past = 0 if past_k is None else past_k.shape[2]
     shape = (*k.shape[:2], past + gather.shape[1], k.shape[3])
     out = k.new_empty(shape), v.new_empty(shape)

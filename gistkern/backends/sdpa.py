@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gistkern.backends.sdpa_plan import Block, plan
-from gistkern.compaction import compact, compact_backward
+from gistkern.rows import compact, compact_backward
 
 __all__ = ["backward", "compact", "compact_backward", "forward"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from gistkern.compaction import dense_rows
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
@@ -12,6 +11,7 @@ from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bw
 from gistkern.kernels.decode import launch_gist_decode
 from gistkern.kernels.device import facts_of
 from gistkern.kernels.schedule import DECODE_ROWS
+from gistkern.rows import dense_rows
 
 __all__ = ["backward", "compact", "compact_backward", "forward"]
 
@@ -67,7 +67,7 @@ def compact(
     past_v: torch.Tensor | None,
     gather: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compact rows of keys and values in one launch; arguments as `gistkern.compaction`."""
+    """Compact rows of keys and values in one launch; arguments as `gistkern.rows`."""
     past = [None if t is None else dense_rows(t) for t in (past_k, past_v)]
     return launch_gist_compact(dense_rows(k), dense_rows(v), *past, gather.contiguous())
 
@@ -75,7 +75,7 @@ def compact(
 def compact_backward(
     grad_gist_k: torch.Tensor, grad_gist_v: torch.Tensor, gather: torch.Tensor, num_local: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of k and v, repeated tokens added up in a fixed order; arguments as `gistkern.compaction`."""
+    """Gradients of k and v, repeated tokens added up in a fixed order; arguments as `gistkern.rows`."""
     grads = dense_rows(grad_gist_k), dense_rows(grad_gist_v)
     return launch_gist_compact_bwd(*grads, gather.contiguous(), num_local)
 

@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
-from gistkern.compaction import gather_rows
 from gistkern.distributed.shards import ContextShard
 from gistkern.distributed.traffic import record
+from gistkern.rows import gather_rows
 
 __all__ = ["Group", "gather_compact", "gather_ranks", "with_halo"]
 
@@ -92,7 +92,7 @@ class _Halo(torch.autograd.Function):
 
 
 def _swap(send: torch.Tensor, to: int, receive: torch.Tensor, source: int, group: Group) -> None:
-    """Send to one neighbour while receiving from the other; nothing where there is nothing."""
+    """Send to one neighbor while receiving from the other; nothing where there is nothing."""
     steps = []
     if send.numel():
         steps.append(dist.P2POp(dist.isend, send.contiguous(), dist.get_global_rank(group, to), group))

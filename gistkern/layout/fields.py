@@ -63,6 +63,5 @@ class LayoutFields:
     def on(self, device: torch.device | str) -> LayoutFields:
         """The same fields with their tensors on `device`."""
         mine: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(
-            **{name: value.to(device) if torch.is_tensor(value) else value for name, value in mine.items()}
-        )
+        moved: dict[str, Any] = {n: v.to(device) if torch.is_tensor(v) else v for n, v in mine.items()}
+        return type(self)(**moved)

@@ -21,12 +21,12 @@ def save_png(layout: GistLayout, path: str | os.PathLike, sample: int = 0, title
     mask = layout.token_mask()[sample].int()
     local = layout.dense()[sample, :, layout.num_compact :].int()
     kinds = mask * 2 - local * mask  # 0 unseen, 1 local, 2 through the compact buffer
-    colours = ["#f4f4f4", "#4878a8", "#e08214"]
+    colors = ["#f4f4f4", "#4878a8", "#e08214"]
     figure, axes = pyplot.subplots(figsize=(5, 5.4), layout="constrained")
-    axes.imshow(kinds.cpu().numpy(), cmap=ListedColormap(colours), vmin=0, vmax=2, interpolation="nearest")
+    axes.imshow(kinds.cpu().numpy(), cmap=ListedColormap(colors), vmin=0, vmax=2, interpolation="nearest")
     axes.set(xlabel="token seen", ylabel="token that sees", title=title)
     names = ("unseen", "own segment", "gist or sink")
-    handles = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+    handles = [Patch(facecolor=color, label=name) for color, name in zip(colors, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

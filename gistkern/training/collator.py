@@ -27,7 +27,7 @@ class GistDataCollator:
     `context`, `question` and `answer`. A context begins with the special tokens that the tokenizer puts in front of a
     text (BOS), once, as in `gistkern.compress_corpus`; question and answer get none but those they spell out. A row of
     the batch is the context with its gist tokens, the question, the answer; padding stands on the left; only the
-    answer is labelled.
+    answer is labeled.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class GistDataCollator:
         What `gistkern.patch_llama` returned. Only its settings are kept, so that data workers can copy the collator.
     segment_length, segment_overlap : int
         How contexts are cut; pass the same to `gistkern.compress` later. Without a length a context is one segment.
-        On a model with ``num_segment_gist_tokens`` the segments are summarised (hierarchical).
+        On a model with ``num_segment_gist_tokens`` the segments are summarized (hierarchical).
     teacher : bool
         Also make `batch["teacher"]`, context, question and answer without gist tokens: what distillation needs.
     cue : str or sequence of int, optional

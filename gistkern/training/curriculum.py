@@ -22,7 +22,7 @@ class Stage:
     Parameters
     ----------
     steps : int
-        Optimiser steps that the stage lasts at least.
+        Optimizer steps that the stage lasts at least.
     gate : float
         Running accuracy, in [0, 1], that ends the stage; the last stage has none.
     tokens : (int, int), optional
@@ -157,7 +157,7 @@ class Curriculum:
         return sum(math.ceil(self.patience * stage.steps) if stage.gate else stage.steps for stage in self.stages)
 
     def update(self, accuracy: float) -> bool:
-        """Count one optimiser step of this `accuracy` (in [0, 1]); returns whether it ended the stage.
+        """Count one optimizer step of this `accuracy` (in [0, 1]); returns whether it ended the stage.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, calculated: weights, gradients, optimiser, activations, logits.
+"""How much memory a training step takes, calculated: weights, gradients, optimizer, activations, logits.
 
     python -m gistkern.training.memory --config examples/configs/llama3-8b.yaml
 
@@ -63,7 +63,7 @@ class TrainingSetup:
         ``"float32"``, ``"bfloat16"``, or ``"nf4"``: bitsandbytes' 4 bits for the linears of the layers, fp32 for
         the rest, as `peft.prepare_model_for_kbit_training` leaves it.
     double_quant : bool
-        Whether NF4's scales are quantised too.
+        Whether NF4's scales are quantized too.
     autocast : bool
         bf16 autocast (`TrainingArguments(bf16=True)`).
     lora : peft.LoraConfig, optional
@@ -80,7 +80,7 @@ class TrainingSetup:
     Raises
     ------
     ValueError
-        For unknown weights or optimisers, and for LoRA on quantised weights that are not there.
+        For unknown weights or optimizers, and for LoRA on quantized weights that are not there.
     """
 
     tokens: int
@@ -139,7 +139,7 @@ class MemoryEstimate:
     def fits(self, card: int, reserve: int = 10**9, paging: bool = False) -> bool:
         """Whether a step fits `card` bytes, of which `reserve` are kept for the driver, the allocator and fragments.
 
-        With `paging` the optimiser's paged states may be on the host until its step, when activations are gone.
+        With `paging` the optimizer's paged states may be on the host until its step, when activations are gone.
         """
         peak = max(self.total - self.paged, self.resident) if paging else self.total
         return peak + reserve <= card
@@ -160,7 +160,7 @@ _ROWS = {
     "weights": "base weights, and the originals of matrices that are trained as copies",
     "trainable": "trained weights: LoRA, gist rows, copies of whole matrices",
     "gradients": "gradients",
-    "optimizer": "optimiser states",
+    "optimizer": "optimizer states",
     "activations": "activations kept for the backward pass",
     "logits": "logits, log-probabilities, their gradients",
     "working": "one layer's backward pass",
@@ -180,7 +180,7 @@ def estimate(config: Any, setup: TrainingSetup) -> MemoryEstimate:
     Returns
     -------
     MemoryEstimate
-        In bytes. Not in it: the driver's own memory, fragments, and the temporaries of optimisers that are not fused.
+        In bytes. Not in it: the driver's own memory, fragments, and the temporaries of optimizers that are not fused.
 
     Examples
     --------
@@ -238,7 +238,7 @@ def _working(config: Any, setup: TrainingSetup, saved: Saved) -> int:
     largest = max(outputs * inputs for outputs, inputs in shapes.values())
     needed = 3 * saved.inner + 3 * saved.norm_input
     if setup.weights == "nf4":
-        needed += 2 * largest  # one matrix at a time, without its quantisation
+        needed += 2 * largest  # one matrix at a time, without its quantization
     if setup.lora is None:
         needed += largest * saved.precision.base
     return needed + (saved.layer if setup.gradient_checkpointing else 0)
@@ -305,8 +305,8 @@ def _verdict(found: MemoryEstimate, card: int, reserve: int) -> str:
     if found.fits(card, reserve):
         return f"It fits {size}"
     if found.fits(card, reserve, paging=True):
-        return f"It fits {size} only while optimiser states ({found.paged / 1e9:.1f} GB) are paged to the host"
-    return f"It does not fit {size}, even with the optimiser states paged to the host"
+        return f"It fits {size} only while optimizer states ({found.paged / 1e9:.1f} GB) are paged to the host"
+    return f"It does not fit {size}, even with the optimizer states paged to the host"
 
 
 if __name__ == "__main__":

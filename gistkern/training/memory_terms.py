@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 # bitsandbytes: weights per block of 4-bit weights, blocks per block of their own 8-bit scales, entries per block of
-# 8-bit optimiser state, and the elements from which a tensor's state is in 8 bits, and is paged
+# 8-bit optimizer state, and the elements from which a tensor's state is in 8 bits, and is paged
 _BLOCK, _NESTED_BLOCK, _STATE_BLOCK, _LEAST_8BIT, _LEAST_PAGED = 64, 256, 256, 4096, 100_000
 
 
@@ -58,7 +58,7 @@ class Precision:
 
     @property
     def base(self) -> int:
-        """Parameters that are not quantised, and the hidden states between layers."""
+        """Parameters that are not quantized, and the hidden states between layers."""
         return 2 if self.weights == "bfloat16" else 4
 
     @property
@@ -135,7 +135,7 @@ def trained_tensors(config: Any, precision: Precision, lora: LoraLike | None, gi
 
 
 def optimizer_bytes(trained: Iterable[Trained], bits: int, paged_only: bool = False) -> int:
-    """State of AdamW, or the part of it that a paged optimiser can move to the host.
+    """State of AdamW, or the part of it that a paged optimizer can move to the host.
 
     At 8 bits small tensors keep fp32, and embeddings do (transformers' Trainer sees to that).
     """

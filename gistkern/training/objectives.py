@@ -27,7 +27,7 @@ def answer_loss(
     attention_mask: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross entropy of the labelled tokens: ``model(input_ids, labels=labels).loss`` without its logits.
+    """Cross entropy of the labeled tokens: ``model(input_ids, labels=labels).loss`` without its logits.
 
     The head runs on the columns that predict a label only (transformers' `logits_to_keep`), so no
     ``[B, N, vocabulary]`` tensor exists. This is the loss of Mu et al. 2023, "Learning to Compress Prompts with
@@ -49,7 +49,7 @@ def answer_loss(
     Raises
     ------
     ValueError
-        If the model is not patched, the shapes differ, or nothing is labelled.
+        If the model is not patched, the shapes differ, or nothing is labeled.
 
     Examples
     --------
@@ -164,7 +164,7 @@ def _teacher_tail(model: nn.Module, batch: Mapping[str, Any]) -> Tail:
 
 
 def _divergence(student: Tail, taught: Tail, temperature: float, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    if not torch.equal(student.labels[student.labelled()], taught.labels[taught.labelled()]):
+    if not torch.equal(student.labels[student.labeled()], taught.labels[taught.labeled()]):
         raise ValueError("student and teacher must predict the same labels, sample by sample: pass equal answers")
     log_q = (student.rows() / temperature).log_softmax(-1)
     p = (taught.rows() / temperature).softmax(-1)

@@ -70,7 +70,7 @@ class Streams:
         Returns
         -------
         dict
-            `input_ids`, `attention_mask` and `labels` (int64 ``[B, N]``; only the answers are labelled), and for
+            `input_ids`, `attention_mask` and `labels` (int64 ``[B, N]``; only the answers are labeled), and for
             a hierarchical scheme `gist_layout`: the other schemes are read off the ids.
         """
         cut = [self._segments(context) for context in contexts]

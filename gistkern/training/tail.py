@@ -25,24 +25,24 @@ class Tail:
     logits: torch.Tensor
     labels: torch.Tensor
 
-    def labelled(self) -> torch.Tensor:
+    def labeled(self) -> torch.Tensor:
         """bool ``[B, T]``."""
         return self.labels != IGNORED
 
     def rows(self) -> torch.Tensor:
-        """Logits ``[labels, vocabulary]`` of the labelled rows, in at least fp32."""
-        rows = self.logits[self.labelled()]
+        """Logits ``[labels, vocabulary]`` of the labeled rows, in at least fp32."""
+        rows = self.logits[self.labeled()]
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def cross_entropy(self, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
         """Sum over the labels divided by `num_items`, by default their number."""
-        total = F.cross_entropy(self.rows(), self.labels[self.labelled()], reduction="sum")
-        return total / (self.labelled().sum() if num_items is None else num_items)
+        total = F.cross_entropy(self.rows(), self.labels[self.labeled()], reduction="sum")
+        return total / (self.labeled().sum() if num_items is None else num_items)
 
     @torch.no_grad()
     def counts(self) -> torch.Tensor:
         """int64 ``[4]``: labels that the most likely token hits, labels, samples with all hit, samples with labels."""
-        wanted = self.labelled()
+        wanted = self.labeled()
         right = (self.logits.argmax(-1) == self.labels) & wanted
         samples = wanted.any(1)
         exact = (right == wanted).all(1) & samples
@@ -66,7 +66,7 @@ def tail_of(
     Raises
     ------
     ValueError
-        If the shapes differ or nothing is labelled.
+        If the shapes differ or nothing is labeled.
     """
     if labels.shape != input_ids.shape:
         raise ValueError(

@@ -31,7 +31,7 @@ MISTAKES = {
     "async_group_count": {"plain": WRONG},
     "async_no_commit": {"plain": WRONG},
     "async_no_barrier": {"plain": WRONG, "thread": RACE},
-    "uninitialised": {"plain": WRONG},
+    "uninitialized": {"plain": WRONG},
     "divergent_barrier": {"plain": "divergent __syncthreads"},
     "shuffle_lane_missing": {"plain": "with mask 0xffffffff, threads that it names and that did not come: 31"},
     "shuffle_wrong_mask": {"plain": "__shfl_xor_sync: the mask 0x0000ffff does not name the calling lane"},

@@ -1,6 +1,6 @@
 """The CUDA kernels' own sources on the CPU, in a program without Python and torch: csrc/testing/suite.cpp.
 
-Plain in `make test`; with the address, undefined-behaviour and thread sanitizers in `make sanitize`.
+Plain in `make test`; with the address, undefined-behavior and thread sanitizers in `make sanitize`.
 """
 
 import os

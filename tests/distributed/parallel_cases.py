@@ -89,7 +89,7 @@ def contexts(handle, seed, padded=False):
     return ids, mask, labels
 
 
-# labelled columns at the end of the context: in the last shard, in several
+# labeled columns at the end of the context: in the last shard, in several
 TAILS = {"short": 5, "long": 70}
 KEPT = {"number": 9, "columns": torch.tensor([3, 60, 61, 117, 118])}
 

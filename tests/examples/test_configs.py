@@ -238,7 +238,7 @@ def test_two_processes_write_and_evaluate_once_and_one_goes_on(tmp_path):
 
 @pytest.mark.parametrize("path", [OURS, THEIRS], ids=lambda path: path.stem)
 def test_the_loss_falls_on_a_fixed_batch(path, dry_runs, tmp_path, capsys):
-    """With the recipe's own optimiser, rate, precision and objectives."""
+    """With the recipe's own optimizer, rate, precision and objectives."""
     source, recipe = str(dry_runs[path] / "tiny-model"), tiny(read_recipe(path))
     recipe = replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=1, save_steps=100))
     trainer = make_trainer(recipe, source, source, tmp_path)

@@ -95,7 +95,7 @@ def trained(recipe, source, tmp_path_factory):
 def test_the_loss_falls_through_checkpoints_of_our_op(trained):
     model, losses, _, calls, _ = trained
     linears = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    assert len(linears) >= 7 * LAYERS, "every linear of a layer is quantised"
+    assert len(linears) >= 7 * LAYERS, "every linear of a layer is quantized"
     assert losses[0] > 6, "about log(1024)"
     assert losses[-1] < 0.3
     assert calls.count("attention") == 2 * LAYERS, "forward, and once more in the backward pass"
@@ -139,7 +139,7 @@ def test_loading_without_the_casts_moves_the_logits(recipe, source, trained):
     assert not torch.equal(logits_of(careless, batch), logits_of(model, batch))
 
 
-def test_generation_from_the_quantised_model(recipe, source, trained):
+def test_generation_from_the_quantized_model(recipe, source, trained):
     """The sample that was trained on is answered from its ten gist rows and the sink alone."""
     model, _, _, _, folder = trained
     tokenizer = AutoTokenizer.from_pretrained(str(folder))

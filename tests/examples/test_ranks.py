@@ -101,7 +101,7 @@ def test_a_killed_process_ends_the_run_and_nothing_is_lost(finished, tmp_path, o
 
 
 def test_micro_batches_of_two_processes_equal_one_batch(tmp_path):
-    """Gradients, by the optimizers' states, which no normalisation hides; under DDP and FSDP2."""
+    """Gradients, by the optimizers' states, which no normalization hides; under DDP and FSDP2."""
     launch(Path(__file__).with_name("ranks_worker.py"), 2, tmp_path)
     for batch in BATCHES:
         alone = tmp_path / f"alone-{batch}"

@@ -91,7 +91,7 @@ def test_needle_segments_hold_the_needle_and_plain_ones_do_not(language):
     plain = plain_segments(haystack, 50, 96, 24)
     assert [len(ids) for ids in plain[:-1]] == [96] * 49
     assert 24 < len(plain[-1]) <= 96
-    assert plain[0][-24:] == plain[1][:24], "neighbours overlap"
+    assert plain[0][-24:] == plain[1][:24], "neighbors overlap"
     announced = {"en": "pass key", "ko": "패스키"}[language]
     assert not any(announced in haystack.tokenizer.decode(ids) for ids in plain)
 

@@ -11,13 +11,13 @@ from gistkern import (
     GistLayout,
     KeyValueRows,
     backends,
-    compaction,
     gist_attention,
     gist_compact,
     native,
     ops,
     reference,
 )
+from gistkern.rows import compact
 from gistkern.testing import FORWARD_FACTOR, assert_within_budget, compare, make_inputs
 
 HALF = (torch.float16, torch.bfloat16)
@@ -119,8 +119,8 @@ def test_a_cuda_graph_replays_the_call_with_new_lengths(cuda):
     assert torch.equal(lse, wanted[1])
 
 
-@pytest.mark.parametrize("quantised", [None, INT8, E4M3], ids=str)
-def test_compaction_equals_that_of_the_cpu(quantised, cuda):
+@pytest.mark.parametrize("quantized", [None, INT8, E4M3], ids=str)
+def test_compaction_equals_that_of_the_cpu(quantized, cuda):
     """Bit for bit, scales included: rows of a layer into a pool, some left out, one of zeros."""
     dtype = torch.bfloat16
     k, v = torch.randn(2, 2, 3, 9, 40).to(dtype)
@@ -129,7 +129,7 @@ def test_compaction_equals_that_of_the_cpu(quantised, cuda):
     slot = torch.tensor([[3, 11, 5, -1], [0, 1, 2, 10]])
     pools = []
     for device, backend in (("cpu", "sdpa"), (cuda, "cuda")):
-        pool = KeyValueRows.empty(12, kv_heads=3, head_dim=40, dtype=quantised or dtype, device=device)
+        pool = KeyValueRows.empty(12, kv_heads=3, head_dim=40, dtype=quantized or dtype, device=device)
         for tensor in pool.tensors():
             tensor.view(torch.uint8).zero_()
         gist_compact(*(t.to(device) for t in (k, v, gather, slot)), pool, backend=backend)
@@ -146,7 +146,7 @@ def test_the_op_compacts(dtype, head_dim, cuda):
     past = torch.randn(2, 2, 3, 4, head_dim).to(cuda, dtype)
     gather = torch.tensor([[7, 8, 2], [0, 0, -1]]).to(cuda)
     found = ops.compact(k, v, *past, gather, "cuda")
-    wanted = compaction.compact(k, v, *past, gather)
+    wanted = compact(k, v, *past, gather)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1, :, :-1], theirs[1, :, :-1])

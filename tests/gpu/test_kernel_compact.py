@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gistkern import GistLayout, compaction, ops
+from gistkern import GistLayout, ops
 from gistkern.backends import triton as backend
+from gistkern.rows import compact, compact_backward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -26,7 +27,7 @@ def test_rows_are_copied_bit_for_bit(dtype, past, head_dim, device, small_tiles)
         past_v = rows(past, 2, 3, head_dim, dtype=dtype, device=device).permute(1, 2, 0, 3)
     ours = backend.compact(k, v, past_k, past_v, gather)
     filler = torch.cat([torch.zeros(2, past, dtype=torch.bool), (gather < 0).cpu()], 1)[:, None, :, None].to(device)
-    for mine, plain in zip(ours, compaction.compact(k, v, past_k, past_v, gather), strict=True):
+    for mine, plain in zip(ours, compact(k, v, past_k, past_v, gather), strict=True):
         assert torch.equal(mine, plain.masked_fill(filler, 0))
 
 
@@ -47,8 +48,8 @@ def test_gradient_adds_repeated_tokens(dtype, device, small_tiles):
         grad[:, :, 3] = 0
     ours = backend.compact_backward(*grads, entries, 41)
     again = backend.compact_backward(*grads, entries, 41)
-    exact = compaction.compact_backward(*(g.double() for g in grads), entries, 41)
-    plain = compaction.compact_backward(*grads, entries, 41)
+    exact = compact_backward(*(g.double() for g in grads), entries, 41)
+    plain = compact_backward(*grads, entries, 41)
     for mine, second, reference, cpu in zip(ours, again, exact, plain, strict=True):
         assert torch.equal(mine, second)
         error = (mine.double() - reference).abs().max()

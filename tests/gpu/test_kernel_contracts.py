@@ -6,8 +6,8 @@ from emulation import EMULATED, SANITIZED
 from torch.utils.checkpoint import checkpoint
 
 from gistkern import GistLayout, gist_attention, ops
-from gistkern.compaction import gather_rows
 from gistkern.kernels import attn_bwd_dkv, attn_bwd_dq, attn_fwd, decode, schedule
+from gistkern.rows import gather_rows
 from gistkern.testing import Inputs, compare, make_inputs
 
 

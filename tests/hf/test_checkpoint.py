@@ -176,7 +176,7 @@ def test_the_load_report_does_not_look_like_lost_data(tmp_path, caplog, monkeypa
         ("gist", "expected an object, got 'gist'"),
         ({"num_gist_tokens": ...}, "'num_gist_tokens' is missing"),
         ({"first_gist_id": ...}, "'first_gist_id' is missing"),
-        ({"colour": 1}, "'colour' is unknown"),
+        ({"color": 1}, "'color' is unknown"),
         ({"num_gist_tokens": True}, "num_gist_tokens must be an int >= 1, got True"),
         ({"num_gist_tokens": 0}, "num_gist_tokens must be an int >= 1, got 0"),
         ({"num_gist_tokens": "3"}, "num_gist_tokens must be an int >= 1, got '3'"),

@@ -1,4 +1,4 @@
-"""Batches of the collator: what training attends to is what `compress` will cache, and nothing else is labelled."""
+"""Batches of the collator: what training attends to is what `compress` will cache, and nothing else is labeled."""
 
 import pickle
 
@@ -34,7 +34,7 @@ def test_masked_training_forward_equals_compress_and_cached_decode(scheme, posit
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_only_answers_are_labelled_and_padding_stands_left(scheme):
+def test_only_answers_are_labeled_and_padding_stands_left(scheme):
     _, handle, segments = patched(scheme)
     features = make_features(4, seed=1)
     batch = GistDataCollator(7, handle, **segments)(features)

@@ -182,7 +182,7 @@ def test_a_wrong_setup_is_out_of_the_band(tmp_path):
         assert not 0.9 < (found.activations + max(found.logits, found.working)) / peak < 1.18, wrong
 
 
-def test_single_quantisation_takes_more(tmp_path):
+def test_single_quantization_takes_more(tmp_path):
     setup = replace(SETUPS["nf4"], double_quant=False)
     model, _ = build(setup, tmp_path)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -251,7 +251,7 @@ def test_8b_presets_by_hand():
 def test_command_line(capsys):
     path = CONFIGS / "llama3-8b-poc.yaml"
     main(["--config", str(path)])
-    assert "only while optimiser states (5.3 GB) are paged" in capsys.readouterr().out
+    assert "only while optimizer states (5.3 GB) are paged" in capsys.readouterr().out
     main(["--config", str(path), "--card", "80"])
     out = capsys.readouterr().out
     assert "It fits a card of 80 GB" in out

@@ -58,7 +58,7 @@ __device__ __forceinline__ void chunk_to_floats(float (&values)[kElements], cons
   for (int element = 0; element < kElements; ++element) values[element] = bits_as<float>(words[element]);
 }
 
-// Quantised codes in `words` as floats, without their scale. Both kinds of codes are exact in half.
+// Quantized codes in `words` as floats, without their scale. Both kinds of codes are exact in half.
 template <int kElements, int kWords>
 __device__ __forceinline__ void codes_to_floats(float (&values)[kElements], const uint32_t (&words)[kWords],
                                                 ElementType type) {

@@ -1,4 +1,4 @@
-// Compaction: a group of lanes per row and head copies it bit for bit, or quantises it in its registers.
+// Compaction: a group of lanes per row and head copies it bit for bit, or quantizes it in its registers.
 #pragma once
 
 #include "gistkern/chunk.cuh"
@@ -7,9 +7,9 @@
 namespace gistkern {
 
 constexpr int kCompactThreads = 128;
-// Elements of a row that one lane quantises, so that a warp holds rows of up to 256.
+// Elements of a row that one lane quantizes, so that a warp holds rows of up to 256.
 constexpr int kCompactElements = 8;
-constexpr int kMaxQuantisedDim = 32 * kCompactElements;
+constexpr int kMaxQuantizedDim = 32 * kCompactElements;
 
 // Keys or values: where rows come from and go to, and where 128-bit accesses are possible.
 struct CompactSide {
@@ -22,7 +22,7 @@ struct CompactSide {
 struct CompactPlan {
   CompactSide sides[2];   // keys, values
   int element_bytes = 0;  // of out
-  bool quantised = false;
+  bool quantized = false;
   int lanes = 1;       // per row
   int row_blocks = 0;  // per (side, sample, head)
 };
@@ -86,7 +86,7 @@ __device__ __forceinline__ void store_codes(char* out, const float (&values)[kCo
   uint32_t words[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kCompactElements; ++i) {
-    words[i / 4] |= static_cast<uint32_t>(quantise(values[i], scale, type)) << (i % 4 * 8);
+    words[i / 4] |= static_cast<uint32_t>(quantize(values[i], scale, type)) << (i % 4 * 8);
   }
   if (aligned) {
     *reinterpret_cast<uint2*>(out + first) = make_uint2(words[0], words[1]);
@@ -138,16 +138,16 @@ __global__ void __launch_bounds__(kCompactThreads)
   }
   char* out = side.out + row_offset(a.out_stride, target_sample, head, target) * plan.element_bytes;
 
-  if (plan.quantised) {  // the same for all threads: the shuffles need whole warps
-    bool quantises = from != nullptr && type != a.out_type;
+  if (plan.quantized) {  // the same for all threads: the shuffles need whole warps
+    bool quantizes = from != nullptr && type != a.out_type;
     float values[kCompactElements] = {};
     int first = lane * kCompactElements;
-    if (quantises) load_values(values, from, type, first, a.head_dim, from_aligned);
+    if (quantizes) load_values(values, from, type, first, a.head_dim, from_aligned);
     float scale = row_scale(values, a.out_type, plan.lanes);
     if (!exists) return;
-    if (!quantises) scale = from_scale == nullptr ? 0.0f : *from_scale;
+    if (!quantizes) scale = from_scale == nullptr ? 0.0f : *from_scale;
     if (lane == 0) side.out_scale[row_offset(a.out_scale_stride, target_sample, head, target)] = scale;
-    if (quantises) {
+    if (quantizes) {
       store_codes(out, values, scale, a.out_type, first, a.head_dim, side.out_aligned);
       return;
     }

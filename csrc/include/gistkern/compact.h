@@ -1,4 +1,4 @@
-// Compaction: gather the gist rows of one layer's keys and values in one launch, optionally quantising them.
+// Compaction: gather the gist rows of one layer's keys and values in one launch, optionally quantizing them.
 #pragma once
 
 #include "gistkern/types.h"
@@ -11,7 +11,7 @@ namespace gistkern {
 // Without `slot` it is written to row c of sample b of out_key / out_value (a filler becomes zeros). With `slot`
 // (int64 [batch, past_rows + gathered_rows], contiguous) to row slot[b, c] of sample 0: a pool of documents; a filler,
 // or a negative slot, is then not written at all.
-// Keys and values are copied bit for bit where the types agree. A quantised output gets scale = max |x| / 127 (int8) or
+// Keys and values are copied bit for bit where the types agree. A quantized output gets scale = max |x| / 127 (int8) or
 // / 448 (e4m3) per row and head, elements rounded to nearest even; a row of zeros has scale 0.
 struct CompactArguments {
   Rows key, value;            // [batch, kv_heads, local_rows, head_dim]
@@ -20,7 +20,7 @@ struct CompactArguments {
   int64_t gather_stride[2] = {0, 0};
   const int64_t* slot = nullptr;
 
-  // outputs by stride, as Rows, but written; scales only for a quantised type
+  // outputs by stride, as Rows, but written; scales only for a quantized type
   void* out_key = nullptr;
   void* out_value = nullptr;
   float* out_key_scale = nullptr;

@@ -1,4 +1,4 @@
-// Element types on the device: pairs of 16-bit elements, quantised codes made 16-bit exactly, and quantising.
+// Element types on the device: pairs of 16-bit elements, quantized codes made 16-bit exactly, and quantizing.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -91,7 +91,7 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t codes, bool upper, Eleme
 __device__ __forceinline__ float largest_code(ElementType type) { return type == ElementType::kInt8 ? 127.0f : 448.0f; }
 
 // The code of value / scale, to nearest even, saturating. A scale of 0 is that of a row of zeros.
-__device__ __forceinline__ uint8_t quantise(float value, float scale, ElementType type) {
+__device__ __forceinline__ uint8_t quantize(float value, float scale, ElementType type) {
   if (scale == 0.0f) return 0;
   float ratio = value / scale;
   if (type == ElementType::kFloat8E4M3) return __nv_cvt_float_to_fp8(ratio, __NV_SATFINITE, __NV_E4M3);

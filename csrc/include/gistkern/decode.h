@@ -19,7 +19,7 @@ struct DecodeArguments {
   float* workspace = nullptr;                 // decode_workspace_floats() floats, may be null where that is 0
   ElementType type = ElementType::kBFloat16;  // of query and out: kFloat32, kFloat16 or kBFloat16
 
-  Rows gist_key, gist_value, tail_key, tail_value;  // each of the query's type, or quantised with scales
+  Rows gist_key, gist_value, tail_key, tail_value;  // each of the query's type, or quantized with scales
 
   const int32_t* gist_begin = nullptr;   // [batch, query_rows] by interval_stride
   const int32_t* gist_end = nullptr;     // likewise

@@ -25,7 +25,7 @@ __device__ __forceinline__ float merge_splits(T* out, const float* part_out, con
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] += weight * part[i];
     }
-    float factor = normaliser({maximum, sum});
+    float factor = normalizer({maximum, sum});
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] *= factor;
     store_elements(out + first, values);

@@ -21,7 +21,7 @@ __device__ __forceinline__ void mma_pair(float (&left)[4], float (&right)[4], co
   mma_16816(right, a, b_right, T());
 }
 
-template <typename T, int kWidth, bool kQuantised>
+template <typename T, int kWidth, bool kQuantized>
 struct MmaWarp {
   static constexpr int kColumns = mma_columns(kWidth);
   using Layout = Tile<kColumns, kWidth>;
@@ -143,7 +143,7 @@ struct MmaWarp {
       if (lane % 4 == 0) partials.store_statistics(warp, row, state);
 #pragma unroll
       for (int n = 0; n < kWidth / 8; ++n) {
-        float unit = kQuantised ? value_unit : 1.0f;
+        float unit = kQuantized ? value_unit : 1.0f;
         *reinterpret_cast<float2*>(partials.output(warp, row) + 8 * n + lane % 4 * 2) =
             make_float2(output[n][2 * half] * unit, output[n][2 * half + 1] * unit);
       }
@@ -151,10 +151,10 @@ struct MmaWarp {
   }
 };
 
-template <typename T, int kWidth, bool kQuantised>
+template <typename T, int kWidth, bool kQuantized>
 __global__ void __launch_bounds__(mma_warps(kWidth) * 32)
     gist_decode_mma_kernel(const DecodeArguments arguments, const DecodePlan plan) {
-  using Pipeline = TilePipeline<T, kWidth, kQuantised>;
+  using Pipeline = TilePipeline<T, kWidth, kQuantized>;
   constexpr int kWarpBytes = mma_warp_bytes(kWidth);
   static_assert(partial_floats(kMmaRows, kWidth) * 4 <= kWarpBytes, "partial results take the place of tiles");
   static_assert(kMmaRows <= Pipeline::kColumns, "the query takes the place of a value tile");
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(mma_warps(kWidth) * 32)
   TileRange tiles = tiles_of(window, Pipeline::kColumns, place.split, plan.splits);
   char* memory = shared_memory<char>() + warp * kWarpBytes;
   Pipeline pipeline(arguments, plan, unit, window, memory, tiles.begin + place.member, plan.warps_per_unit, tiles.end);
-  MmaWarp<T, kWidth, kQuantised> state = {};
+  MmaWarp<T, kWidth, kQuantized> state = {};
   state.lane = threadIdx.x % 32;
   state.value_unit = kSmallest;
 
@@ -198,17 +198,17 @@ __global__ void __launch_bounds__(mma_warps(kWidth) * 32)
     float scores[2][Pipeline::kColumns / 4], keep[2];
     pipeline.await_next();
     pipeline.request_value(index + kMmaStages - 1);
-    if (kQuantised) {
+    if (kQuantized) {
       widen_tile<T, Pipeline::kColumns, kWidth>(pipeline.key_tile(index),
                                                 pipeline.types(index, arguments.gist_key, arguments.tail_key));
     }
     state.multiply_keys(scores, pipeline.key_tile(index));
-    if (kQuantised) state.scale_columns(scores, pipeline.key_scale[0]);
+    if (kQuantized) state.scale_columns(scores, pipeline.key_scale[0]);
     state.softmax_rows(scores, keep, pipeline.first_column(index), window.full, arguments.scale * kLog2E);
-    if (kQuantised) state.scale_values(scores, keep, pipeline.value_scale[0]);
+    if (kQuantized) state.scale_values(scores, keep, pipeline.value_scale[0]);
     pipeline.await_next();
     pipeline.request_key(index + kMmaStages);
-    if (kQuantised) {
+    if (kQuantized) {
       widen_tile<T, Pipeline::kColumns, kWidth>(pipeline.value_tile(index),
                                                 pipeline.types(index, arguments.gist_value, arguments.tail_value));
     }

@@ -10,20 +10,20 @@
 
 namespace gistkern {
 
-// A lane's piece of a row whose elements are Ts or, where kQuantised, perhaps codes.
-template <typename T, int kElements, bool kQuantised>
+// A lane's piece of a row whose elements are Ts or, where kQuantized, perhaps codes.
+template <typename T, int kElements, bool kQuantized>
 struct RowPiece {
   uint32_t words[kElements * sizeof(T) / 4] = {};
 
   __device__ __forceinline__ void load(const char* row, ElementType type, int first, int head_dim, bool aligned) {
-    if constexpr (kQuantised) {
+    if constexpr (kQuantized) {
       if (holds_codes(type)) return load_chunk<1, kElements>(words, row, first, head_dim, aligned);
     }
     load_chunk<sizeof(T), kElements>(words, row, first, head_dim, aligned);
   }
 
   __device__ __forceinline__ void to_floats(float (&values)[kElements], ElementType type) const {
-    if constexpr (kQuantised) {
+    if constexpr (kQuantized) {
       if (holds_codes(type)) return codes_to_floats(values, words, type);
     }
     chunk_to_floats(values, words, T());
@@ -31,12 +31,12 @@ struct RowPiece {
 };
 
 // One lane's pieces of the columns of a tile: kColumns of them, `groups` apart.
-template <typename T, bool kQuantised>
+template <typename T, bool kQuantized>
 struct SimtTile {
-  static constexpr int kElements = simt_elements(kQuantised);
-  static constexpr int kColumns = simt_columns(sizeof(T), kQuantised);
+  static constexpr int kElements = simt_elements(kQuantized);
+  static constexpr int kColumns = simt_columns(sizeof(T), kQuantized);
 
-  RowPiece<T, kElements, kQuantised> key[kColumns], value[kColumns];
+  RowPiece<T, kElements, kQuantized> key[kColumns], value[kColumns];
   ElementType key_type[kColumns], value_type[kColumns];
   float key_scale[kColumns], value_scale[kColumns];
 
@@ -57,7 +57,7 @@ struct SimtTile {
                   is_gist ? plan.gist_key_aligned : plan.tail_key_aligned);
       value[i].load(sources.values.of(at), value_type[i], first, a.head_dim,
                     is_gist ? plan.gist_value_aligned : plan.tail_value_aligned);
-      if (kQuantised) {
+      if (kQuantized) {
         key_scale[i] = scale_of(sources.key_scales, a.gist_key, a.tail_key, at);
         value_scale[i] = scale_of(sources.value_scales, a.gist_value, a.tail_value, at);
       }
@@ -65,9 +65,9 @@ struct SimtTile {
   }
 };
 
-template <typename T, int kRows, bool kQuantised>
+template <typename T, int kRows, bool kQuantized>
 struct SimtState {
-  using Tile = SimtTile<T, kQuantised>;
+  using Tile = SimtTile<T, kQuantized>;
   static constexpr int kElements = Tile::kElements, kColumns = Tile::kColumns;
 
   float query[kRows][kElements];
@@ -179,10 +179,10 @@ struct SimtState {
   }
 };
 
-template <typename T, int kRows, bool kQuantised>
-__global__ void __launch_bounds__(kSimtWarps * 32, simt_blocks(kRows, kQuantised))
+template <typename T, int kRows, bool kQuantized>
+__global__ void __launch_bounds__(kSimtWarps * 32, simt_blocks(kRows, kQuantized))
     gist_decode_simt_kernel(const DecodeArguments arguments, const DecodePlan plan) {
-  using Tile = SimtTile<T, kQuantised>;
+  using Tile = SimtTile<T, kQuantized>;
   Place place = place_of(plan);
   if (place.unit >= plan.units) return;  // only where units do not share a block's barrier
   Unit unit = unit_of(place.unit, arguments, plan);
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kSimtWarps * 32, simt_blocks(kRows, kQuantised
   int lane = threadIdx.x % 32, groups = 32 / plan.lanes, group = lane / plan.lanes;
   int first = lane % plan.lanes * Tile::kElements;
   float scale_log2 = arguments.scale * kLog2E;
-  SimtState<T, kRows, kQuantised> state = {};
+  SimtState<T, kRows, kQuantized> state = {};
   state.load_query(arguments, plan, unit, window, first);
 
   Sources sources = sources_of(arguments, plan, unit, window);

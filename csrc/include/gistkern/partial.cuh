@@ -7,7 +7,7 @@
 
 namespace gistkern {
 
-// Per warp: [rows, width + padding] unnormalised outputs, [rows] maxima, [rows] sums.
+// Per warp: [rows, width + padding] unnormalized outputs, [rows] maxima, [rows] sums.
 struct Partials {
   float* data;
   int warp_floats;  // from one warp's to the next
@@ -81,7 +81,7 @@ __device__ __forceinline__ void merge_warps(const DecodeArguments& arguments, co
     weights[warp] = exponential(states[warp].maximum, merged.maximum, arguments.scale * kLog2E);
     merged.sum += states[warp].sum * weights[warp];
   }
-  float factor = normaliser(merged);
+  float factor = normalizer(merged);
 
   int64_t all_rows = static_cast<int64_t>(arguments.batch) * arguments.query_heads * arguments.query_rows;
   int64_t index = row_place(arguments, unit, row).index, part_index = split * all_rows + index;

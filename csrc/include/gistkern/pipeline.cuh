@@ -8,7 +8,7 @@ namespace gistkern {
 
 // Tile `index` of a warp is its index-th: column tile first_tile + index * tile_step of the unit, of `count`. Requests
 // beyond the last copy nothing, but count as a group, so the number of groups in flight is always the same.
-template <typename T, int kWidth, bool kQuantised>
+template <typename T, int kWidth, bool kQuantized>
 struct TilePipeline {
   static constexpr int kColumns = mma_columns(kWidth);
   using Layout = Tile<kColumns, kWidth>;
@@ -48,7 +48,7 @@ struct TilePipeline {
   }
 
   __device__ __forceinline__ void request_key(int index) {
-    if (kQuantised) {
+    if (kQuantized) {
 #pragma unroll
       for (int stage = 0; stage + 1 < kMmaStages; ++stage) {
         key_scale[stage] = key_scale[stage + 1];
@@ -59,10 +59,10 @@ struct TilePipeline {
       int column = first_column(index) + threadIdx.x % 32 % kColumns;
       // lanes beyond the last column stay on it: its address is valid and nothing is copied for them
       copied = column_at(arguments, unit, window, least(column, window.count - 1));
-      copy_tile<kColumns, kWidth, kQuantised>(key_tile(index), sources.keys.of(copied),
+      copy_tile<kColumns, kWidth, kQuantized>(key_tile(index), sources.keys.of(copied),
                                               window.count - first_column(index), arguments.head_dim,
                                               types(index, arguments.gist_key, arguments.tail_key));
-      if (kQuantised) {
+      if (kQuantized) {
         key_scale[kMmaStages - 1] = scale_of(sources.key_scales, arguments.gist_key, arguments.tail_key, copied);
         value_scale[kMmaStages - 1] =
             scale_of(sources.value_scales, arguments.gist_value, arguments.tail_value, copied);
@@ -74,7 +74,7 @@ struct TilePipeline {
   // Of the tile whose keys were requested last.
   __device__ __forceinline__ void request_value(int index) {
     if (index < count) {
-      copy_tile<kColumns, kWidth, kQuantised>(value_tile(index), sources.values.of(copied),
+      copy_tile<kColumns, kWidth, kQuantized>(value_tile(index), sources.values.of(copied),
                                               window.count - first_column(index), arguments.head_dim,
                                               types(index, arguments.gist_value, arguments.tail_value));
     }

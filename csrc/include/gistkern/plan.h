@@ -22,8 +22,8 @@ constexpr int kUnsplitColumns = 512;
 constexpr int kSplitColumns = 256;
 
 // Blocks that a multiprocessor's registers should hold at least: as many as do without spills.
-__host__ __device__ constexpr int simt_blocks(int rows, bool quantised) {
-  return (rows == 1 ? 4 : 3) - (quantised ? 1 : 0);
+__host__ __device__ constexpr int simt_blocks(int rows, bool quantized) {
+  return (rows == 1 ? 4 : 3) - (quantized ? 1 : 0);
 }
 
 // Tensor-core tiles: width elements a row (head_dim padded), so many columns a tile. Four warps of two K and two V
@@ -41,10 +41,10 @@ __host__ __device__ constexpr int mma_warp_bytes(int width) {
 }
 
 // Elements of a row that one SIMT lane holds: 128 bits of the narrowest type in use (fp32: two loads).
-__host__ __device__ constexpr int simt_elements(bool quantised) { return quantised ? 16 : 8; }
+__host__ __device__ constexpr int simt_elements(bool quantized) { return quantized ? 16 : 8; }
 // Columns whose K and V pieces one SIMT lane loads at once: 32 registers of them.
-__host__ __device__ constexpr int simt_columns(int type_bytes, bool quantised) {
-  int row_bytes = simt_elements(quantised) * type_bytes;
+__host__ __device__ constexpr int simt_columns(int type_bytes, bool quantized) {
+  int row_bytes = simt_elements(quantized) * type_bytes;
   return row_bytes > 64 ? 1 : 64 / row_bytes;
 }
 
@@ -63,7 +63,7 @@ struct ByteStrides {
 
 struct DecodePlan {
   DecodeVariant variant = DecodeVariant::kSimt;
-  bool quantised = false;
+  bool quantized = false;
   int width = 0;           // elements of a tile's row, or of a row over its SIMT lanes
   int lanes = 0;           // per column, SIMT
   int unit_rows = 0;       // packed rows (query rows times heads of one K/V head) that a unit holds at most
@@ -82,7 +82,7 @@ struct DecodePlan {
   bool stores_aligned = false;  // four elements of out and workspace at a time
 };
 
-inline bool is_quantised(ElementType type) { return type == ElementType::kInt8 || type == ElementType::kFloat8E4M3; }
+inline bool is_quantized(ElementType type) { return type == ElementType::kInt8 || type == ElementType::kFloat8E4M3; }
 
 // Whether every row starts at a multiple of 16 bytes. A stride along an extent of one is never used.
 inline bool rows_aligned(const void* data, const int64_t (&stride)[3], int bytes, bool one_sample, bool one_head) {
@@ -95,10 +95,10 @@ inline bool rows_aligned(const void* data, const int64_t (&stride)[3], int bytes
 inline bool uses_gists(const DecodeArguments& arguments) { return arguments.gist_capacity > 0; }
 inline bool uses_tail(const DecodeArguments& arguments) { return arguments.tail_capacity > 0; }
 
-inline bool any_quantised(const DecodeArguments& arguments) {
+inline bool any_quantized(const DecodeArguments& arguments) {
   const DecodeArguments& a = arguments;
-  return (uses_gists(a) && (is_quantised(a.gist_key.type) || is_quantised(a.gist_value.type))) ||
-         (uses_tail(a) && (is_quantised(a.tail_key.type) || is_quantised(a.tail_value.type)));
+  return (uses_gists(a) && (is_quantized(a.gist_key.type) || is_quantized(a.gist_value.type))) ||
+         (uses_tail(a) && (is_quantized(a.tail_key.type) || is_quantized(a.tail_value.type)));
 }
 
 inline int packed_rows(const DecodeArguments& arguments) {
@@ -152,13 +152,13 @@ inline void plan_strides(DecodePlan& plan, const DecodeArguments& arguments) {
 
 inline const char* tensor_core_refuses(const DecodeArguments& arguments) {
   if (arguments.type == ElementType::kFloat32) return "tensor-core decoding takes fp16 or bf16 queries, not fp32";
-  bool quantised = any_quantised(arguments);
+  bool quantized = any_quantized(arguments);
   if (arguments.head_dim % 8 != 0) return "tensor-core decoding needs a head_dim that is a multiple of 8";
-  if (quantised && arguments.head_dim % 16 != 0) {
-    return "tensor-core decoding of quantised rows needs a head_dim that is a multiple of 16";
+  if (quantized && arguments.head_dim % 16 != 0) {
+    return "tensor-core decoding of quantized rows needs a head_dim that is a multiple of 16";
   }
   DecodePlan plan;
-  plan_alignment(plan, arguments, quantised ? 16 : 8);
+  plan_alignment(plan, arguments, quantized ? 16 : 8);
   if (!plan.query_aligned) return "tensor-core decoding needs query rows that start at multiples of 16 bytes";
   if (!plan.gist_key_aligned || !plan.gist_value_aligned || !plan.tail_key_aligned || !plan.tail_value_aligned) {
     return "tensor-core decoding needs key and value rows that start at multiples of 16 bytes";
@@ -185,7 +185,7 @@ inline DecodePlan plan_decode(const DecodeArguments& arguments, DecodeVariant va
   const DecodeArguments& a = arguments;
   DecodePlan plan;
   plan.variant = variant == DecodeVariant::kAutomatic ? choose_variant(a) : variant;
-  plan.quantised = any_quantised(a);
+  plan.quantized = any_quantized(a);
   bool tensor_core = plan.variant == DecodeVariant::kTensorCore;
   int tile_columns;
   if (tensor_core) {
@@ -195,16 +195,16 @@ inline DecodePlan plan_decode(const DecodeArguments& arguments, DecodeVariant va
     plan.shared_bytes = plan.warps * mma_warp_bytes(plan.width);
     tile_columns = mma_columns(plan.width);
   } else {
-    int elements = simt_elements(plan.quantised);
+    int elements = simt_elements(plan.quantized);
     plan.width = elements;
     while (plan.width < a.head_dim) plan.width *= 2;
     plan.lanes = plan.width / elements;
     plan.unit_rows = packed_rows(a) == 1 ? 1 : kSimtRows;
     plan.warps = kSimtWarps;
     plan.shared_bytes = plan.warps * partial_floats(plan.unit_rows, plan.width) * 4;
-    tile_columns = 32 / plan.lanes * simt_columns(element_bytes(a.type), plan.quantised);
+    tile_columns = 32 / plan.lanes * simt_columns(element_bytes(a.type), plan.quantized);
   }
-  plan_alignment(plan, a, tensor_core ? 8 : simt_elements(plan.quantised));
+  plan_alignment(plan, a, tensor_core ? 8 : simt_elements(plan.quantized));
   plan_strides(plan, a);
   plan.packs = static_cast<int>(divide_up(packed_rows(a), plan.unit_rows));
   plan.units = a.batch * a.kv_heads * plan.packs;

@@ -50,7 +50,7 @@ __device__ __forceinline__ float log_sum_exp(RunningSoftmax state, float scale) 
 }
 
 // The factor that makes an output of what a row has accumulated; 0 where it saw nothing.
-__device__ __forceinline__ float normaliser(RunningSoftmax state) {
+__device__ __forceinline__ float normalizer(RunningSoftmax state) {
   return state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
 }
 

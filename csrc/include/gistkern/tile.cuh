@@ -1,4 +1,4 @@
-// Tiles of column rows in shared memory for ldmatrix: the swizzle, asynchronous copies, and quantised codes made
+// Tiles of column rows in shared memory for ldmatrix: the swizzle, asynchronous copies, and quantized codes made
 // 16-bit.
 //
 // A tile belongs to one warp, so only __syncwarp() orders its use.
@@ -44,7 +44,7 @@ struct TileTypes {
 
 // Starts copying rows into a tile; zeros where a row or a chunk does not exist. Lane l (l < kRows) holds the address of
 // row l (any valid address where l >= rows). Rows of codes go to code_offset.
-template <int kRows, int kWidth, bool kQuantised>
+template <int kRows, int kWidth, bool kQuantized>
 __device__ __forceinline__ void copy_tile(char* tile, const char* row_address, int rows, int head_dim,
                                           const TileTypes& types) {
   using Layout = Tile<kRows, kWidth>;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void copy_tile(char* tile, const char* row_address, i
   for (int step = 0; step < kRows * Layout::kChunks / 32; ++step) {
     int row = (step * 32 + lane) / Layout::kChunks, chunk = (step * 32 + lane) % Layout::kChunks;
     const char* source = shuffle_pointer(row_address, row);
-    bool codes = kQuantised && holds_codes(types.of(row));
+    bool codes = kQuantized && holds_codes(types.of(row));
     // of a row of codes only the first half of the chunks exists; the others clear the space they do not need
     int chunks = codes ? head_dim / 16 : head_dim / 8;
     int offset = codes ? Layout::code_offset(row, chunk) : Layout::offset(row, chunk);

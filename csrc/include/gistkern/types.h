@@ -21,7 +21,7 @@ inline int element_bytes(ElementType type) {
 }
 
 // Rows of head_dim contiguous elements: row r of head h of sample b starts at element
-// b * stride[0] + h * stride[1] + r * stride[2]. A quantised buffer has one float per (sample, row, head) by which its
+// b * stride[0] + h * stride[1] + r * stride[2]. A quantized buffer has one float per (sample, row, head) by which its
 // elements are multiplied, addressed the same way with scale_stride; otherwise scale is null.
 struct Rows {
   const void* data = nullptr;

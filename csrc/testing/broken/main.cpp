@@ -6,7 +6,7 @@
 #include "misaligned.cu"
 #include "missing_barrier.cu"
 #include "out_of_bounds.cu"
-#include "uninitialised.cu"
+#include "uninitialized.cu"
 
 int main(int argc, char** argv) {
   using gistkern::broken::Case;

@@ -22,16 +22,16 @@ Case missing_barrier("missing_barrier", [](bool mistaken) {
   return std::vector<float>(out.rbegin(), out.rend()) == in;
 });
 
-// out[i] = sum over the rounds of the right neighbour's value
+// out[i] = sum over the rounds of the right neighbor's value
 template <bool kMistaken>
-__global__ void sum_neighbours(const float* in, float* out, int rounds) {
+__global__ void sum_neighbors(const float* in, float* out, int rounds) {
   float* tile = shared_memory<float>();  // [kBlock]
   float sum = 0.0f;
   for (int round = 0; round < rounds; ++round) {
     tile[threadIdx.x] = in[round * kBlock + threadIdx.x];
     __syncthreads();
     sum += tile[(threadIdx.x + 1) % kBlock];
-    if (!kMistaken) __syncthreads();  // the next round overwrites what a neighbour may not have read
+    if (!kMistaken) __syncthreads();  // the next round overwrites what a neighbor may not have read
   }
   out[threadIdx.x] = sum;
 }
@@ -39,13 +39,13 @@ __global__ void sum_neighbours(const float* in, float* out, int rounds) {
 Case missing_second_barrier("missing_second_barrier", [](bool mistaken) {
   constexpr int kRounds = 3;
   std::vector<float> in = counting(kRounds * kBlock), out(kBlock), expected(kBlock);
-  launch_one(mistaken ? sum_neighbours<true> : sum_neighbours<false>, dim3(1), dim3(kBlock), kBlock * 4, nullptr,
+  launch_one(mistaken ? sum_neighbors<true> : sum_neighbors<false>, dim3(1), dim3(kBlock), kBlock * 4, nullptr,
              in.data(), out.data(), kRounds);
   for (int i = 0; i < kRounds * kBlock; ++i) expected[i % kBlock] += in[i / kBlock * kBlock + (i + 1) % kBlock];
   return out == expected;
 });
 
-// out = in with neighbouring lanes exchanged, one warp
+// out = in with neighboring lanes exchanged, one warp
 template <bool kMistaken>
 __global__ void exchange(const float* in, float* out) {
   float* tile = shared_memory<float>();  // [32]

@@ -15,7 +15,7 @@ __global__ void sum_tile(float* out) {
   out[threadIdx.x] = sum;
 }
 
-Case uninitialised("uninitialised", [](bool mistaken) {
+Case uninitialized("uninitialized", [](bool mistaken) {
   std::vector<float> out(32);
   launch_one(mistaken ? sum_tile<true> : sum_tile<false>, dim3(1), dim3(32), 33 * 4, nullptr, out.data());
   return out[0] == 32.0f;
