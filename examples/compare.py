@@ -26,17 +26,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from command_line import at_least, errors_as_one_line, output_file, output_folder
 from compare_layouts import BUDGETS, GRID, Budget, Configuration, draw_batch
 from compare_page import write_page
 from evaluation import answer_samples
 from gistkern import GistHandle
 from gistkern.training import Curriculum, GistDataCollator
-from haystack import LANGUAGES
 from metrics import digit_accuracy, parsed, rows_of, wilson
-from niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
 from optimizer import Optimizers
-from readers import GistReader
+from passkey.command_line import at_least, errors_as_one_line, output_file, output_folder
+from passkey.haystack import LANGUAGES
+from passkey.niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
+from passkey.readers import GistReader
 from results import environment, read_json, write_json
 
 __all__ = ["capacity", "collect", "main", "run_one", "train"]

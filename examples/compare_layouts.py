@@ -16,7 +16,7 @@ import torch
 from gistkern import GistHandle, patch_llama
 from gistkern.training import GistDataCollator, Stage
 from models import tiny_llama
-from niah import Haystack
+from passkey.niah import Haystack
 
 __all__ = ["BUDGETS", "CAPACITY", "GIST_COUNTS", "GRID", "LAYOUTS", "Budget", "Configuration", "draw_batch", "feature"]
 

@@ -15,8 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from command_line import errors_as_one_line, input_file
 from metrics import wilson
+from passkey.command_line import errors_as_one_line, input_file
 from results import environment_line, read_json, table
 
 __all__ = ["main", "page", "pooled", "write_page"]

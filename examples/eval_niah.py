@@ -16,11 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import at_least, errors_as_one_line, input_folder, output_folder
+from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
 
 if TYPE_CHECKING:
-    from niah import Sample
     from opened import Opened
+    from passkey.niah import Sample
 
 __all__ = ["main"]
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         import torch
 
         from evaluation import evaluate_run
-        from samples import read_samples
+        from passkey.samples import read_samples
 
         torch.set_num_threads(given.threads)
         if given.dataset is None:

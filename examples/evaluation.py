@@ -21,10 +21,10 @@ from answers import AnswerFile
 from gistkern import GistHandle
 from measure import side_by_side
 from metrics import Answer, judged, parsed, rows_of, task_of
-from niah import Sample
 from opened import Opened
+from passkey.niah import Sample
+from passkey.readers import GistReader, Reader
 from presets import Preset
-from readers import GistReader, Reader
 from task import answer_logits, haystacks, make_batch
 
 __all__ = ["answer_samples", "build_report", "evaluate_run", "first_of", "swap_test"]

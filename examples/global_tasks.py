@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from command_line import errors_as_one_line
-from haystack import is_held_out
-from niah import Haystack, Sample, given_tokenizer, samples_parser, write_samples
+from passkey.command_line import errors_as_one_line
+from passkey.haystack import is_held_out
+from passkey.niah import Haystack, Sample, given_tokenizer, samples_parser, write_samples
 
 __all__ = ["TASKS", "GlobalSample", "GlobalTask", "dataset", "main"]
 

@@ -35,12 +35,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from answers import AnswerFile
-from command_line import at_least, errors_as_one_line, input_folder, output_folder
 from global_tasks import GlobalSample
 from metrics import judged, rows_of
-from niah import Sample, read_tokenizer
+from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
+from passkey.niah import Sample, read_tokenizer
+from passkey.samples import read_samples
 from results import command_line, environment, environment_line, table, write_json
-from samples import read_samples
 
 __all__ = ["METHODS", "Reader", "draw_samples", "main", "make_press", "page"]
 

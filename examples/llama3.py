@@ -34,8 +34,8 @@ from gistkern import GistHandle, patch_llama
 from gistkern.training import Curriculum, GistDataCollator, GistTrainer
 from gistkern.training.recipe import CurriculumSection, Recipe, read_recipe
 from models import loading
-from niah import Haystack, train_tokenizer
 from opened import Opened
+from passkey.niah import Haystack, train_tokenizer
 from results import newest_whole
 
 __all__ = [

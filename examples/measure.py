@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoints import load_model
-from niah import Sample
+from passkey.niah import Sample
 from throughput import (
     NEW_TOKENS,
     QUESTIONS,

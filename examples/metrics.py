@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from niah import KEY_DIGITS, Sample
+from passkey.niah import KEY_DIGITS, Sample
 
 __all__ = [
     "GROUP",

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import smollm2
 from gistkern import GistHandle, patch_llama
-from niah import read_tokenizer, train_tokenizer
+from passkey.niah import read_tokenizer, train_tokenizer
 from presets import Preset
 
 if TYPE_CHECKING:

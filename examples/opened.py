@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 from checkpoints import load_model, load_progress
 from gistkern import GistHandle
 from models import full_context
-from niah import Sample, dataset
+from passkey.niah import Sample, dataset
+from passkey.readers import FullReader, GistReader
 from presets import Preset, Row
-from readers import FullReader, GistReader
 
 __all__ = ["Opened", "open_preset"]
 

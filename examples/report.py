@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import errors_as_one_line, output_file
+from passkey.command_line import errors_as_one_line, output_file
 from plots import accuracy_against_ratio, depth_map, kv_bytes, label
 from poc import NAME, ROWS, TARGET
 from results import environment, environment_line, read_json, table, write_json

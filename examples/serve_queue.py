@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from command_line import at_least, errors_as_one_line, input_folder, output_folder
+from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
 from results import write_json
 
 if TYPE_CHECKING:
     from gistkern import GistStore
-    from niah import Sample
-    from readers import GistReader
+    from passkey.niah import Sample
+    from passkey.readers import GistReader
 
 __all__ = ["main", "serve"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from gistkern import GistLayout
-from niah import Haystack
+from passkey.niah import Haystack
 
 __all__ = ["cut", "needle_segments", "plain_segments", "shared_layout"]
 

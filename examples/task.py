@@ -13,7 +13,7 @@ from torch import nn
 
 from gistkern import GistHandle, GistLayout
 from gistkern.training import Stage
-from niah import KEY_DIGITS, Haystack
+from passkey.niah import KEY_DIGITS, Haystack
 from presets import Preset
 from ranks import WHOLE, Share
 from shared_haystack import needle_segments, plain_segments, shared_layout

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from gistkern import compress
-from niah import KEY_DIGITS
+from passkey.niah import KEY_DIGITS
 
 __all__ = ["BATCHES", "Side", "decode_by_batch", "full_side", "gist_side", "paying_questions", "rounds"]
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from command_line import at_least, errors_as_one_line, output_folder
+from passkey.command_line import at_least, errors_as_one_line, output_folder
 from presets import PRESETS, RECIPES, preset
 from results import newest_whole
 

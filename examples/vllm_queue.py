@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import errors_as_one_line, input_folder
-from niah import read_tokenizer
+from passkey.command_line import errors_as_one_line, input_folder
+from passkey.niah import read_tokenizer
 from results import command_line, environment, environment_line, read_json, table, write_json
 
 __all__ = ["main"]

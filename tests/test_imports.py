@@ -91,7 +91,7 @@ def is_all(node):
     return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
 
 
-@pytest.mark.parametrize("path", files("examples/*.py"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", files("examples/*.py", "examples/passkey/*.py"), ids=lambda p: p.name)
 def test_examples_use_public_names_only(path):
     import gistkern
 
@@ -104,7 +104,7 @@ def test_examples_use_public_names_only(path):
 
 
 SMALL = (
-    *("gistkern/**/*.py", "kernels/*.py", "examples/*.py", "bench/*.py", "setup.py", "csrc/**/*.py"),
+    *("gistkern/**/*.py", "kernels/*.py", "examples/**/*.py", "bench/*.py", "setup.py", "csrc/**/*.py"),
     *("csrc/**/*.h", "csrc/**/*.c*"),
 )
 

@@ -14,9 +14,9 @@ import compare
 import compare_page
 from compare_layouts import BUDGETS, CAPACITY, GIST_COUNTS, GRID, LAYOUTS, Configuration, draw_batch
 from gistkern.training import GistDataCollator, Stage
-from haystack import LANGUAGES
-from niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
-from readers import GistReader
+from passkey.haystack import LANGUAGES
+from passkey.niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
+from passkey.readers import GistReader
 
 SMOKE = BUDGETS["smoke"]
 

@@ -17,6 +17,7 @@ import niah
 import train_niah
 from gistkern.training.recipe import read_recipe
 from llama3 import DRY_STEPS, PasskeyDataset, load_trained, make_trainer, open_trained, tiny, train_from_config
+from passkey.niah import dataset
 from presets import RECIPES
 
 OURS, THEIRS = RECIPES["llama3-8b"], RECIPES["llama3-8b-poc"]
@@ -195,7 +196,7 @@ def test_any_checkpoint_of_a_run_can_be_evaluated(dry_runs, tmp_path, capsys):
 def test_what_the_tokenizer_puts_in_front_is_read_first(dry_runs):
     """As in training; the context's length does not count it."""
     opened = open_trained(dry_runs[OURS] / "adapter")
-    (sample,) = niah.dataset(opened.tokenizer, "en", 120, 1)
+    (sample,) = dataset(opened.tokenizer, "en", 120, 1)
     start = opened.tokenizer.encode(" Monday").ids
     plain, begun = opened.reader(), replace(opened, start=start).reader()
     cache = begun.compress([sample])

@@ -13,9 +13,9 @@ import throughput
 from checkpoints import Progress, load_model, save
 from evaluation import answer_samples, swap_test
 from models import tiny_llama
-from niah import dataset, train_tokenizer
+from passkey.niah import dataset, train_tokenizer
+from passkey.readers import FullReader, GistReader
 from presets import preset
-from readers import FullReader, GistReader
 
 SETTINGS = preset("smoke")
 

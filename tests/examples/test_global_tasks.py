@@ -8,9 +8,9 @@ import pytest
 
 import global_tasks
 from global_tasks import TASK_WORDINGS, TASKS, GlobalTask, dataset
-from haystack import LANGUAGES
-from niah import Haystack, train_tokenizer
-from samples import read_samples
+from passkey.haystack import LANGUAGES
+from passkey.niah import Haystack, train_tokenizer
+from passkey.samples import read_samples
 
 BOTH = pytest.mark.parametrize("language", LANGUAGES)
 ALL = pytest.mark.parametrize("task", TASKS)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpress_baseline as baseline
 from gistkern.versions import CACHE
-from niah import dataset, train_tokenizer
+from passkey.niah import dataset, train_tokenizer
 
 TOKENS = 150
 

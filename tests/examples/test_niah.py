@@ -10,8 +10,9 @@ from dataclasses import asdict
 import pytest
 from conftest import EXAMPLES
 
-from haystack import LANGUAGES, is_held_out, sentence
-from niah import KEY_DIGITS, Haystack, Sample, dataset, main, train_tokenizer
+from niah import main
+from passkey.haystack import LANGUAGES, is_held_out, sentence
+from passkey.niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import train_niah
 from checkpoints import latest, load_model, load_progress
 from gistkern.training import Stage
 from models import build, tiny_llama
-from niah import dataset, train_tokenizer
+from passkey.niah import dataset, train_tokenizer
+from passkey.readers import GistReader
 from presets import preset
-from readers import GistReader
 from task import answer_logits, haystacks, make_batch
 
 SETTINGS = dataclasses.replace(

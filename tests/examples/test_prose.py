@@ -14,11 +14,10 @@ import pytest
 from conftest import EXAMPLES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import niah
-import prose as prose_module
-from haystack import LANGUAGES, is_held_out, sentence
-from niah import Haystack, dataset, train_tokenizer
-from prose import passage, prose
+import passkey.prose as prose_module
+from passkey.haystack import LANGUAGES, is_held_out, sentence
+from passkey.niah import Haystack, dataset, train_tokenizer
+from passkey.prose import passage, prose
 
 MISSING = any(importlib.util.find_spec(name) is None for name in ("gensim", "konlpy"))
 # CI installs the packages (make setup does), so there a missing one is a failure and no skip
@@ -162,7 +161,7 @@ def test_a_number_of_the_text_is_no_key(monkeypatch):
     numbers = [f"{number:05}" for number in range(100_000) if is_held_out(f"{number:05}")]
     left = numbers.pop(4321)
     text = tuple(" ".join(numbers[at : at + 50]) + "." for at in range(0, len(numbers), 50))
-    monkeypatch.setattr(niah, "prose", lambda language, held_out: (text,))
+    monkeypatch.setattr("passkey.niah.prose", lambda language, held_out: (text,))
     haystack = Haystack(train_tokenizer(), "en", True, random.Random(0), filler="prose")
     assert haystack.key() == left
 

@@ -12,7 +12,7 @@ import gistkern
 from gistkern.training import GistDataCollator, Objectives
 from gistkern.training.recipe import read_recipe
 from llama3 import load_base, load_trained
-from niah import train_tokenizer
+from passkey.niah import train_tokenizer
 from presets import RECIPES
 
 LAYERS = 2

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import gistkern
 from checkpoints import latest
 from models import tiny_llama
-from niah import train_tokenizer
+from passkey.niah import train_tokenizer
 from presets import preset
 from ranks import Ranks, Share
 from task import haystacks, make_batch

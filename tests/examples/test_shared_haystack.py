@@ -10,7 +10,7 @@ from gistkern import GistLayout, patch_llama
 from gistkern.layout.checks import check_intervals
 from gistkern.training import Stage
 from models import tiny_llama
-from niah import KEY_DIGITS, Haystack, train_tokenizer
+from passkey.niah import KEY_DIGITS, Haystack, train_tokenizer
 from presets import preset
 from shared_haystack import cut, needle_segments, plain_segments, shared_layout
 from task import answer_logits, haystacks, make_batch

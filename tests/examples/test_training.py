@@ -21,6 +21,7 @@ from checkpoints import latest
 from evaluation import evaluate_run
 from models import tiny_llama
 from opened import open_preset
+from passkey.niah import train_tokenizer
 from presets import preset
 from task import answer_logits, haystacks, make_batch
 
@@ -156,7 +157,7 @@ def test_leak_lets_the_answer_see_the_context():
     handle = gistkern.patch_llama(
         model, num_gist_tokens=2, num_segment_gist_tokens=2, positions="gist_first", sink_tokens=0
     )
-    drawn = haystacks(settings, niah.train_tokenizer(), False, "0")
+    drawn = haystacks(settings, train_tokenizer(), False, "0")
     batch = make_batch(drawn, handle, settings.stages[0], settings, random.Random(0))
     with torch.no_grad():
         handle.inner.gist_embeddings.weight.zero_()  # gist rows that can carry nothing in the first layer

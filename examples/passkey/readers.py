@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from gistkern import GistCache, compress
-from niah import Sample
+from passkey.niah import Sample
 
 __all__ = ["FullReader", "GistReader", "Reader"]
 

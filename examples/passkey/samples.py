@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from global_tasks import GlobalSample
-from niah import Sample
+from passkey.niah import Sample
 
 __all__ = ["read_samples"]
 

@@ -1,0 +1,360 @@
+"""Needle-in-a-haystack samples: passkeys hidden in varied text, English and Korean, counted by a tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from passkey.command_line import at_least, output_file
+from passkey.haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
+from passkey.prose import passage, prose
+
+__all__ = [
+    "ASKED_BY",
+    "FILLERS",
+    "KEY_DIGITS",
+    "WORDINGS",
+    "Haystack",
+    "Sample",
+    "dataset",
+    "given_tokenizer",
+    "read_tokenizer",
+    "samples_parser",
+    "train_tokenizer",
+    "write_samples",
+]
+
+KEY_DIGITS = 5
+POOL = 10_000
+FILLERS = ("templates", "prose")
+WORDINGS = ("training", "held_out")
+ASKED_BY = ("question", "cue")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one context. `depth` is where its needle starts, 0 (front) to 1 (end)."""
+
+    id: str
+    language: str
+    context: str
+    question: str
+    answer: str
+    depth: float
+    tokens: int
+    keys: dict[str, str]
+    filler: str = "templates"
+    wordings: str = "training"
+
+
+def _numbers(text: str) -> list[str]:
+    return re.findall(r"\d+", text)
+
+
+@lru_cache(maxsize=1)
+def train_tokenizer(vocab_size: int = 1024, seed: int = 0) -> Tokenizer:
+    """Byte-level BPE over both languages in which every digit is a token of its own."""
+    rng = random.Random(seed)
+    lines = []
+    for language in LANGUAGES.values():
+        lines += [" " + sentence(language, False, rng).replace("{n}", number(rng)) for _ in range(POOL // 2)]
+        for needle in (*language.needles, language.question) * 50:
+            lines.append(" " + needle.strip().format(key=rng.randrange(10**KEY_DIGITS)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+class Haystack:
+    """Draws contexts of an exact number of tokens in one language.
+
+    Parameters
+    ----------
+    tokenizer : tokenizers.Tokenizer
+        Counts the tokens; of a transformers tokenizer this is its ``backend_tokenizer``.
+    language : str
+        ``"en"`` or ``"ko"``.
+    held_out : bool
+        Evaluation's side of the split: sentences and keys that training never shows.
+    rng : random.Random
+        The only source of chance.
+    filler : str
+        ``"templates"`` (sentences of haystack.py) or ``"prose"`` (consecutive sentences of real documents, prose.py).
+    wordings : str
+        ``"training"`` or ``"held_out"``: which sentences state the key.
+    asked_by : str
+        ``"question"``, or ``"cue"``: the start of the answer alone, which a small base model goes on with in a
+        language that it hardly knows. Of one key; several are asked for by name.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, prose is not installed, or the tokenizer does not keep sentences apart.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        language: str,
+        held_out: bool,
+        rng: random.Random,
+        *,
+        filler: str = "templates",
+        wordings: str = "training",
+        asked_by: str = "question",
+    ) -> None:
+        for what, value, known in (
+            ("language", language, tuple(LANGUAGES)),
+            ("filler", filler, FILLERS),
+            ("wordings", wordings, WORDINGS),
+            ("way of asking", asked_by, ASKED_BY),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+        self.tokenizer, self.held_out, self.rng = tokenizer, held_out, rng
+        self.filler, self.wordings = filler, wordings
+        self.language: Language = LANGUAGES[language]
+        self.question: str = getattr(self.language, asked_by)
+        self._digit = {digit: ids[0] for digit in "0123456789" if len(ids := self.encode(digit)) == 1}
+        # where digits are tokens of their own, the text between numbers can be encoded once for all
+        self._single_digits = self.encode("0123456789") == list(self._digit.values())
+        self._padding = next((text for text in ("7", " a", " 1") if self._is_padding(text)), None)
+        self._ids: dict[str, list[int]] = {}
+        self._taken: set[str] = set()
+        if filler == "prose":
+            self._documents = prose(language, held_out)
+            # a key that stands in the text, or is made of padding, would not be the needle's alone
+            numbers = {number for document in self._documents for line in document for number in _numbers(line)}
+            self._taken = {number[at : at + KEY_DIGITS] for number in numbers for at in range(len(number))} | {"7" * 5}
+        else:
+            lines = [sentence(self.language, held_out, rng) for _ in range(POOL)]
+            if not held_out:
+                lines[::2] = [scrambled(self.language, rng) for _ in lines[::2]]
+                lines[1::8] = [decoy(self.language, rng) for _ in lines[1::8]]
+            self._pool = [f" {line}".split("{n}") for line in lines]
+            self._ids = {piece: self.encode(piece) for piece in {piece for line in self._pool for piece in line}}
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        """Contexts are counted sentence by sentence: their text as a whole must have the same tokens."""
+        if self.filler == "prose":
+            texts = [f" {line}" for document in self._documents[:20] for line in document]
+        else:
+            texts = ["10294".join(pieces) for pieces in self._pool[:200]]
+        texts += [" " + needle.format(key="52047") for needle in self.language.needles]
+        if self._padding is None or self.encode("".join(texts)) != [id for text in texts for id in self.encode(text)]:
+            raise ValueError(
+                "this tokenizer gives sentences other tokens when they are joined, so lengths would be wrong: "
+                "expected one that splits before a space and adds nothing in front (byte-level BPE)"
+            )
+
+    def _is_padding(self, text: str) -> bool:
+        ids = self.encode(text)
+        return len(ids) == 1 and self.encode(text * 8) == ids * 8
+
+    def lines(self) -> Iterator[tuple[str, list[int]]]:
+        """Text and ids of one haystack sentence after the other, without end."""
+        if self.filler == "templates":
+            while True:
+                yield self.line()
+        for line in passage(self._documents, self.rng):
+            text = f" {line}"
+            yield text, self._encoded(text)
+
+    def line(self) -> tuple[str, list[int]]:
+        """Text and ids of one template sentence with fresh numbers."""
+        first, *rest = self.rng.choice(self._pool)
+        text, ids = first, list(self._ids[first])
+        for piece in rest:
+            value = number(self.rng)
+            text += value + piece
+            if self._single_digits:
+                ids += [*(self._digit[digit] for digit in value), *self._ids[piece]]
+        return text, ids if self._single_digits else self.encode(text)
+
+    def key(self) -> str:
+        """A key of `KEY_DIGITS` digits of this side of the split."""
+        while True:
+            key = "".join(self.rng.choice("0123456789") for _ in range(KEY_DIGITS))
+            if is_held_out(key) == self.held_out and key not in self._taken:
+                return key
+
+    def statement(self) -> tuple[list[int], str]:
+        """Ids of a bare statement of a key, and the key."""
+        key = self.key()
+        return self.encode(self.language.statement.format(key=key)), key
+
+    def cut(self, ids: list[int], count: int) -> tuple[str, list[int]]:
+        """A sentence cut to `count` tokens: where that would split a character, padding takes the last places."""
+        keep = count
+        while self.encode(text := self.tokenizer.decode(ids[:keep])) != ids[:keep] or (
+            # padding after a digit of real prose could make a number that is the key
+            self.filler == "prose" and keep < count and text[-1:].isdigit()
+        ):
+            keep -= 1
+        padding = self._padding * (count - keep)
+        return text + padding, ids[:keep] + self.encode(padding)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encoded(self, text: str) -> list[int]:
+        """`encode`, remembered; not to be changed in place."""
+        if text not in self._ids:
+            self._ids[text] = self.encode(text)
+        return self._ids[text]
+
+    def draw(self, tokens: int, depth: float | None = None, keys: int = 1) -> tuple[list[int], Sample]:
+        """Ids of a context of exactly `tokens` tokens, and the question about one of its keys.
+
+        Raises
+        ------
+        ValueError
+            If the needles do not fit into `tokens`, or there are not as many names, or wordings, as `keys`.
+        """
+        rng = self.rng
+        known = self.language.words["name"] if self.wordings == "training" else [""]
+        if not 1 <= keys <= len(known):
+            raise ValueError(f"{keys} keys with {self.wordings} wordings: expected 1 to {len(known)}")
+        asked_depth = rng.random() if depth is None else depth
+        names = [""] if keys == 1 else rng.sample(self.language.words["name"], keys)
+        secrets: dict[str, str] = {}
+        for name in names:
+            while (key := self.key()) in secrets.values():
+                pass
+            secrets[name] = key
+        asked = rng.choice(names)
+        wordings = self.language.needles if keys == 1 else self.language.named_needles
+        if self.wordings == "held_out":
+            wordings = self.language.held_out_needles
+        needles = [
+            (asked_depth if name == asked else rng.random(), " " + rng.choice(wordings).format(key=key, name=name))
+            for name, key in secrets.items()
+        ]
+        needles.sort()
+        encoded = [(at, text, self.encode(text)) for at, text in needles]
+        filler = tokens - sum(len(ids) for _, _, ids in encoded)
+        if filler < 0:
+            raise ValueError(f"{tokens} tokens are too few for {keys} needle(s): they take {tokens - filler}")
+        ids: list[int] = []
+        pieces: list[str] = []
+        used = 0
+        start = 0.0
+        lines = self.lines()
+        waiting = None
+        for at, text, needle in [*encoded, (1.0, "", [])]:
+            # whole sentences up to the needle's place; the last stretch is cut to the exact length
+            goal = round(at * filler)
+            while used < goal:
+                line, line_ids = waiting or next(lines)
+                waiting = None
+                if used + len(line_ids) > filler:
+                    line, line_ids = self.cut(line_ids, filler - used)
+                if self.filler == "prose" and used + len(line_ids) - goal > goal - used:
+                    # sentences of prose can be long: the needle goes to the nearer end
+                    waiting = line, line_ids
+                    break
+                used += len(line_ids)
+                ids += line_ids
+                pieces.append(line)
+            if needle and f"{secrets[asked]}" in text:
+                start = len(ids) / tokens
+            ids += needle
+            pieces.append(text)
+        wording = self.question if keys == 1 else self.language.named_question
+        sample = Sample(
+            id="",
+            language=self.language.code,
+            context="".join(pieces),
+            question=wording.format(name=asked),
+            answer=secrets[asked],
+            depth=round(start, 4),
+            tokens=len(ids),
+            keys=secrets,
+            filler=self.filler,
+            wordings=self.wordings,
+        )
+        return ids, sample
+
+
+def dataset(
+    tokenizer: Tokenizer,
+    language: str,
+    tokens: int,
+    samples: int,
+    *,
+    seed: int = 0,
+    keys: int = 1,
+    filler: str = "templates",
+    wordings: str = "training",
+    asked_by: str = "question",
+) -> Iterator[Sample]:
+    """Held-out samples with depths spread evenly from front to end."""
+    rng = random.Random(f"{seed}-{language}-{tokens}-{keys}")
+    haystack = Haystack(tokenizer, language, True, rng, filler=filler, wordings=wordings, asked_by=asked_by)
+    for index in range(samples):
+        depth = (index + 0.5) / samples
+        _, sample = haystack.draw(tokens, depth, keys)
+        yield Sample(**{**asdict(sample), "id": f"{language}-{tokens}-{seed}-{index}"})
+
+
+def samples_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that all generators of samples have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
+    parser.add_argument("--tokens", type=at_least(1), default=2990, help="exact length of every context")
+    parser.add_argument("--samples", type=at_least(1), default=200)
+    parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
+    parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
+    parser.add_argument("--out", type=output_file, required=True)
+    return parser
+
+
+def given_tokenizer(folder: str | None) -> Tokenizer:
+    """The tokenizer in a folder that transformers can load, or the tiny preset's."""
+    if folder is None:
+        return train_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds, by what is missing or torn
+        raise ValueError(f"{folder} holds no tokenizer: {error}") from error
+    if not found.is_fast:
+        raise ValueError(f"the tokenizer of {folder} is a slow one: expected one with a tokenizer.json")
+    return found.backend_tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json; ValueError if there is none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+def write_samples(samples: Iterable[Sample], path: Path) -> None:
+    """JSON lines, as eval_niah.py reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
