@@ -26,7 +26,7 @@ from bench.grid import GRIDS
 from bench.page import page
 from bench.plots import draw
 from bench.sections import SECTIONS
-from gistkern import native
+from gistkern.backends import native
 
 __all__ = ["device_name", "main", "measure"]
 

@@ -325,7 +325,7 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
   check(gistkern::cpu::compact(arguments, torch_pool()));
 }
 
-// Counts changes of these operators; INTERFACE of gistkern/native.py must agree.
+// Counts changes of these operators; INTERFACE of gistkern/backends/native.py must agree.
 int64_t interface() { return 2; }
 
 std::string instruction_set() {

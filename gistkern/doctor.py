@@ -13,7 +13,8 @@ import torch
 from packaging.version import Version
 
 import gistkern
-from gistkern import backends, native
+from gistkern import backends
+from gistkern.backends import native
 from gistkern.kernels.chips import chip_for
 from gistkern.kernels.tuned import ENVIRONMENT
 

@@ -91,7 +91,7 @@ torch.library.register_autograd("gistkern::attention", _differentiate, setup_con
 def _refuse_second_derivative(ctx, *gradients):
     raise RuntimeError(
         "gist_attention is not twice differentiable: its backward has no derivative. For second derivatives use "
-        "gistkern.reference.forward, which plain autograd differentiates"
+        "gistkern.backends.reference.forward, which plain autograd differentiates"
     )
 
 

@@ -1,13 +1,14 @@
 """The operators under `gistkern.pool`: schemas, shape functions, and who computes them.
 
-Backends that know pools and pages have `pool_decode` and `pool_compact`; the others get dense buffers (pool_dense.py).
+Backends that know pools and pages have `pool_decode` and `pool_compact`; the others get dense buffers (dense.py).
 """
 
 from __future__ import annotations
 
 import torch
 
-from gistkern import backends, op_checks, pool_dense
+from gistkern import backends, op_checks
+from gistkern.backends import dense
 from gistkern.pool_checks import check_apart, check_compact, check_compact_values, check_decode, check_decode_values
 from gistkern.rows import KeyValueRows
 
@@ -32,7 +33,7 @@ def _decode(q, *arguments):
     if hasattr(module, "pool_decode"):
         return op_checks.call(module, "pool_decode", _check_decode, q, *rest)
     _check_decode(q, *rest)
-    return pool_dense.decode(module.forward, q, *rest)
+    return dense.decode(module.forward, q, *rest)
 
 
 def _check_decode(
@@ -66,7 +67,7 @@ def _compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, bac
         op_checks.call(module, "pool_compact", _check_compact, *arguments)
     else:
         _check_compact(*arguments)
-        pool_dense.compact(*arguments)
+        dense.compact(*arguments)
 
 
 def _check_compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale):

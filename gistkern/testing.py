@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gistkern import reference
 from gistkern.attention import gist_attention
+from gistkern.backends import reference
 from gistkern.layout import GistLayout
 from gistkern.rows import gather_rows
 

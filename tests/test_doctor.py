@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from gistkern import backends, doctor, native
+from gistkern import backends, doctor
+from gistkern.backends import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +118,6 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
 
 def test_an_instruction_set_that_is_not_there_is_an_error():
     environment = os.environ | {"GISTKERN_CPU_ISA": "mmx"}
-    code = "from gistkern import native; print(native.missing())"
+    code = "from gistkern.backends import native; print(native.missing())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert native.missing() or "GISTKERN_CPU_ISA must be avx512, avx2 or baseline" in done.stdout

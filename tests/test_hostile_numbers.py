@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gistkern import GistLayout, KeyValueRows, gist_compact, native
+from gistkern import GistLayout, KeyValueRows, gist_compact
+from gistkern.backends import native
 from gistkern.rows import dequantize, quantize
 
 

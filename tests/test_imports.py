@@ -35,7 +35,7 @@ gist_attention(x, x, x, layout)
 """
     loaded = modules_after(code)
     assert not loaded & {"transformers", "triton", "peft", "bitsandbytes"}
-    assert "gistkern.reference" not in loaded, "no optimized code imports the reference"
+    assert "gistkern.backends.reference" not in loaded, "no optimized code imports the reference"
 
 
 # all of them, and the one that others of them import
@@ -81,7 +81,7 @@ def test_layers(path):
     if path.name not in TRANSFORMERS_LIVES_IN | {"__init__.py"}:
         assert not [name for name in imported if name.startswith(("transformers", "gistkern.hf"))]
     if path.name not in {"testing.py"}:
-        assert not [name for name in imported if name.startswith("gistkern.reference")]
+        assert not [name for name in imported if name.startswith("gistkern.backends.reference")]
     if path.parent.name == "backends":
         others = {f"gistkern.backends.{p.stem}" for p in path.parent.glob("*.py")} - {"gistkern.backends.sdpa_plan"}
         assert not imported & others, "backends never import one another"

@@ -90,7 +90,8 @@ def test_a_wheel_with_the_extension_computes(source, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = """
 import torch
-from gistkern import GistLayout, backends, gist_attention, native
+from gistkern import GistLayout, backends, gist_attention
+from gistkern.backends import native
 assert native.library_path().parent.parent.name == "site" and not native.cuda_archs()
 layout = GistLayout.from_segments([40], 2, tail=9)
 q = torch.randn(1, 2, 51, 16)

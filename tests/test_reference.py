@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from gistkern import GistLayout, reference
+from gistkern import GistLayout
+from gistkern.backends import reference
 from gistkern.testing import make_inputs
 
 LAYOUT = GistLayout.stack(

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from gistkern import native
+from gistkern.backends import native
 from gistkern.kernels.device import emulated
 from gistkern.kernels.schedule import DECODE_ROWS
 
@@ -156,7 +156,7 @@ BACKENDS = (
     ),
     Backend(
         name="reference",
-        module="gistkern.reference",
+        module="gistkern.backends.reference",
         automatic=False,
         what="dense fp32/fp64 specification, quadratic memory; for tests",
         missing=_always,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gistkern import native
+from gistkern.backends import native
+from gistkern.backends.native import pool_compact, pool_decode
 from gistkern.kernels.schedule import DECODE_ROWS
-from gistkern.native import pool_compact, pool_decode
 from gistkern.rows import compact, compact_backward, dense_rows
 
 __all__ = ["backward", "compact", "compact_backward", "forward", "pool_compact", "pool_decode"]

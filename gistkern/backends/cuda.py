@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from gistkern import native
+from gistkern.backends import native
+from gistkern.backends.native import pool_compact
 from gistkern.kernels.device import facts_of
-from gistkern.native import pool_compact
 from gistkern.rows import dense_rows
 
 __all__ = ["compact", "forward", "pool_compact", "pool_decode"]

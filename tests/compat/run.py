@@ -36,7 +36,7 @@ CORE = [
 ]
 VERSIONS = """
 from importlib.metadata import version
-from gistkern import native
+from gistkern.backends import native
 names = "transformers", "torch", "peft", "accelerate", "numpy"
 print(*(f"{name} {version(name)}" for name in names), "no extension" if native.missing() else "extension", sep=", ")
 """

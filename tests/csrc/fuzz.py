@@ -16,7 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pool_cases import CASES, E4M3, INT8, make_case
 
-from gistkern import GistLayout, KeyValueRows, gist_attention, gist_compact, gist_decode, native, ops, pool_ops
+from gistkern import GistLayout, KeyValueRows, gist_attention, gist_compact, gist_decode, ops, pool_ops
+from gistkern.backends import native
 from gistkern.rows import gather_rows
 from gistkern.testing import make_inputs
 

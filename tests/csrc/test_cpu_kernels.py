@@ -15,7 +15,8 @@ import pytest
 import torch
 from build_tools import load_build
 
-from gistkern import GistLayout, gist_attention, native
+from gistkern import GistLayout, gist_attention
+from gistkern.backends import native
 from gistkern.testing import make_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ OTHERS = [name for name in SETS if native.missing() is not None or name != nativ
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_other_instruction_sets_agree_with_the_oracle(name, library):
-    check = f"from gistkern import native; assert native.instruction_set() == {name!r}"
+    check = f"from gistkern.backends import native; assert native.instruction_set() == {name!r}"
     chosen = run(["-c", check], library(None), GISTKERN_CPU_ISA=name)
     assert chosen.returncode == 0, chosen.stderr
     suite = ["-m", "pytest", "tests/test_attention.py", "tests/test_pool.py", "-k", f"({CORE}) and not sdpa"]

@@ -7,16 +7,8 @@ import torch
 from emulation import EMULATED, SANITIZED
 from pool_cases import CASES, E4M3, INT8, check, make_case, oracle
 
-from gistkern import (
-    GistLayout,
-    KeyValueRows,
-    backends,
-    gist_attention,
-    gist_compact,
-    native,
-    ops,
-    reference,
-)
+from gistkern import GistLayout, KeyValueRows, backends, gist_attention, gist_compact, ops
+from gistkern.backends import native, reference
 from gistkern.rows import compact
 from gistkern.testing import FORWARD_FACTOR, assert_within_budget, compare, make_inputs
 

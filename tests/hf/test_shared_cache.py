@@ -7,7 +7,8 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern import compressing, native, shared_cache
+from gistkern import compressing, shared_cache
+from gistkern.backends import native
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows
 from gistkern.shared_cache import SharedGistCache

@@ -5,7 +5,7 @@
 
 namespace gistkern {
 
-// Matches ELEMENT_TYPES in gistkern/native.py.
+// Matches ELEMENT_TYPES in gistkern/backends/native.py.
 enum class ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFloat8E4M3 = 4 };
 
 inline int element_bytes(ElementType type) {

@@ -36,7 +36,7 @@ INTERFACE = 2
 
 def library_path() -> Path:
     """Where the library is, or would be."""
-    return Path(os.environ.get(LIBRARY) or Path(__file__).with_name("_C.so"))
+    return Path(os.environ.get(LIBRARY) or Path(__file__).parents[1] / "_C.so")
 
 
 def _load() -> str | None:
