@@ -8,7 +8,8 @@ from bench.case import OURS, Case
 from bench.limits import copy
 from bench.shapes import HEADS, layout_of
 from bench.timing import captured
-from gistkern import backends, ops
+from gistkern import backends
+from gistkern.ops import library
 
 __all__ = ["BASELINES", "compaction_case"]
 
@@ -25,7 +26,7 @@ def compaction_case(layout_name: str, rows: int, heads: str, device: str = "cpu"
     gather, index = layout.gather, layout.gather[0]
     backend = backends.choose("auto", k, False)
     calls = {
-        OURS: captured(lambda: ops.compact(k, v, None, None, gather, backend), device),
+        OURS: captured(lambda: library.compact(k, v, None, None, gather, backend), device),
         "indexing": captured(lambda: (k[:, :, index], v[:, :, index]), device),
     }
     for one, other in zip(calls[OURS](), calls["indexing"](), strict=True):

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # public name -> module; loaded on first use, so that importing gistkern needs neither transformers nor Triton
 _EXPORTS = {
     "GistLayout": "gistkern.layout",
-    "gist_attention": "gistkern.attention",
+    "gist_attention": "gistkern.ops.attention",
     "patch_llama": "gistkern.hf.patch",
     "GistHandle": "gistkern.hf.patch",
     "compress": "gistkern.compressing",
@@ -18,8 +18,8 @@ _EXPORTS = {
     "compress_corpus": "gistkern.corpus.compressing",
     "GistStore": "gistkern.corpus.store",
     "KeyValueRows": "gistkern.rows",
-    "gist_compact": "gistkern.pool",
-    "gist_decode": "gistkern.pool",
+    "gist_compact": "gistkern.ops.decode",
+    "gist_decode": "gistkern.ops.decode",
     "plain_prefix": "gistkern.hf.prefix",
 }
 
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gistkern.attention import gist_attention
     from gistkern.cache import GistCache
     from gistkern.compressing import compress
     from gistkern.corpus.compressing import compress_corpus
@@ -48,7 +47,8 @@ if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle, patch_llama
     from gistkern.hf.prefix import plain_prefix
     from gistkern.layout import GistLayout
-    from gistkern.pool import gist_compact, gist_decode
+    from gistkern.ops.attention import gist_attention
+    from gistkern.ops.decode import gist_compact, gist_decode
     from gistkern.rows import KeyValueRows
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from gistkern.attention import gist_attention
 from gistkern.cache import GistCache, GistLayer
 from gistkern.cache_plan import CallPlan
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.layout import GistLayout
-from gistkern.pool import gist_decode
+from gistkern.ops.attention import gist_attention
+from gistkern.ops.decode import gist_decode
 from gistkern.rows import KeyValueRows
 
 __all__ = ["SharedGistCache", "share"]

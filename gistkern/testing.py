@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from gistkern.attention import gist_attention
 from gistkern.backends import reference
 from gistkern.layout import GistLayout
+from gistkern.ops.attention import gist_attention
 from gistkern.rows import gather_rows
 
 __all__ = ["Inputs", "assert_within_budget", "compare", "make_inputs"]

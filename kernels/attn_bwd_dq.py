@@ -148,7 +148,7 @@ def launch_gist_attn_bwd_dq(
     scale: float,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Allocate dq, the backward's LSE and delta and fill them; arguments as `gistkern.ops`, with D contiguous."""
+    """Allocate dq, the backward's LSE and delta and fill them; arguments as those of the op, with D contiguous."""
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
     facts, width = facts_of(q.device), padded(dim)

@@ -300,7 +300,7 @@ def launch_gist_attn_fwd(
     scale: float,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate out and LSE and fill them; arguments as `gistkern.ops`, with D contiguous in q, k, v and the gists."""
+    """Allocate out and LSE and fill them; arguments as those of the op, with D contiguous in q, k, v and the gists."""
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
     facts, width = facts_of(q.device), padded(dim)

@@ -129,14 +129,15 @@ def _inputs(decoding: bool, width: int, dtype: torch.dtype):
 
 def _call(kernel: str, width: int, dtype: torch.dtype) -> Callable[[], Any]:
     """The call that `kernel` dominates, on the current CUDA device."""
-    from gistkern import gist_attention, ops
+    from gistkern import gist_attention
+    from gistkern.ops import library
 
     layout, inputs = _inputs(kernel == "decode", width, dtype)
     leaves = tuple(inputs.leaves().values())
     if kernel == "compact":
 
         def both_ways() -> Any:
-            rows = ops.compact(inputs.k, inputs.v, None, None, layout.gather, "triton")
+            rows = library.compact(inputs.k, inputs.v, None, None, layout.gather, "triton")
             return torch.autograd.grad(rows, (inputs.k, inputs.v), rows)
 
         return both_ways

@@ -176,7 +176,7 @@ def launch_gist_decode(
     scale: float,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate out and LSE and fill them; arguments as `gistkern.ops` with at most `DECODE_ROWS` query rows."""
+    """Allocate out and LSE and fill them; arguments as `gistkern.ops.library` with at most `DECODE_ROWS` query rows."""
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
     facts, width = facts_of(q.device), padded(dim)

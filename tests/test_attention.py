@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from strategies import layouts
 from torch.utils.checkpoint import checkpoint
 
-from gistkern import GistLayout, backends, gist_attention, ops
+from gistkern import GistLayout, backends, gist_attention
+from gistkern.ops import library
 from gistkern.rows import gather_rows
 from gistkern.testing import compare, make_inputs
 
@@ -124,7 +125,7 @@ def test_gradient_of_the_tail_stops_at_the_gist_rows():
     inputs = make_inputs(layout)
     compact = [gather_rows(t, layout.gather).detach() for t in (inputs.k, inputs.v)]
     vectors = (layout.gist_begin, layout.gist_end, layout.local_begin)
-    out, _ = ops.attention(inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.1, ON_CPU[0])
+    out, _ = library.attention(inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.1, ON_CPU[0])
     for gradient in torch.autograd.grad(out[:, :, 33:].square().sum(), (inputs.k, inputs.v)):
         assert (gradient[:, :, :33] == 0).all()
         assert (gradient[:, :, 33:] != 0).any()
@@ -152,10 +153,10 @@ def test_opcheck(backend):
     compact = [gather_rows(t, layout.gather).detach().requires_grad_() for t in (inputs.k, inputs.v)]
     vectors = (layout.gist_begin, layout.gist_end, layout.local_begin)
     arguments = (inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.25, backend)
-    torch.library.opcheck(ops.attention, arguments)
-    out, lse = (t.detach() for t in ops.attention(*arguments))
+    torch.library.opcheck(library.attention, arguments)
+    out, lse = (t.detach() for t in library.attention(*arguments))
     plain = [t.detach() for t in arguments[:5]]
-    torch.library.opcheck(ops.attention_backward, (inputs.grad_out, *plain, out, lse, *vectors, 0.25, backend))
+    torch.library.opcheck(library.attention_backward, (inputs.grad_out, *plain, out, lse, *vectors, 0.25, backend))
 
 
 def test_compiles_as_one_graph():
@@ -222,7 +223,7 @@ def test_a_second_derivative_is_an_error(backend):
 def test_compaction_is_twice_differentiable():
     layout = GistLayout.from_segments([4, 3], 2, tail=3, sink_tokens=2)
     k, v = (torch.randn(1, 2, layout.num_local, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    call = lambda k, v: ops.compact(k, v, None, None, layout.gather, "sdpa")  # noqa: E731
+    call = lambda k, v: library.compact(k, v, None, None, layout.gather, "sdpa")  # noqa: E731
     assert torch.autograd.gradcheck(call, (k, v))
     assert torch.autograd.gradgradcheck(call, (k, v))
 

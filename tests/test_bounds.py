@@ -6,16 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gistkern import (
-    GistLayout,
-    KeyValueRows,
-    backends,
-    gist_attention,
-    gist_decode,
-    ops,
-)
+from gistkern import GistLayout, KeyValueRows, backends, gist_attention, gist_decode
 from gistkern.backends import sdpa
 from gistkern.layout.checks import check_intervals, check_kept
+from gistkern.ops import library
 from gistkern.testing import compare, make_inputs
 
 BACKENDS = [name for name in ("cpu", "sdpa", "reference") if backends.get(name).missing() is None]
@@ -205,25 +199,25 @@ def test_the_operator_refuses(name, rows):
             for n, t in call.items()
             if n[:4] in ("q", "gist", "loca") and n not in ("gist_k", "gist_v")
         }
-    good = [ops.attention(*call.values(), backend) for backend in BACKENDS]
+    good = [library.attention(*call.values(), backend) for backend in BACKENDS]
     torch.testing.assert_close(good[0], good[-1])
     out, lse = good[0]
     bad = list((call | HOSTILE[name](call)).values())
     for backend in BACKENDS:
         with pytest.raises(ValueError, match=SAYS_WHAT):
-            ops.attention(*bad, backend)
+            library.attention(*bad, backend)
         with pytest.raises(ValueError, match=SAYS_WHAT):
-            ops.attention_backward(torch.ones_like(out), *bad[:5], out, lse, *bad[5:], backend)
+            library.attention_backward(torch.ones_like(out), *bad[:5], out, lse, *bad[5:], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_backward_refuses_what_its_forward_did_not_make(backend):
     call = raw_call()
-    out, lse = ops.attention(*call.values(), backend)
+    out, lse = library.attention(*call.values(), backend)
     tensors, rest = list(call.values())[:5], list(call.values())[5:]
     for grad, result, sums in ((out[:, :, 1:], out, lse), (out, out[:, :2], lse), (out, out, lse.double())):
         with pytest.raises(ValueError, match=r"grad_out must be|out must be|lse must be"):
-            ops.attention_backward(grad, *tensors, result, sums, *rest, backend)
+            library.attention_backward(grad, *tensors, result, sums, *rest, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,11 +240,11 @@ def test_compaction_refuses(change, backend):
     call = {"k": torch.zeros(1, 2, 9, 16), "v": torch.zeros(1, 2, 9, 16), "past_k": None, "past_v": None}
     call |= {"gather": torch.tensor([[0, 8]])} | change
     with pytest.raises(ValueError, match=SAYS_WHAT):
-        ops.compact(*call.values(), backend)
+        library.compact(*call.values(), backend)
     if "gather" in change:
         gradient = torch.zeros(1, 2, 2, 16)
         with pytest.raises(ValueError, match=SAYS_WHAT):
-            ops.compact_backward(gradient, gradient, change["gather"], 9, backend)
+            library.compact_backward(gradient, gradient, change["gather"], 9, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

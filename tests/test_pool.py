@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool_cases import CASES, E4M3, INT8, check, int32, make_case
 
-from gistkern import KeyValueRows, backends, gist_compact, gist_decode, pool_ops
+from gistkern import KeyValueRows, backends, gist_compact, gist_decode
+from gistkern.ops import decode_library
 from gistkern.rows import dequantize, quantize
 
 NATIVE = backends.get("cpu").missing() is None
@@ -125,11 +126,11 @@ def test_opcheck():
             *(case.q, gist.key, gist.value, gist.key_scale, gist.value_scale, begin, end),
             *(tail.key, tail.value, None, None, case.tail_length, None, case.page_table, 40, 0.2, backend),
         )
-        torch.library.opcheck(pool_ops.decode, arguments)
+        torch.library.opcheck(decode_library.decode, arguments)
         pool = KeyValueRows.empty(5, kv_heads=2, head_dim=8, dtype=torch.float32)
         rows = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
         index = torch.tensor([[1, 3]])
-        torch.library.opcheck(pool_ops.compact, (*rows, index, index, pool.key, pool.value, None, None, backend))
+        torch.library.opcheck(decode_library.compact, (*rows, index, index, pool.key, pool.value, None, None, backend))
 
 
 def test_compiles_as_one_graph():

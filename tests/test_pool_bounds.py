@@ -6,7 +6,8 @@ import pytest
 import torch
 from pool_cases import make_case
 
-from gistkern import KeyValueRows, backends, gist_compact, gist_decode, pool_ops
+from gistkern import KeyValueRows, backends, gist_compact, gist_decode
+from gistkern.ops import decode_library
 
 BACKENDS = [name for name in ("cpu", "sdpa", "reference") if backends.get(name).missing() is None]
 SAYS_WHAT = "must|nothing|one device|alike|takes|make them"
@@ -90,7 +91,7 @@ def test_a_pool_that_cannot_be_written_is_refused():
             gist_compact(k, k, index, index, pool)
         for backend in BACKENDS:  # what a compiled call runs
             with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-                pool_ops.compact(k, k, index, index, pool.key, pool.value, None, None, backend)
+                decode_library.compact(k, k, index, index, pool.key, pool.value, None, None, backend)
 
 
 @pytest.mark.parametrize("page_size", [None, 4])
@@ -112,7 +113,7 @@ def test_the_pool_operators_refuse_too(backend):
         *(case.q, case.gist.key, case.gist.value, None, None, *spread, case.tail.key, case.tail.value, None, None),
         *(case.tail_length, None, None, 40, 0.2, backend),
     ]
-    pool_ops.decode(*arguments)
+    decode_library.decode(*arguments)
     nine = torch.zeros(4, 4, 9, 32)
     for place, bad in (
         (0, nine),
@@ -126,8 +127,8 @@ def test_the_pool_operators_refuse_too(backend):
         (11, spread[0]),
     ):
         with pytest.raises(ValueError, match=SAYS_WHAT):
-            pool_ops.decode(*arguments[:place], bad, *arguments[place + 1 :])
+            decode_library.decode(*arguments[:place], bad, *arguments[place + 1 :])
     rows, index = torch.zeros(1, 2, 9, 16), torch.tensor([[1]])
     for pool in (torch.zeros(5, 2, 8), torch.zeros(5, 3, 16), torch.zeros(5, 2, 16, dtype=torch.float16)):
         with pytest.raises(ValueError, match=SAYS_WHAT):
-            pool_ops.compact(rows, rows, index, index, pool, pool.clone(), None, None, backend)
+            decode_library.compact(rows, rows, index, index, pool, pool.clone(), None, None, backend)

@@ -30,7 +30,7 @@ def forward(
     local_begin: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
     q, k, v, gist_k, gist_v = (dense_rows(t) for t in (q, k, v, gist_k, gist_v))
     gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
     compute = native.decode_rows if _decodes(q, k) else native.operators().cpu_attention

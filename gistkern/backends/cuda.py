@@ -29,7 +29,7 @@ def forward(
     local_begin: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
     q, k, v, gist_k, gist_v = (dense_rows(t) for t in (q, k, v, gist_k, gist_v))
     gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
     processors = facts_of(q.device).multiprocessors
@@ -53,5 +53,5 @@ def compact(
 
 
 def pool_decode(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decoding over a pool and a paged tail; arguments as `gistkern.pool_ops`."""
+    """Decoding over a pool and a paged tail; arguments as `gistkern.ops.decode_library`."""
     return partial(native.pool_decode, multiprocessors=facts_of(q.device).multiprocessors)(q, *arguments)

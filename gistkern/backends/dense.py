@@ -31,7 +31,7 @@ def decode(
     gist_capacity: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as `gistkern.pool_ops.decode`; `forward` is a backend's (`gistkern.ops.attention`)."""
+    """Arguments as `gistkern.ops.decode_library.decode`; `forward` is a backend's (`gistkern.ops.attention`)."""
     rows = q.shape[2]
     # the rows of the hull of a sequence's intervals, from its first on
     seen = gist_begin < gist_end
@@ -99,7 +99,7 @@ def compact(
     pool_k_scale: torch.Tensor | None,
     pool_v_scale: torch.Tensor | None,
 ) -> None:
-    """Arguments as `gistkern.pool_ops.compact`. Finding the fillers waits for the device."""
+    """Arguments as `gistkern.ops.decode_library.compact`. Finding the fillers waits for the device."""
     sample, entry = ((gather >= 0) & (slot >= 0)).nonzero(as_tuple=True)
     target = slot[sample, entry]
     for rows, pool, scales in ((k, pool_k, pool_k_scale), (v, pool_v, pool_v_scale)):

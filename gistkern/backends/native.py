@@ -153,7 +153,7 @@ def pool_decode(
     scale: float,
     multiprocessors: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decode kernel on the arguments of `gistkern.pool_ops.decode`."""
+    """The decode kernel on the arguments of `gistkern.ops.decode_library.decode`."""
     tail_capacity = tail_k.shape[2] if page_table is None else page_table.shape[1] * tail_k.shape[1]
     rows = [dense_rows(t) for t in (q, gist_k, gist_v, tail_k, tail_v)]
     vectors = [t if t is None else t.contiguous() for t in (gist_begin, gist_end, tail_length, local_begin)]
@@ -175,7 +175,7 @@ def pool_compact(
     pool_k_scale: torch.Tensor | None,
     pool_v_scale: torch.Tensor | None,
 ) -> None:
-    """The compaction kernel on the arguments of `gistkern.pool_ops.compact`."""
+    """The compaction kernel on the arguments of `gistkern.ops.decode_library.compact`."""
     operators().compact(
         *(dense_rows(k), dense_rows(v), None, None, gather, slot.contiguous()),
         *(pool_k, pool_v, pool_k_scale, pool_v_scale),

@@ -49,7 +49,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q K^T) V`` over the rows each query sees, and the log-sum-exp of its scores.
 
-    Shapes as `gistkern.ops`. A row that sees nothing gives 0 and -inf. Differentiable by autograd.
+    Shapes as `gistkern.ops.library`. A row that sees nothing gives 0 and -inf. Differentiable by autograd.
     """
     mask = dense_mask(gist_begin, gist_end, local_begin, gist_k.shape[2], k.shape[2])
     scores, _ = dense_scores(q, k, gist_k, mask, scale)

@@ -43,7 +43,7 @@ def forward(
     local_begin: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
     work = [_working(t) for t in (q, k, v, gist_k, gist_v)]
     out = torch.zeros(q.shape, dtype=work[0].dtype)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype)

@@ -27,7 +27,7 @@ def forward(
     local_begin: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops`."""
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
     launch = launch_gist_decode if q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
     tensors = [dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
     vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]

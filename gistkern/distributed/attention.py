@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gistkern.attention import gist_attention
 from gistkern.distributed.collectives import Group, gather_compact, with_halo
 from gistkern.distributed.shards import ContextShard
+from gistkern.ops.attention import gist_attention
 
 __all__ = ["parallel_attention"]
 

@@ -6,8 +6,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from gistkern.attention import gist_attention
 from gistkern.distributed.attention import parallel_attention
+from gistkern.ops.attention import gist_attention
 
 __all__ = ["NAME", "register"]
 

@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pool_cases import CASES, E4M3, INT8, make_case
 
-from gistkern import GistLayout, KeyValueRows, gist_attention, gist_compact, gist_decode, ops, pool_ops
+from gistkern import GistLayout, KeyValueRows, gist_attention, gist_compact, gist_decode
 from gistkern.backends import native
+from gistkern.ops import decode_library, library
 from gistkern.rows import gather_rows
 from gistkern.testing import make_inputs
 
@@ -76,7 +77,7 @@ def attention(draw):
 
 def backward(draw):
     call = attention(draw)
-    out, lse = ops.attention(*call.values(), "cpu")
+    out, lse = library.attention(*call.values(), "cpu")
     values = list(call.items())
     return dict([("grad_out", torch.randn_like(out)), *values[:5], ("out", out), ("lse", lse), *values[5:]])
 
@@ -172,19 +173,19 @@ TARGETS = {
     "attention": [
         (attention, lambda c: native.operators().cpu_attention(*c.values())),
         (backward, lambda c: native.operators().cpu_attention_backward(*c.values())),
-        (attention, lambda c: ops.attention(*c.values(), "cpu")),
-        (backward, lambda c: ops.attention_backward(*c.values(), "cpu")),
+        (attention, lambda c: library.attention(*c.values(), "cpu")),
+        (backward, lambda c: library.attention_backward(*c.values(), "cpu")),
         (attention, public_attention),
     ],
     "decode": [
         (decode, raw_decode),
-        (decode, lambda c: pool_ops.decode(*list(c.values())[:-2], "cpu")),
+        (decode, lambda c: decode_library.decode(*list(c.values())[:-2], "cpu")),
         (decode, public_decode),
     ],
     "compact": [
         (compact, raw_compact),
-        (compact, lambda c: pool_ops.compact(*c.values(), "cpu")),
-        (compact, lambda c: ops.compact(c["k"], c["v"], None, None, c["gather"], "cpu")),
+        (compact, lambda c: decode_library.compact(*c.values(), "cpu")),
+        (compact, lambda c: library.compact(c["k"], c["v"], None, None, c["gather"], "cpu")),
         (compact, public_compact),
     ],
 }

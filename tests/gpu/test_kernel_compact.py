@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gistkern import GistLayout, ops
+from gistkern import GistLayout
 from gistkern.backends import triton as backend
+from gistkern.ops import library
 from gistkern.rows import compact, compact_backward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -73,6 +74,8 @@ def test_opcheck(device, small_tiles):
     k, v = (rows(1, 2, layout.num_local, 16, dtype=torch.float32, device=device).requires_grad_() for _ in range(2))
     past_k, past_v = (rows(1, 2, 4, 16, dtype=torch.float32, device=device).requires_grad_() for _ in range(2))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.compact, (k, v, past_k, past_v, layout.gather, "triton"), test_utils=tests)
+    torch.library.opcheck(library.compact, (k, v, past_k, past_v, layout.gather, "triton"), test_utils=tests)
     grads = [rows(1, 2, layout.gather.shape[1], 16, dtype=torch.float32, device=device) for _ in range(2)]
-    torch.library.opcheck(ops.compact_backward, (*grads, layout.gather, layout.num_local, "triton"), test_utils=tests)
+    torch.library.opcheck(
+        library.compact_backward, (*grads, layout.gather, layout.num_local, "triton"), test_utils=tests
+    )

@@ -5,8 +5,9 @@ import torch
 from emulation import EMULATED, SANITIZED
 from torch.utils.checkpoint import checkpoint
 
-from gistkern import GistLayout, gist_attention, ops
+from gistkern import GistLayout, gist_attention
 from gistkern.kernels import attn_bwd_dkv, attn_bwd_dq, attn_fwd, decode, schedule
+from gistkern.ops import library
 from gistkern.rows import gather_rows
 from gistkern.testing import Inputs, compare, make_inputs
 
@@ -102,10 +103,10 @@ def test_opcheck(device, small_tiles):
     compact = [gather_rows(t, layout.gather).detach().requires_grad_() for t in (inputs.k, inputs.v)]
     vectors = (layout.gist_begin, layout.gist_end, layout.local_begin)
     arguments = (inputs.q, inputs.k, inputs.v, *compact, *vectors, 0.25, "triton")
-    torch.library.opcheck(ops.attention, arguments)
-    out, lse = (t.detach() for t in ops.attention(*arguments))
+    torch.library.opcheck(library.attention, arguments)
+    out, lse = (t.detach() for t in library.attention(*arguments))
     plain = [t.detach() for t in arguments[:5]]
-    torch.library.opcheck(ops.attention_backward, (inputs.grad_out, *plain, out, lse, *vectors, 0.25, "triton"))
+    torch.library.opcheck(library.attention_backward, (inputs.grad_out, *plain, out, lse, *vectors, 0.25, "triton"))
 
 
 @untraceable

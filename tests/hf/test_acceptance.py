@@ -152,9 +152,9 @@ def test_swapped_caches_swap_the_answers(model, positions):
 
 def test_no_gradient_reaches_the_context_past_detached_gists(model, monkeypatch):
     """The leak test: with the gist rows detached, the answer's loss has exactly zero gradient in the context."""
-    from gistkern import ops
+    from gistkern.ops import library
 
-    original = ops.compact
+    original = library.compact
     with gistkern.patch_llama(model, num_gist_tokens=3, sink_tokens=1) as handle:
         stream = torch.cat([random_ids(1, 20), torch.tensor([handle.gist_token_ids]), random_ids(1, 5, 7)], 1)
         layout = GistLayout.from_input_ids(stream, handle.gist_token_ids)
@@ -167,7 +167,7 @@ def test_no_gradient_reaches_the_context_past_detached_gists(model, monkeypatch)
             return embeds.grad[0]
 
         assert (context_gradient()[:20] != 0).any(), "through the gist rows the context is trained"
-        monkeypatch.setattr(ops, "compact", lambda *call: tuple(rows.detach() for rows in original(*call)))
+        monkeypatch.setattr(library, "compact", lambda *call: tuple(rows.detach() for rows in original(*call)))
         gradient = context_gradient()
         assert (gradient[:23] == 0).all()
         assert (gradient[23:] != 0).any()

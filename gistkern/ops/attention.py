@@ -7,7 +7,8 @@ import torch
 from gistkern import backends
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_once
-from gistkern.op_checks import check_scale, refuse_forward_mode
+from gistkern.ops import library
+from gistkern.ops.checks import check_scale, refuse_forward_mode
 
 __all__ = ["gist_attention"]
 
@@ -64,8 +65,6 @@ def gist_attention(
     >>> gist_attention(q, k, k, layout).shape
     torch.Size([1, 4, 11, 16])
     """
-    from gistkern import ops
-
     _check_tensors(q, k, v, layout, past_key, past_value)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_scale(scale)
@@ -77,8 +76,8 @@ def gist_attention(
     if layout.gather.shape[1] == 0 and past_key is not None and past_value is not None:
         gist_k, gist_v = past_key, past_value  # decoding: nothing new to gather, nothing to copy
     else:
-        gist_k, gist_v = ops.compact(k, v, past_key, past_value, layout.gather, name)
-    out, lse = ops.attention(
+        gist_k, gist_v = library.compact(k, v, past_key, past_value, layout.gather, name)
+    out, lse = library.attention(
         q,
         k,
         v,

@@ -1,18 +1,14 @@
-"""What `gistkern.pool` asks of its arguments: shapes, types and devices, at once; values when its operators run
+"""What `gistkern.ops.decode` asks of its arguments: shapes, types and devices, at once; values when its operators run
 (`pool_ops`), compiled or not, and only where they are on the CPU: a GPU would have to be waited for."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gistkern.kernels.schedule import DECODE_ROWS
-from gistkern.op_checks import check_devices, refuse_forward_mode
-
-if TYPE_CHECKING:
-    from gistkern.rows import KeyValueRows
+from gistkern.ops.checks import check_devices, refuse_forward_mode
+from gistkern.rows import KeyValueRows
 
 __all__ = [
     "check_apart",

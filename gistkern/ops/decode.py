@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from gistkern import backends
-from gistkern.op_checks import check_scale
+from gistkern.ops import decode_library
+from gistkern.ops.checks import check_scale
+from gistkern.ops.decode_checks import check_compact, check_decode, per_row
 from gistkern.rows import KeyValueRows
 
 __all__ = ["gist_compact", "gist_decode"]
@@ -79,9 +81,6 @@ def gist_decode(
     >>> out.shape, lse.shape
     (torch.Size([3, 4, 1, 16]), torch.Size([3, 4, 1]))
     """
-    from gistkern import pool_ops
-    from gistkern.pool_checks import check_decode, per_row
-
     check_decode(q, gist, tail, gist_begin, gist_end, tail_length, local_begin, page_table)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_scale(scale)
@@ -89,7 +88,7 @@ def gist_decode(
     if not isinstance(capacity, (int, torch.SymInt)) or isinstance(capacity, bool) or capacity < 0:
         raise ValueError(f"gist_capacity must not be negative, and an int, got {capacity!r}")
     rows = q.shape[2]
-    return pool_ops.decode(
+    return decode_library.decode(
         *(q, gist.key, gist.value, gist.key_scale, gist.value_scale),
         *(per_row(gist_begin, rows), per_row(gist_end, rows)),
         *(tail.key, tail.value, tail.key_scale, tail.value_scale),
@@ -135,9 +134,6 @@ def gist_compact(
     >>> torch.equal(pool.key[3], k[0, :, 7])
     True
     """
-    from gistkern import pool_ops
-    from gistkern.pool_checks import check_compact
-
     check_compact(k, v, gather, slot, pool)
     name = backends.choose(backend, k[:, :, :1])  # a kernel for decoding serves: rows are copied, none attend
-    pool_ops.compact(k, v, gather, slot, pool.key, pool.value, pool.key_scale, pool.value_scale, name)
+    decode_library.compact(k, v, gather, slot, pool.key, pool.value, pool.key_scale, pool.value_scale, name)

@@ -1,4 +1,4 @@
-"""The operators under `gistkern.pool`: schemas, shape functions, and who computes them.
+"""The operators under `gistkern.ops.decode`: schemas, shape functions, and who computes them.
 
 Backends that know pools and pages have `pool_decode` and `pool_compact`; the others get dense buffers (dense.py).
 """
@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from gistkern import backends, op_checks
+from gistkern import backends
 from gistkern.backends import dense
-from gistkern.pool_checks import check_apart, check_compact, check_compact_values, check_decode, check_decode_values
+from gistkern.ops import checks
+from gistkern.ops.decode_checks import (
+    check_apart,
+    check_compact,
+    check_compact_values,
+    check_decode,
+    check_decode_values,
+)
 from gistkern.rows import KeyValueRows
 
 __all__ = ["compact", "decode"]
@@ -31,7 +38,7 @@ def _decode(q, *arguments):
     *rest, backend = arguments
     module = backends.get(backend).load()
     if hasattr(module, "pool_decode"):
-        return op_checks.call(module, "pool_decode", _check_decode, q, *rest)
+        return checks.call(module, "pool_decode", _check_decode, q, *rest)
     _check_decode(q, *rest)
     return dense.decode(module.forward, q, *rest)
 
@@ -42,7 +49,7 @@ def _check_decode(
     capacity, scale = sizes
     gist, tail = KeyValueRows(k, v, k_scale, v_scale), KeyValueRows(tail_k, tail_v, tail_k_scale, tail_v_scale)
     check_decode(q, gist, tail, begin, end, length, local, pages)
-    op_checks.check_scale(scale)
+    checks.check_scale(scale)
     if not 0 <= capacity < 2**31:
         raise ValueError(f"gist_capacity must lie in 0..2^31 - 1, got {capacity}")
     for name, vector in (("gist_begin", begin), ("gist_end", end), ("local_begin", local)):
@@ -54,7 +61,7 @@ def _check_decode(
 
 @torch.library.register_fake("gistkern::decode", lib=_library)
 def _decode_fake(q, *arguments):
-    op_checks.check_devices(q, *arguments)
+    checks.check_devices(q, *arguments)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -64,7 +71,7 @@ def _compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, bac
     arguments = (k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
     if hasattr(module, "pool_compact"):
         check_apart(KeyValueRows(pool_k, pool_v, pool_k_scale, pool_v_scale))  # the kernel knows the first address only
-        op_checks.call(module, "pool_compact", _check_compact, *arguments)
+        checks.call(module, "pool_compact", _check_compact, *arguments)
     else:
         _check_compact(*arguments)
         dense.compact(*arguments)
@@ -78,7 +85,7 @@ def _check_compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scal
 
 @torch.library.register_fake("gistkern::compact_into", lib=_library)
 def _compact_fake(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, backend):
-    op_checks.check_devices(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
+    checks.check_devices(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
 
 
 decode = torch.ops.gistkern.decode.default

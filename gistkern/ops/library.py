@@ -13,14 +13,15 @@ and returns out ``[B, Hq, N, D]`` and the natural-log LSE ``[B, Hq, N]`` in fp32
 ``compact`` takes k, v, optional past rows ``[B, Hkv, past, D]``, the gather list int64 ``[B, G - past]`` and the
 name of a backend, and returns gist_k and gist_v.
 
-Calls that no kernel may see (op_checks.py) raise ValueError when they run, eager or compiled.
+Calls that no kernel may see (checks.py) raise ValueError when they run, eager or compiled.
 """
 
 from __future__ import annotations
 
 import torch
 
-from gistkern import backends, op_checks
+from gistkern import backends
+from gistkern.ops import checks
 
 __all__ = ["attention", "attention_backward", "compact", "compact_backward"]
 
@@ -45,18 +46,18 @@ _library.define(
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
     arguments = (q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
-    return op_checks.call(backends.get(backend).load(), "forward", op_checks.check_attention, *arguments)
+    return checks.call(backends.get(backend).load(), "forward", checks.check_attention, *arguments)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend):
     arguments = (grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale)
-    return op_checks.call(backends.get(backend).load(), "backward", op_checks.check_backward, *arguments)
+    return checks.call(backends.get(backend).load(), "backward", checks.check_backward, *arguments)
 
 
 @torch.library.register_fake("gistkern::attention", lib=_library)
 def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
-    op_checks.check_devices(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin)
+    checks.check_devices(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -65,7 +66,7 @@ def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, 
 def _attention_backward_fake(
     grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend
 ):
-    op_checks.check_devices(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin)
+    checks.check_devices(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin)
     return tuple(t.new_empty(t.shape) for t in (q, k, v, gist_k, gist_v))
 
 
@@ -101,20 +102,18 @@ torch.library.register_autograd("gistkern::attention_backward", _refuse_second_d
 @torch.library.impl(_library, "compact", "CompositeExplicitAutograd")
 def _compact(k, v, past_k, past_v, gather, backend):
     arguments = (k, v, past_k, past_v, gather)
-    return op_checks.call(backends.get(backend).load(), "compact", op_checks.check_compact, *arguments)
+    return checks.call(backends.get(backend).load(), "compact", checks.check_compact, *arguments)
 
 
 @torch.library.impl(_library, "compact_backward", "CompositeExplicitAutograd")
 def _compact_backward(grad_gist_k, grad_gist_v, gather, num_local, backend):
     arguments = (grad_gist_k, grad_gist_v, gather, num_local)
-    return op_checks.call(
-        backends.get(backend).load(), "compact_backward", op_checks.check_compact_backward, *arguments
-    )
+    return checks.call(backends.get(backend).load(), "compact_backward", checks.check_compact_backward, *arguments)
 
 
 @torch.library.register_fake("gistkern::compact", lib=_library)
 def _compact_fake(k, v, past_k, past_v, gather, backend):
-    op_checks.check_devices(k, v, past_k, past_v, gather)
+    checks.check_devices(k, v, past_k, past_v, gather)
     past = 0 if past_k is None else past_k.shape[2]
     shape = (*k.shape[:2], past + gather.shape[1], k.shape[3])
     return k.new_empty(shape), v.new_empty(shape)
@@ -122,7 +121,7 @@ def _compact_fake(k, v, past_k, past_v, gather, backend):
 
 @torch.library.register_fake("gistkern::compact_backward", lib=_library)
 def _compact_backward_fake(grad_gist_k, grad_gist_v, gather, num_local, backend):
-    op_checks.check_devices(grad_gist_k, grad_gist_v, gather)
+    checks.check_devices(grad_gist_k, grad_gist_v, gather)
     shape = (*grad_gist_k.shape[:2], num_local, grad_gist_k.shape[3])
     return grad_gist_k.new_empty(shape), grad_gist_v.new_empty(shape)
 
