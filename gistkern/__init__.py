@@ -14,13 +14,13 @@ _EXPORTS = {
     "patch_llama": "gistkern.hf.patch",
     "GistHandle": "gistkern.hf.patch",
     "compress": "gistkern.compressing",
-    "GistCache": "gistkern.cache",
+    "GistCache": "gistkern.cache.cache",
     "compress_corpus": "gistkern.corpus.compressing",
     "GistStore": "gistkern.corpus.store",
     "KeyValueRows": "gistkern.rows",
     "gist_compact": "gistkern.ops.decode",
     "gist_decode": "gistkern.ops.decode",
-    "plain_prefix": "gistkern.hf.prefix",
+    "plain_prefix": "gistkern.cache.prefix",
 }
 
 __all__ = [
@@ -40,12 +40,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gistkern.cache import GistCache
+    from gistkern.cache.cache import GistCache
+    from gistkern.cache.prefix import plain_prefix
     from gistkern.compressing import compress
     from gistkern.corpus.compressing import compress_corpus
     from gistkern.corpus.store import GistStore
     from gistkern.hf.patch import GistHandle, patch_llama
-    from gistkern.hf.prefix import plain_prefix
     from gistkern.layout import GistLayout
     from gistkern.ops.attention import gist_attention
     from gistkern.ops.decode import gist_compact, gist_decode

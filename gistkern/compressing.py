@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gistkern.cache import GistCache
-from gistkern.cache_plan import CacheState, plan_call
+from gistkern.cache.cache import GistCache
+from gistkern.cache.plan import CacheState, plan_call
+from gistkern.cache.tokens_read import ContextRead, TokensRead
+from gistkern.cache.versions import CACHE
 from gistkern.hf.contexts import evaluating, left_padded, read_context
 from gistkern.hf.handle import GistHandle, handle_of
 from gistkern.layout import GistLayout, positions
 from gistkern.layout.arguments import check_count
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import from_roles
-from gistkern.tokens_read import ContextRead, TokensRead
-from gistkern.versions import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

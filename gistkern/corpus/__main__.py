@@ -93,7 +93,7 @@ def _check_model(given: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig
 
-    from gistkern.cache_file import check_device
+    from gistkern.cache.file import check_device
 
     if given.device is None:
         given.device = _device()

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from gistkern import __version__
-from gistkern.cache_file import finite
+from gistkern.cache.file import finite
 from gistkern.compressing import check_segments, compress
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
@@ -88,7 +88,7 @@ def compress_corpus(
     RuntimeError
         If another process works on the same chunk.
     """
-    from gistkern.hf.fingerprint import fingerprint
+    from gistkern.cache.fingerprint import fingerprint
     from gistkern.hf.patch import handle_of
     from gistkern.hf.texts import check_prefix, context_ids, context_prefix
 

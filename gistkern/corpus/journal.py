@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from gistkern.cache_file import finite
+from gistkern.cache.file import finite
 from gistkern.files import UnreadableError
 
 __all__ = ["Journal"]

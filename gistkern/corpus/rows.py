@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gistkern.cache import GistCache, GistLayer
-from gistkern.cache_plan import CacheState
-from gistkern.tokens_read import ContextRead
+from gistkern.cache.cache import GistCache, GistLayer
+from gistkern.cache.plan import CacheState
+from gistkern.cache.tokens_read import ContextRead
 
 __all__ = ["CompressedDocument", "bytes_of", "from_cache", "to_cache"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gistkern.cache_file import finite
+from gistkern.cache.file import finite
+from gistkern.cache.tokens_read import ContextRead
 from gistkern.corpus.plan import Document
 from gistkern.corpus.rows import CompressedDocument, bytes_of
 from gistkern.corpus.tensor_file import TensorFile
 from gistkern.files import field_of, parse_json, replacing
-from gistkern.tokens_read import ContextRead
 
 __all__ = ["ABOUT", "FORMAT", "SETTINGS", "Shard", "shard_path", "write_shard"]
 

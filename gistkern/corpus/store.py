@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gistkern.cache import GistCache
-from gistkern.cache_file import check_device
+from gistkern.cache.cache import GistCache
+from gistkern.cache.file import check_device
 from gistkern.corpus.index import hash_of, read_index
 from gistkern.corpus.rows import CompressedDocument, to_cache
 from gistkern.corpus.shard_file import ABOUT, FORMAT, SETTINGS, Shard, shard_path

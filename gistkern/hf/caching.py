@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from gistkern.cache import GistCache
-from gistkern.hf.fingerprint import check_cache, check_scheme
-from gistkern.tokens_read import PADDING, UNKNOWN
-from gistkern.versions import CACHE
+from gistkern.cache.cache import GistCache
+from gistkern.cache.fingerprint import check_cache, check_scheme
+from gistkern.cache.tokens_read import PADDING, UNKNOWN
+from gistkern.cache.versions import CACHE
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from gistkern.cache import GistCache
-from gistkern.cache_plan import CacheState, CallPlan, plan_call, plan_layout
+from gistkern.cache.cache import GistCache
+from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
+from gistkern.cache.shared import SharedGistCache
+from gistkern.cache.versions import CACHE, named
 from gistkern.hf.caching import Carried, cache_of, check_history
 from gistkern.hf.context_parallel import (
     Parallel,
@@ -27,8 +29,6 @@ from gistkern.hf.documents import broadcast_positions, check_positions, packed_d
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.layout.arguments import check_padding
-from gistkern.shared_cache import SharedGistCache
-from gistkern.versions import CACHE, named
 
 if TYPE_CHECKING:
     from gistkern.hf.patch import GistHandle

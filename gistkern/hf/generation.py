@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from gistkern.cache import GistCache
+from gistkern.cache.cache import GistCache
+from gistkern.cache.tokens_read import PADDING
+from gistkern.cache.versions import CACHE, named
 from gistkern.hf.handle import ATTRIBUTE
 from gistkern.hf.offload import input_device
-from gistkern.tokens_read import PADDING
-from gistkern.versions import CACHE, named
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle

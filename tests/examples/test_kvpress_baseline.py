@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpress_baseline as baseline
-from gistkern.versions import CACHE
+from gistkern.cache.versions import CACHE
 from passkey.niah import dataset, train_tokenizer
 
 TOKENS = 150

@@ -5,7 +5,7 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern.versions import CACHE, CROP_TAKES_LENGTH
+from gistkern.cache.versions import CACHE, CROP_TAKES_LENGTH
 
 
 @pytest.fixture

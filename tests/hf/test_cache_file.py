@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gistkern
-from gistkern import cache_file
+from gistkern.cache import file as cache_file
 
 
 @pytest.fixture

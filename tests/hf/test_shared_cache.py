@@ -7,11 +7,12 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern import compressing, shared_cache
+from gistkern import compressing
 from gistkern.backends import native
+from gistkern.cache import shared as shared_cache
+from gistkern.cache.shared import SharedGistCache
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows
-from gistkern.shared_cache import SharedGistCache
 
 NEW = 6
 CASES = [

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from gistkern.cache import GistCache, GistLayer
-from gistkern.cache_plan import CallPlan
+from gistkern.cache.cache import GistCache, GistLayer
+from gistkern.cache.plan import CallPlan
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.layout import GistLayout
 from gistkern.ops.attention import gist_attention

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gistkern.cache import GistCache
+from gistkern.cache.cache import GistCache
 from gistkern.hf.rotation import check_rotation
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from gistkern.cache_plan import CacheState, CallPlan
-from gistkern.tokens_read import UNKNOWN, ContextRead, TokensRead
-from gistkern.versions import CROP_TAKES_LENGTH
+from gistkern.cache.plan import CacheState, CallPlan
+from gistkern.cache.tokens_read import UNKNOWN, ContextRead, TokensRead
+from gistkern.cache.versions import CROP_TAKES_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
+    from gistkern.cache.shared import SharedGistCache
     from gistkern.hf.handle import GistHandle
-    from gistkern.shared_cache import SharedGistCache
 
 __all__ = ["GistCache", "GistLayer"]
 
@@ -317,7 +317,7 @@ class GistCache(Cache):
         ValueError
             If the cache is empty or has a tail.
         """
-        from gistkern.shared_cache import share
+        from gistkern.cache.shared import share
 
         return share(self)
 
@@ -372,7 +372,7 @@ class GistCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to one safetensors file, replacing it in one step."""
-        from gistkern.cache_file import save
+        from gistkern.cache.file import save
 
         save(self, path)
 
@@ -390,7 +390,7 @@ class GistCache(Cache):
         ValueError
             If the file is torn, is no gist cache, or was written by another model, position scheme or dtype.
         """
-        from gistkern.cache_file import load
+        from gistkern.cache.file import load
 
         return load(path, model, device)
 

@@ -16,7 +16,7 @@ from gistkern.hf.offload import on_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gistkern.cache import GistCache
+    from gistkern.cache.cache import GistCache
     from gistkern.hf.handle import GistHandle
 
 __all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "weights_in_use"]

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from gistkern.cache import GistCache, GistLayer
-from gistkern.cache_plan import CacheState
+from gistkern.cache.cache import GistCache, GistLayer
+from gistkern.cache.plan import CacheState
+from gistkern.cache.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 from gistkern.files import field_of, parse_json, read_bytes, replacing
 from gistkern.hf.offload import input_device
 from gistkern.layout.positions import SCHEMES
-from gistkern.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.d
     cache.read = TokensRead(tensors["read"].to(device, torch.int64))
     cache.contexts = set(map(ContextRead.parse, header["contexts"]))
     if model is not None:
-        from gistkern.hf.fingerprint import check_cache
+        from gistkern.cache.fingerprint import check_cache
 
         check_cache(cache, model)
     return cache
