@@ -13,9 +13,9 @@ _EXPORTS = {
     "gist_attention": "gistkern.ops.attention",
     "patch_llama": "gistkern.hf.patch",
     "GistHandle": "gistkern.hf.patch",
-    "compress": "gistkern.compressing",
+    "compress": "gistkern.hf.compress",
     "GistCache": "gistkern.cache.cache",
-    "compress_corpus": "gistkern.corpus.compressing",
+    "compress_corpus": "gistkern.corpus.compress",
     "GistStore": "gistkern.corpus.store",
     "KeyValueRows": "gistkern.rows",
     "gist_compact": "gistkern.ops.decode",
@@ -42,9 +42,9 @@ __all__ = [
 if TYPE_CHECKING:
     from gistkern.cache.cache import GistCache
     from gistkern.cache.prefix import plain_prefix
-    from gistkern.compressing import compress
-    from gistkern.corpus.compressing import compress_corpus
+    from gistkern.corpus.compress import compress_corpus
     from gistkern.corpus.store import GistStore
+    from gistkern.hf.compress import compress
     from gistkern.hf.patch import GistHandle, patch_llama
     from gistkern.layout import GistLayout
     from gistkern.ops.attention import gist_attention

@@ -38,7 +38,7 @@ def read(path: Path, arch: str) -> dict[tuple[str, int, int], dict[str, Any]]:
     ValueError
         If the file is not one, or was made for another architecture or Triton version.
     """
-    again = f"run `python -m gistkern.kernels.autotune --out {path}` on this device, or unset {ENVIRONMENT}"
+    again = f"run `python -m gistkern.autotune --out {path}` on this device, or unset {ENVIRONMENT}"
     try:
         content = json.loads(path.read_text())
         found = content["format"], content["arch"], content["triton"]

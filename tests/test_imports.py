@@ -1,6 +1,7 @@
 """Who may import whom (DESIGN section 6), and what `import gistkern` costs. Fresh processes."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -69,22 +70,63 @@ def files(*patterns):
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-TRANSFORMERS_LIVES_IN = {"cache.py", "compressing.py", "cache_file.py", "doctor.py", "versions.py"}
+# DESIGN section 6: a folder imports only what stands before it; those in one line do not know each other
+ORDER = [
+    ("layout",),
+    ("rows", "files"),
+    ("kernels",),
+    ("backends",),
+    ("ops",),
+    ("distributed",),
+    ("cache",),
+    ("hf",),
+    ("corpus", "training", "serving"),
+    ("testing",),
+    ("autotune", "doctor"),
+]
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in files("gistkern/**/*.py")
+} | {f"gistkern.kernels.{path.stem}": path for path in files("kernels/*.py")}
+FACES = {name for name, path in MODULES.items() if path.name == "__init__.py" and name.count(".") < 2}
 
 
-LAYERED = ("gistkern/*.py", "gistkern/backends/*.py", "gistkern/distributed/*.py", "kernels/*.py")
+def room_of(name):
+    return name.split(".")[1] if "." in name else ""
 
 
-@pytest.mark.parametrize("path", files(*LAYERED), ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_layers(path):
-    imported = imports_of(path)
-    if path.name not in TRANSFORMERS_LIVES_IN | {"__init__.py"}:
-        assert not [name for name in imported if name.startswith(("transformers", "gistkern.hf"))]
-    if path.name not in {"testing.py"}:
-        assert not [name for name in imported if name.startswith("gistkern.backends.reference")]
-    if path.parent.name == "backends":
-        others = {f"gistkern.backends.{p.stem}" for p in path.parent.glob("*.py")} - {"gistkern.backends.sdpa_plan"}
-        assert not imported & others, "backends never import one another"
+def ours(path):
+    """The modules of the package that a file imports, at its top or later; public names by where they stand."""
+    exports = importlib.import_module("gistkern")._EXPORTS
+    found = {exports.get(name.removeprefix("gistkern."), name) for name in imports_of(path)}
+    return {name for name in found if name in MODULES and name != "gistkern"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"gistkern"}))
+def test_a_folder_imports_only_what_stands_before_it(name):
+    path, room = MODULES[name], room_of(name)
+    imported = ours(path)
+    wrong = {one for one in imported if room_of(one) != room and RANK[room_of(one)] >= RANK[room]}
+    assert not wrong, f"{name} ({room}) imports upwards"
+    if RANK[room] < RANK["cache"]:
+        assert not [one for one in imports_of(path) if one.split(".")[0] == "transformers"]
+    assert "gistkern.backends.reference" not in imported or room == "testing", "tests alone import the reference"
+
+
+def test_nothing_imports_in_a_circle():
+    arrows = {name: ours(path) - FACES for name, path in MODULES.items() if name not in FACES}
+    done = set()
+    while ready := {name for name, wanted in arrows.items() if name not in done and wanted - {name} <= done}:
+        done |= ready
+    assert not {name: arrows[name] - done for name in arrows.keys() - done}
+
+
+@pytest.mark.parametrize("path", files("gistkern/backends/*.py"), ids=lambda p: p.name)
+def test_no_backend_computes_by_another(path):
+    imported = {name for name in imports_of(path) if name.startswith("gistkern.backends.")}
+    others = {"cpu", "cuda", "triton", "sdpa", "reference"} - {path.stem}
+    assert not imported & {f"gistkern.backends.{name}" for name in others}
 
 
 def is_all(node):

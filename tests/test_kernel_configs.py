@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from gistkern import backends
-from gistkern.kernels import autotune, configs, device, schedule, tuned
+from gistkern import autotune, backends
+from gistkern.kernels import configs, device, schedule, tuned
 from gistkern.kernels.chips import CHIPS
 
 ARCHES = [chip.arch for chip in CHIPS]
@@ -127,7 +127,7 @@ def test_a_tuning_file_that_does_not_fit_is_an_error(tmp_path, damage, message):
 
 def test_a_torn_or_missing_tuning_file_is_an_error(tmp_path):
     path = tmp_path / "tuned.json"
-    with pytest.raises(ValueError, match=r"run `python -m gistkern\.kernels\.autotune"):
+    with pytest.raises(ValueError, match=r"run `python -m gistkern\.autotune"):
         tuned.read(path, "sm_80")
     tuned.write(path, "some card", "sm_80", rows())
     path.write_text(path.read_text()[:-20])

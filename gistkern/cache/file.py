@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from gistkern.cache.cache import GistCache, GistLayer
+from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState
 from gistkern.cache.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 from gistkern.files import field_of, parse_json, read_bytes, replacing
-from gistkern.hf.offload import input_device
 from gistkern.layout.positions import SCHEMES
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gistkern.hf.offload import on_device
+from gistkern.cache.offload import on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(arguments)
     # behind the parser, so that --help and a mistyped option are answered at once
-    from gistkern.corpus.compressing import compress_corpus
+    from gistkern.corpus.compress import compress_corpus
     from gistkern.corpus.lines import Lines
     from gistkern.corpus.plan import DocumentError
 

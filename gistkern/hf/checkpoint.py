@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from gistkern.cache.offload import on_device
 from gistkern.hf.embedding import rows_in_use
-from gistkern.hf.offload import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

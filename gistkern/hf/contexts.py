@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gistkern.cache.offload import input_device
 from gistkern.hf.embedding import vocabulary_size
-from gistkern.hf.offload import input_device
 from gistkern.layout.arguments import check_padding
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from gistkern.cache.cache import GistCache
+from gistkern.cache.offload import input_device
 from gistkern.cache.tokens_read import PADDING
 from gistkern.cache.versions import CACHE, named
 from gistkern.hf.handle import ATTRIBUTE
-from gistkern.hf.offload import input_device
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from gistkern.cache.fingerprint import adapters_in_use, fingerprint, weights_in_use
-from gistkern.hf.attention_function import NAME
+from gistkern.cache.offload import on_device
+from gistkern.hf.attention import NAME
 from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
-from gistkern.hf.offload import on_device
 from gistkern.hf.peft_state import LOADED_UNPATCHED, active_adapters, adapters_with_rows
 from gistkern.layout.positions import SCHEMES
 

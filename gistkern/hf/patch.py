@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from gistkern import backends
 from gistkern.hf import call, generation
-from gistkern.hf.adapters import adapter_for, inner_model
-from gistkern.hf.attention_function import NAME, register
+from gistkern.hf.attention import NAME, register
 from gistkern.hf.checkpoint import save_pretrained, saved_rows
 from gistkern.hf.context_parallel import group_of, row_cost
 from gistkern.hf.embedding import GistEmbedding, embedded_sample, fresh_rows, vocabulary_size
+from gistkern.hf.families import family_of, inner_model
 from gistkern.hf.handle import ATTRIBUTE, GistHandle, handle_of
 from gistkern.hf.peft_state import LOADED_UNPATCHED, adapters_with_rows, has_adapters
 from gistkern.hf.settings import GistSettings, agreed_settings, config_block, read_block
@@ -103,7 +103,7 @@ def patch_llama(
     if backend != "auto":
         backends.get(backend)
     _check_unwrapped(model)
-    adapter_for(model)
+    family_of(model)
     inner = inner_model(model)
     if hasattr(model, ATTRIBUTE) or hasattr(inner, "gist_embeddings"):
         raise ValueError("the model is patched already: use model.gistkern_handle, or unpatch it first")

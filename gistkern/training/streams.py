@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gistkern.compressing import check_segments, segments_of
+from gistkern.hf.compress import check_segments, segments_of
 from gistkern.layout import GistLayout
 
 if TYPE_CHECKING:

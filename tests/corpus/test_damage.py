@@ -15,7 +15,8 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from gistkern import GistStore, compress_corpus
-from gistkern.corpus import compressing, index
+from gistkern.corpus import compress as compressing
+from gistkern.corpus import index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.shard_file import FORMAT, _header_checksum
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gistkern import GistStore, compress, compress_corpus
-from gistkern.corpus import compressing
+from gistkern.corpus import compress as compressing
 
 SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}
 

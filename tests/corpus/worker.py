@@ -9,7 +9,7 @@ import time
 from corpus_cases import documents, patched
 
 from gistkern import compress_corpus
-from gistkern.corpus import compressing
+from gistkern.corpus import compress as compressing
 
 out, notes, rank, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 compress = compressing.compress

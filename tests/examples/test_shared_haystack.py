@@ -69,7 +69,7 @@ def test_refusals(members, sinks, message):
 
 @pytest.mark.parametrize("count", [20, 24, 25, 96, 97, 168, 169, 1000])
 def test_cut_is_how_compress_cuts(count):
-    from gistkern.compressing import segments_of
+    from gistkern.hf.compress import segments_of
 
     ids = torch.arange(count)
     expected = [piece.tolist() for piece in segments_of(ids, 96, 24)]

@@ -7,10 +7,10 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern import compressing
 from gistkern.backends import native
 from gistkern.cache import shared as shared_cache
 from gistkern.cache.shared import SharedGistCache
+from gistkern.hf import compress
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows
 
@@ -36,7 +36,7 @@ def patched(request):
 
 
 def left_padded(rows):
-    ids, real = compressing.left_padded(rows)
+    ids, real = compress.left_padded(rows)
     return ids, real.long()
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gistkern import __version__
 from gistkern.cache.file import finite
-from gistkern.compressing import check_segments, compress
+from gistkern.cache.offload import input_device
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
@@ -22,9 +22,9 @@ from gistkern.corpus.rows import CompressedDocument, from_cache
 from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
+from gistkern.hf.compress import check_segments, compress
 from gistkern.hf.contexts import left_padded
 from gistkern.hf.handle import handle_of
-from gistkern.hf.offload import input_device
 from gistkern.layout.arguments import check_count
 
 if TYPE_CHECKING:

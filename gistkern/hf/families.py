@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from gistkern.hf.rotation import check_rotation
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_for", "inner_model"]
+__all__ = ["FAMILIES", "Family", "family_of", "inner_model"]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Family:
     """How to find the parts of a model family.
 
     `decoder` names the attribute of the causal model that holds the inner model (embeddings and layers).
@@ -23,10 +23,10 @@ class Adapter:
     decoder: str = "model"
 
 
-ADAPTERS = {row.model_type: row for row in (Adapter("llama"), Adapter("mistral"), Adapter("qwen2"), Adapter("qwen3"))}
+FAMILIES = {row.model_type: row for row in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))}
 
 
-def adapter_for(model: PreTrainedModel) -> Adapter:
+def family_of(model: PreTrainedModel) -> Family:
     """The model's row.
 
     Raises
@@ -36,16 +36,16 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     ValueError
         If the model uses a feature that the gist mask does not cover.
     """
-    supported = ", ".join(ADAPTERS)
+    supported = ", ".join(FAMILIES)
     if not isinstance(model, PreTrainedModel):
         wrapped = any(hasattr(model, name) for name in ("module", "_orig_mod"))
         raise TypeError(
             f"expected a transformers model of type {supported}, got {type(model).__name__}"
             + (": patch the model itself, then wrap it (DDP, FSDP, torch.compile)" if wrapped else "")
         )
-    if model.config.model_type not in ADAPTERS:
+    if model.config.model_type not in FAMILIES:
         raise TypeError(f"models of type {model.config.model_type!r} are not supported: expected one of {supported}")
-    adapter = ADAPTERS[model.config.model_type]
+    adapter = FAMILIES[model.config.model_type]
     inner = getattr(model, adapter.decoder, model)
     if not hasattr(inner, "layers") or (inner is not model and not model.can_generate()):
         raise TypeError(
@@ -60,7 +60,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
 
 def inner_model(model: PreTrainedModel) -> Any:
     """The module that embeds tokens and runs the decoder layers."""
-    return getattr(model, ADAPTERS[model.config.model_type].decoder, model)
+    return getattr(model, FAMILIES[model.config.model_type].decoder, model)
 
 
 def _check_windows(config: Any, inner: Any) -> None:

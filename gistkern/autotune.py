@@ -1,6 +1,6 @@
 """Measure tile configs on the device at hand and write the fastest to a JSON file (kernels/tuned.py).
 
-python -m gistkern.kernels.autotune --out h100.json
+python -m gistkern.autotune --out h100.json
 GISTKERN_CONFIGS=h100.json python train.py
 
 Every candidate is compiled first, in as many processes as there are processors; Triton's cache on disk hands the result
@@ -162,7 +162,7 @@ def _measure(kernel: str, width: int, dtype: torch.dtype) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune the current CUDA device."""
-    parser = argparse.ArgumentParser(prog="python -m gistkern.kernels.autotune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gistkern.autotune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--width", type=int, nargs="+", choices=WIDTHS, default=WIDTHS[:2], help="head dimensions")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
