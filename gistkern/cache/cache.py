@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
+    from gistkern.cache.reader import Reader
     from gistkern.cache.shared import SharedGistCache
-    from gistkern.hf.handle import GistHandle
 
 __all__ = ["GistCache", "GistLayer"]
 
@@ -104,8 +104,8 @@ class GistCache(Cache):
         self.read = TokensRead()
         self.contexts: set[ContextRead] = set()
         self._fingerprint: str | None = None
-        self._writer: tuple[weakref.ref[GistHandle], tuple[int, Hashable]] | None = None
-        self._readers: weakref.WeakKeyDictionary[GistHandle, tuple[int, Hashable]] = weakref.WeakKeyDictionary()
+        self._writer: tuple[weakref.ref[Reader], tuple[int, Hashable]] | None = None
+        self._readers: weakref.WeakKeyDictionary[Reader, tuple[int, Hashable]] = weakref.WeakKeyDictionary()
         self._plan: CallPlan | None = None
         self._ids: torch.Tensor | None = None
         self._touched = False
@@ -190,17 +190,17 @@ class GistCache(Cache):
         """Whether a model wrote it (a cache that was filled by hand is nobody's)."""
         return self._writer is not None or self._fingerprint is not None
 
-    def written_by(self, handle: GistHandle) -> None:
+    def written_by(self, handle: Reader) -> None:
         """A patched model begins to write. Its fingerprint costs a look at all weights, so it waits until needed."""
         self.accept(handle)
         self._writer = weakref.ref(handle), self._readers[handle]
         self._fingerprint = None
 
-    def accept(self, handle: GistHandle) -> None:
+    def accept(self, handle: Reader) -> None:
         """Remember that a model, with the weights and adapters it now uses, may read the cache."""
         self._readers[handle] = handle.weights_in_use()
 
-    def knows(self, handle: GistHandle) -> bool:
+    def knows(self, handle: Reader) -> bool:
         """Whether `accept` was called for the model with the adapters it now uses.
 
         And with its weights, if nothing has been asked yet: they take longer to go through than a decode step may.

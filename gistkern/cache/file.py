@@ -20,6 +20,7 @@ from safetensors import torch as safetensors
 from gistkern.cache.cache import GistCache, GistLayer
 from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState
+from gistkern.cache.reader import patched
 from gistkern.cache.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
 from gistkern.files import field_of, parse_json, read_bytes, replacing
 from gistkern.layout.positions import SCHEMES
@@ -93,12 +94,7 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.device | str) -> GistCache:
     """See `GistCache.load`."""
-    if model is None:
-        device = check_device(device)
-    else:
-        from gistkern.hf.handle import handle_of
-
-        device = input_device(handle_of(model).inner)
+    device = check_device(device) if model is None else input_device(patched(model).inner)
     header, tensors = _read(path)
     _check(header, tensors, f"{path} was not written by GistCache.save")
     cache = GistCache()

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from gistkern.cache.offload import on_device
+from gistkern.cache.reader import Reader, patched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gistkern.cache.cache import GistCache
-    from gistkern.hf.handle import GistHandle
 
 __all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "weights_in_use"]
 
@@ -100,7 +100,7 @@ def _idle_adapters(inner: nn.Module) -> set[str]:
     return loaded - active
 
 
-def check_scheme(cache: GistCache, handle: GistHandle) -> None:
+def check_scheme(cache: GistCache, handle: Reader) -> None:
     """Raise ValueError if the cache was written under another position scheme than the handle's."""
     if cache.positions not in (None, handle.positions):
         raise ValueError(
@@ -111,9 +111,7 @@ def check_scheme(cache: GistCache, handle: GistHandle) -> None:
 
 def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
     """Raise ValueError unless `model` (patched) wrote `cache`."""
-    from gistkern.hf.handle import handle_of
-
-    handle = handle_of(model)
+    handle = patched(model)
     check_scheme(cache, handle)
     _check_shape(cache, handle)
     dtype = cache.layers[0].dtype if cache.layers else None
@@ -135,7 +133,7 @@ def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
     _verified[handle.inner] = in_use, written
 
 
-def _check_shape(cache: GistCache, handle: GistHandle) -> None:
+def _check_shape(cache: GistCache, handle: Reader) -> None:
     config = handle.inner.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gistkern.cache.cache import GistCache
-from gistkern.hf.rotation import check_rotation
+from gistkern.cache.rotation import check_rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gistkern.hf.rotation import check_rotation
+from gistkern.cache.rotation import check_rotation
 
 __all__ = ["FAMILIES", "Family", "family_of", "inner_model"]
 

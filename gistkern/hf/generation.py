@@ -12,9 +12,9 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.offload import input_device
+from gistkern.cache.reader import ATTRIBUTE
 from gistkern.cache.tokens_read import PADDING
 from gistkern.cache.versions import CACHE, named
-from gistkern.hf.handle import ATTRIBUTE
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle

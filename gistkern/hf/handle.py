@@ -13,18 +13,16 @@ from torch import nn
 
 from gistkern.cache.fingerprint import adapters_in_use, fingerprint, weights_in_use
 from gistkern.cache.offload import on_device
+from gistkern.cache.reader import ATTRIBUTE, adapters_with_rows, patched
 from gistkern.hf.attention import NAME
 from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
-from gistkern.hf.peft_state import LOADED_UNPATCHED, active_adapters, adapters_with_rows
+from gistkern.hf.peft_state import active_adapters
 from gistkern.layout.positions import SCHEMES
 
 if TYPE_CHECKING:
     from gistkern.hf.settings import GistSettings
 
-__all__ = ["ATTRIBUTE", "GistHandle", "handle_of"]
-
-ATTRIBUTE = "gistkern_handle"
-_WRAPPERS = ("get_base_model", "_orig_mod", "module")  # peft's, torch.compile's, DDP's and FSDP's
+__all__ = ["GistHandle", "handle_of"]
 
 
 def handle_of(model: Any) -> GistHandle:
@@ -35,22 +33,7 @@ def handle_of(model: Any) -> GistHandle:
     ValueError
         If the model is not patched, or wrapped so that gist tokens would not reach the patch.
     """
-    base = model
-    while (step := next((name for name in _WRAPPERS if hasattr(base, name)), None)) is not None:
-        if vars(base).get("_peft_config"):  # of prompt learning only
-            raise ValueError(
-                f"{type(base.active_peft_config).__name__} and gist tokens do not go together: peft embeds the ids "
-                "itself and knows no gist tokens. Train the gist rows alone, or with LoRA"
-            )
-        base = base.get_base_model() if step == "get_base_model" else getattr(base, step)
-    handle = getattr(base, ATTRIBUTE, None)
-    if handle is not None:
-        return handle
-    if adapters_with_rows(base):
-        raise ValueError(LOADED_UNPATCHED)
-    if hasattr(getattr(base, "model", None), ATTRIBUTE):
-        raise ValueError("only the model's inner model is patched: pass that one, or patch the whole model instead")
-    raise ValueError("the model knows no gist tokens: call gistkern.patch_llama(model) first")
+    return patched(model)  # type: ignore[return-value]
 
 
 _NOWHERE = "the model's weights are on the meta device, where nothing can be computed: load them before patching"

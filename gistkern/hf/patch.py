@@ -11,14 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from gistkern import backends
+from gistkern.cache.reader import ATTRIBUTE, LOADED_UNPATCHED, adapters_with_rows
 from gistkern.hf import call, generation
 from gistkern.hf.attention import NAME, register
 from gistkern.hf.checkpoint import save_pretrained, saved_rows
 from gistkern.hf.context_parallel import group_of, row_cost
 from gistkern.hf.embedding import GistEmbedding, embedded_sample, fresh_rows, vocabulary_size
 from gistkern.hf.families import family_of, inner_model
-from gistkern.hf.handle import ATTRIBUTE, GistHandle, handle_of
-from gistkern.hf.peft_state import LOADED_UNPATCHED, adapters_with_rows, has_adapters
+from gistkern.hf.handle import GistHandle, handle_of
+from gistkern.hf.peft_state import has_adapters
 from gistkern.hf.settings import GistSettings, agreed_settings, config_block, read_block
 from gistkern.hf.texts import agreed_prefix, check_prefix
 from gistkern.hf.tokens import add_gist_tokens, check_tokenizer

@@ -6,14 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["LOADED_UNPATCHED", "active_adapters", "adapters_with_rows", "has_adapters"]
-
-LOADED_UNPATCHED = (
-    "the adapter holds gist rows, but was loaded on a model that was not patched, which drops them "
-    "(AutoPeftModelForCausalLM does so): patch the model before wrapping it with peft or loading an adapter, "
-    "patch_llama(base, ...) with the settings of the training (gistkern.json beside the adapter), then "
-    "PeftModel.from_pretrained(base, folder)"
-)
+__all__ = ["active_adapters", "has_adapters"]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -29,14 +22,3 @@ def active_adapters(model: nn.Module) -> list[str]:
             active = [] if layer.disable_adapters else layer.active_adapter
             return [active] if isinstance(active, str) else list(active)
     return []
-
-
-def adapters_with_rows(model: Any) -> list[str]:
-    """Names of the loaded adapters whose configs save gist rows (``modules_to_save``, by whatever path)."""
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    named = {name: getattr(config, "modules_to_save", None) or () for name, config in configs.items()}
-    return [
-        name
-        for name, modules in named.items()
-        if any(one.split(".")[-1] == "gist_embeddings" for one in ([modules] if isinstance(modules, str) else modules))
-    ]

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import gistkern
-from gistkern.hf.rotation import check_rotation
+from gistkern.cache.rotation import check_rotation
 
 
 @pytest.mark.parametrize(
