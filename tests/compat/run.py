@@ -27,7 +27,7 @@ TRAINER = (
     *("evaluation_measures_the_answers", "an_adapters_checkpoint_holds_what_was_trained_and_comes_back"),
 )
 CORE = [
-    *("tests/test_layout.py", "tests/test_attention.py"),
+    *("tests/layout/test_layout.py", "tests/ops/test_attention.py"),
     *(f"tests/hf/test_{name}.py" for name in HF),
     *(f"tests/training/test_trainer.py::test_{name}" for name in TRAINER),
     # minutes of the fp64 oracle, and a random search that without the extension meets rows where the plain computation

@@ -1,6 +1,6 @@
 """The native CPU kernels for every instruction set, and under the address sanitizer.
 
-The suites themselves are tests/test_attention.py and tests/test_pool.py, here in a process per instruction set. A test
+The suites themselves are tests/ops/test_attention.py and tests/ops/test_decode.py, here in a process per instruction set. A test
 build compiles the 16-lane source for AVX2, so that a processor without AVX-512 runs it too.
 """
 
@@ -59,7 +59,7 @@ def test_the_other_instruction_sets_agree_with_the_oracle(name, library):
     check = f"from gistkern.backends import native; assert native.instruction_set() == {name!r}"
     chosen = run(["-c", check], library(None), GISTKERN_CPU_ISA=name)
     assert chosen.returncode == 0, chosen.stderr
-    suite = ["-m", "pytest", "tests/test_attention.py", "tests/test_pool.py", "-k", f"({CORE}) and not sdpa"]
+    suite = ["-m", "pytest", "tests/ops/test_attention.py", "tests/ops/test_decode.py", "-k", f"({CORE}) and not sdpa"]
     done = run([*suite, "-p", "no:xdist", "-p", "no:cacheprovider"], library(None), GISTKERN_CPU_ISA=name)
     assert done.returncode == 0, done.stdout[-3000:]
 
