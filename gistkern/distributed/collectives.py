@@ -1,4 +1,4 @@
-"""The two exchanges of gist context parallelism, differentiable: compact rows from all ranks, a halo from one.
+"""What ranks exchange under gist context parallelism: compact rows from all, a halo from one, the loss, and a check.
 
 Every rank calls them in the same order, forward and backward, as with any collective.
 """
@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from gistkern.distributed.shards import ContextShard
 from gistkern.distributed.traffic import record
+from gistkern.layout import GistLayout
 from gistkern.rows import gather_rows
 
-__all__ = ["Group", "gather_compact", "gather_ranks", "with_halo"]
+__all__ = ["Group", "check_same", "gather_compact", "gather_ranks", "whole_loss", "with_halo"]
 
 Group: TypeAlias = dist.ProcessGroup
 
@@ -100,3 +101,67 @@ def _swap(send: torch.Tensor, to: int, receive: torch.Tensor, source: int, group
         steps.append(dist.P2POp(dist.irecv, receive, dist.get_global_rank(group, source), group))
     for work in dist.batch_isend_irecv(steps) if steps else ():
         work.wait()
+
+
+def whole_loss(loss: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of all ranks' losses; its gradient is that of this rank's, times the size of the group."""
+    return _WholeLoss.apply(loss, group)
+
+
+class _WholeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, group):
+        ctx.ranks = dist.get_world_size(group)
+        whole = loss.clone()
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.ranks, None
+
+
+def check_same(
+    layout: GistLayout,
+    group: Group,
+    *,
+    ids: torch.Tensor | None,
+    embeds: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    kept: torch.Tensor | None,
+) -> None:
+    """Raise ValueError, on every rank, unless all were called with the same context and labels.
+
+    One small exchange per call, so that ranks that were fed differently neither train on a mixture nor wait for
+    each other in a collective that one of them never reaches.
+    """
+    given = {
+        "input_ids": ids,
+        "inputs_embeds": embeds,
+        "labels": labels,
+        "logits_to_keep": kept,
+        "gist_layout": torch.cat([layout.gist_begin, layout.gist_end, layout.local_begin], 1),
+        "positions": torch.cat([layout.stream_position, layout.gist_first_position], 1),
+    }
+    device = layout.device
+    sums = torch.stack([_sum(tensor, device) for tensor in given.values()])  # [tensors]
+    everyone = sums.new_empty(dist.get_world_size(group) * len(sums))
+    dist.all_gather_single(everyone, sums, group=group)
+    same = (everyone.unflatten(0, (-1, len(sums))) == sums).all(0).tolist()
+    if not all(same):
+        different = ", ".join(name for name, equal in zip(given, same, strict=True) if not equal)
+        raise ValueError(
+            f"the ranks of a context_parallel group were called with different {different}: each needs the whole of "
+            "the same context (a sampler that gives every rank its own data must divide by the group's size)"
+        )
+
+
+def _sum(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """A number that other contents, shapes or places would change; -1 for none."""
+    if tensor is None:
+        return torch.tensor(-1, device=device)
+    flat = tensor.detach().to(device).flatten()
+    if flat.is_floating_point():
+        flat = flat.double().view(torch.int64)
+    weight = torch.arange(1, flat.numel() + 1, device=device)
+    return (flat.long() * weight).sum() + len(tensor)

@@ -14,16 +14,15 @@ from gistkern.cache.cache import GistCache
 from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.cache.shared import SharedGistCache
 from gistkern.cache.versions import CACHE, named
+from gistkern.distributed.collectives import check_same, whole_loss
 from gistkern.hf.caching import Carried, cache_of, check_history
 from gistkern.hf.context_parallel import (
     Parallel,
-    check_same,
     kept_columns,
     own_columns,
     shard_of,
     split_labels,
     whole_logits,
-    whole_loss,
 )
 from gistkern.hf.documents import broadcast_positions, check_positions, packed_documents
 from gistkern.hf.labels import ignore_gists

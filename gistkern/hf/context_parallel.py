@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Parallel",
-    "check_same",
     "group_of",
     "kept_columns",
     "own_columns",
@@ -31,7 +30,6 @@ __all__ = [
     "shard_of",
     "split_labels",
     "whole_logits",
-    "whole_loss",
 ]
 
 
@@ -115,52 +113,6 @@ def _exchanged(parallel: Parallel) -> tuple[list[torch.Tensor], torch.Tensor]:
     return exchange(parallel.kept[None], parallel.shard.cuts)
 
 
-def check_same(
-    layout: GistLayout,
-    group: Group,
-    *,
-    ids: torch.Tensor | None,
-    embeds: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    kept: torch.Tensor | None,
-) -> None:
-    """Raise ValueError, on every rank, unless all were called with the same context and labels.
-
-    One small exchange per call, so that ranks that were fed differently neither train on a mixture nor wait for
-    each other in a collective that one of them never reaches.
-    """
-    given = {
-        "input_ids": ids,
-        "inputs_embeds": embeds,
-        "labels": labels,
-        "logits_to_keep": kept,
-        "gist_layout": torch.cat([layout.gist_begin, layout.gist_end, layout.local_begin], 1),
-        "positions": torch.cat([layout.stream_position, layout.gist_first_position], 1),
-    }
-    device = layout.device
-    sums = torch.stack([_sum(tensor, device) for tensor in given.values()])  # [tensors]
-    everyone = sums.new_empty(dist.get_world_size(group) * len(sums))
-    dist.all_gather_single(everyone, sums, group=group)
-    same = (everyone.unflatten(0, (-1, len(sums))) == sums).all(0).tolist()
-    if not all(same):
-        different = ", ".join(name for name, equal in zip(given, same, strict=True) if not equal)
-        raise ValueError(
-            f"the ranks of a context_parallel group were called with different {different}: each needs the whole of "
-            "the same context (a sampler that gives every rank its own data must divide by the group's size)"
-        )
-
-
-def _sum(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """A number that other contents, shapes or places would change; -1 for none."""
-    if tensor is None:
-        return torch.tensor(-1, device=device)
-    flat = tensor.detach().to(device).flatten()
-    if flat.is_floating_point():
-        flat = flat.double().view(torch.int64)
-    weight = torch.arange(1, flat.numel() + 1, device=device)
-    return (flat.long() * weight).sum() + len(tensor)
-
-
 def split_labels(arguments: dict[str, Any], shard: ContextShard) -> None:
     """Labels of the shard's rows, shifted before they are cut, and how many the whole context has."""
     labels = arguments.get("labels")
@@ -173,21 +125,3 @@ def split_labels(arguments: dict[str, Any], shard: ContextShard) -> None:
         arguments["num_items_in_batch"] = shifted.ne(-100).sum().clamp(min=1)
     arguments["shift_labels"] = shard.take(shifted).contiguous()
     arguments["labels"] = shard.take(labels)
-
-
-def whole_loss(loss: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of all ranks' losses; its gradient is that of this rank's, times the size of the group."""
-    return _WholeLoss.apply(loss, group)
-
-
-class _WholeLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, group):
-        ctx.ranks = dist.get_world_size(group)
-        whole = loss.clone()
-        dist.all_reduce(whole, group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.ranks, None

@@ -1,7 +1,7 @@
 """The native CPU kernels for every instruction set, and under the address sanitizer.
 
-The suites themselves are tests/ops/test_attention.py and tests/ops/test_decode.py, here in a process per instruction set. A test
-build compiles the 16-lane source for AVX2, so that a processor without AVX-512 runs it too.
+The suites themselves are tests/ops/test_attention.py and test_decode.py, here in a process per instruction set. A
+test build compiles the 16-lane source for AVX2, so that a processor without AVX-512 runs it too.
 """
 
 import os
