@@ -12,7 +12,7 @@ _EXPORTS = {
     "GistLayout": "gistkern.layout",
     "gist_attention": "gistkern.ops.attention",
     "patch_llama": "gistkern.hf.patch",
-    "GistHandle": "gistkern.hf.patch",
+    "GistHandle": "gistkern.hf.handle",
     "compress": "gistkern.hf.compress",
     "GistCache": "gistkern.cache.cache",
     "compress_corpus": "gistkern.corpus.compress",
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from gistkern.corpus.compress import compress_corpus
     from gistkern.corpus.store import GistStore
     from gistkern.hf.compress import compress
-    from gistkern.hf.patch import GistHandle, patch_llama
+    from gistkern.hf.handle import GistHandle
+    from gistkern.hf.patch import patch_llama
     from gistkern.layout import GistLayout
     from gistkern.ops.attention import gist_attention
     from gistkern.ops.decode import gist_compact, gist_decode

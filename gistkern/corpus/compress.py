@@ -89,7 +89,7 @@ def compress_corpus(
         If another process works on the same chunk.
     """
     from gistkern.cache.fingerprint import fingerprint
-    from gistkern.hf.patch import handle_of
+    from gistkern.hf.handle import handle_of
     from gistkern.hf.texts import check_prefix, context_ids, context_prefix
 
     handle = handle_of(model)

@@ -30,7 +30,7 @@ from gistkern.layout import GistLayout
 from gistkern.layout.arguments import check_padding
 
 if TYPE_CHECKING:
-    from gistkern.hf.patch import GistHandle
+    from gistkern.hf.handle import GistHandle
 
 __all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_model"]
 

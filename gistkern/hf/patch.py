@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GistHandle", "handle_of", "patch_llama"]
+__all__ = ["patch_llama"]
 
 
 def patch_llama(

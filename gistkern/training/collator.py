@@ -13,7 +13,7 @@ from gistkern.training.streams import Streams, left_padded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from gistkern.hf.patch import GistHandle
+    from gistkern.hf.handle import GistHandle
 
 __all__ = ["GistDataCollator"]
 

@@ -11,7 +11,7 @@ import torch
 from gistkern.training.streams import IGNORED
 
 if TYPE_CHECKING:
-    from gistkern.hf.patch import GistHandle
+    from gistkern.hf.handle import GistHandle
 
 __all__ = ["ignore_gist_labels"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gistkern.hf.patch import handle_of
+from gistkern.hf.handle import handle_of
 from gistkern.layout import GistLayout
 from gistkern.training.streams import Streams
 from gistkern.training.tail import Tail, bare, tail_of, tail_of_batch

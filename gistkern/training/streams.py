@@ -12,7 +12,7 @@ from gistkern.hf.compress import check_segments, segments_of
 from gistkern.layout import GistLayout
 
 if TYPE_CHECKING:
-    from gistkern.hf.patch import GistHandle
+    from gistkern.hf.handle import GistHandle
 
 __all__ = ["Streams", "left_padded"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gistkern.hf.patch import handle_of
+from gistkern.hf.handle import handle_of
 from gistkern.layout import GistLayout
 from gistkern.training.streams import IGNORED
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer
 
-from gistkern.hf.patch import handle_of
+from gistkern.hf.handle import handle_of
 from gistkern.training.callback import GistCallback
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.curriculum import Curriculum

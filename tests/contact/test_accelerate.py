@@ -95,7 +95,7 @@ def test_weights_that_are_nowhere_are_refused():
 def test_a_prepared_model_keeps_its_handle():
     from accelerate import Accelerator
 
-    from gistkern.hf.patch import handle_of
+    from gistkern.hf.handle import handle_of
 
     model, handle, ids = patched(trained=False)
     model.requires_grad_(False)

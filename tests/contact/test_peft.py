@@ -19,7 +19,7 @@ from training_oracle import make_tokenizer
 from transformers import LlamaForCausalLM
 
 import gistkern
-from gistkern.hf.patch import handle_of
+from gistkern.hf.handle import handle_of
 
 
 @torch.no_grad()
