@@ -18,7 +18,7 @@ from gistkern.hf.checkpoint import save_pretrained, saved_rows
 from gistkern.hf.context_parallel import group_of, row_cost
 from gistkern.hf.embedding import GistEmbedding, embedded_sample, fresh_rows, vocabulary_size
 from gistkern.hf.families import family_of, inner_model
-from gistkern.hf.handle import GistHandle, handle_of
+from gistkern.hf.handle import GistHandle
 from gistkern.hf.peft_state import has_adapters
 from gistkern.hf.settings import GistSettings, agreed_settings, config_block, read_block
 from gistkern.hf.texts import agreed_prefix, check_prefix
