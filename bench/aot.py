@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import platform
@@ -32,6 +31,7 @@ from bench.aot_cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems,
 from bench.aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
 from bench.aot_page import page
 from bench.machine_code import CLASSES, describe
+from bench.rows import write_report
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
 
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     if out := args.out or (EVIDENCE if everything else None):
         out.mkdir(parents=True, exist_ok=True)
         report = _report(rows)
-        (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_report(out / "kernels.json", report)
         (out / "kernels.md").write_text(page(report))
         print(f"{len(rows)} rows written to {out}/kernels.json and kernels.md")
     for failure in failures:

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.markdown import table
 from bench.memory import ENVIRONMENT, resident, start_peak
 from bench.models import MODELS
+from bench.rows import write_report
 from bench.shapes import SEGMENTS
 from gistkern import GistLayout, patch_llama
 from gistkern.distributed import count_traffic, ring_bytes, split_layout
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         _worker(given.worker)
         return
     report = measured()
-    (EVIDENCE / "context-parallel.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(EVIDENCE / "context-parallel.json", report)
     (EVIDENCE / "context-parallel.md").write_text(page(report))
 
 

@@ -25,6 +25,7 @@ import torch
 from bench.grid import GRIDS
 from bench.page import page
 from bench.plots import draw
+from bench.rows import write_report
 from bench.sections import SECTIONS
 from gistkern.backends import native
 
@@ -86,7 +87,7 @@ def _target(device: str) -> Path:
 
 def write(report: dict[str, Any], path: Path) -> None:
     """The report, its page and its plots, beside each other."""
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(path, report)
     pictures = draw(report, path.parent / "pictures", path.stem)
     path.with_suffix(".md").write_text(page(report, pictures), encoding="utf-8")
 

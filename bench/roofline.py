@@ -8,13 +8,13 @@ The attention op is counted here, the model around it (weights, caches, decoding
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench import serving
 from bench.gpus import GPUS, Gpu
+from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from bench.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
 from gistkern import GistLayout
@@ -152,7 +152,7 @@ def main() -> None:
     found = report()
     for folder in ("evidence", "pictures"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    (out / "evidence/roofline.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_report(out / "evidence/roofline.json", found)
     (out / "roofline.md").write_text(page(found))
     draw(found, out / "pictures/roofline.png")
 

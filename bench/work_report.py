@@ -6,10 +6,10 @@ make work
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from bench.rows import write_report
 from bench.shapes import layout_of
 from bench.work import PRODUCTS, Shape, Work, backward_work, balance, forward_work, uncompacted_tiles, visible_pairs
 from gistkern.kernels.chips import chip_named
@@ -165,7 +165,7 @@ def main() -> None:
     rows = [count(name, rows, arch, shape) for arch in ARCHES for name in COUNTED for rows in ROWS]
     (out / "evidence").mkdir(parents=True, exist_ok=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
-    (out / "evidence/work.json").write_text(json.dumps({"command": "make work", "rows": rows}, indent=1) + "\n")
+    write_report(out / "evidence/work.json", {"command": "make work", "rows": rows})
     (out / "evidence/work.md").write_text(markdown(rows, shape))
     draw(rows, out / "pictures/work.png")
 
