@@ -14,9 +14,9 @@ from torch import nn
 from gistkern import GistHandle, GistLayout
 from gistkern.training import Stage
 from passkey.niah import KEY_DIGITS, Haystack
+from passkey.shared_haystack import needle_segments, plain_segments
 from presets import Preset
 from ranks import WHOLE, Share
-from shared_haystack import needle_segments, plain_segments, shared_layout
 
 __all__ = ["Batch", "Haystacks", "answer_logits", "haystacks", "make_batch"]
 
@@ -135,7 +135,7 @@ def _shared(haystack: Haystack, handle: GistHandle, stage: Stage, segments: int,
         pieces += own
         answers.append(haystack.encode(key))
         tails += handle.gist_token_ids + question + answers[-1]
-    layout = shared_layout(
+    layout = GistLayout.shared_segments(
         [len(piece) for piece in pieces],
         members,
         len(handle.segment_gist_token_ids),

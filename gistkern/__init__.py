@@ -20,7 +20,9 @@ _EXPORTS = {
     "KeyValueRows": "gistkern.rows",
     "gist_compact": "gistkern.ops.decode",
     "gist_decode": "gistkern.ops.decode",
+    "left_padded": "gistkern.layout.streams",
     "plain_prefix": "gistkern.cache.prefix",
+    "segments_of": "gistkern.layout.streams",
 }
 
 __all__ = [
@@ -35,8 +37,10 @@ __all__ = [
     "gist_attention",
     "gist_compact",
     "gist_decode",
+    "left_padded",
     "patch_llama",
     "plain_prefix",
+    "segments_of",
 ]
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
     from gistkern.hf.patch import patch_llama
     from gistkern.layout import GistLayout
+    from gistkern.layout.streams import left_padded, segments_of
     from gistkern.ops.attention import gist_attention
     from gistkern.ops.decode import gist_compact, gist_decode
     from gistkern.rows import KeyValueRows

@@ -30,7 +30,7 @@ def token_batches(draw, max_rows=60):
 @st.composite
 def documents(draw):
     """A layout of one document without past rows, of any scheme."""
-    scheme = draw(st.sampled_from(["segments", "sliding", "hierarchical"]))
+    scheme = draw(st.sampled_from(["segments", "sliding", "hierarchical", "shared"]))
     sinks = draw(st.integers(0, 3))
     if scheme == "sliding":
         return GistLayout.sliding(
@@ -46,10 +46,16 @@ def documents(draw):
     tail = draw(st.integers(0, 9))
     if scheme == "segments":
         return GistLayout.from_segments(lengths, draw(st.integers(1, 5)), tail=tail, sink_tokens=sinks)
+    gists = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    if scheme == "shared":
+        places = range(len(lengths))
+        contexts = st.lists(st.sampled_from(places), min_size=1, max_size=len(places), unique=True)
+        members = draw(st.lists(contexts, min_size=1, max_size=3))
+        sinks = min(sinks, *(lengths[segments[0]] for segments in members))
+        return GistLayout.shared_segments(lengths, members, *gists, tail=tail, sink_tokens=sinks)
     return GistLayout.hierarchical(
         lengths,
-        draw(st.integers(1, 4)),
-        draw(st.integers(1, 4)),
+        *gists,
         tail=tail,
         see_earlier_gists=draw(st.booleans()),
         sink_tokens=sinks,

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from gistkern import GistCache, compress
+from gistkern import GistCache, compress, left_padded
 from passkey.niah import Sample
 
 __all__ = ["FullReader", "GistReader", "Reader"]
@@ -67,12 +67,12 @@ class GistReader:
 
     def compress(self, samples: Sequence[Sample]) -> GistCache:
         """The gist rows of the samples' contexts."""
-        ids, mask = _left_padded(self.model, self.tokenizer, [sample.context for sample in samples], self.start)
+        ids, mask = _padded(self.model, self.tokenizer, [sample.context for sample in samples], self.start)
         return compress(self.model, ids, mask, **self.compression)
 
     def ask(self, cache: GistCache, samples: Sequence[Sample]) -> list[str]:
         """What is said to the questions of the samples; the cache is used up."""
-        ids, mask = _left_padded(self.model, self.tokenizer, [sample.question for sample in samples])
+        ids, mask = _padded(self.model, self.tokenizer, [sample.question for sample in samples])
         return _generate(self, samples, ids, mask, past_key_values=cache)
 
 
@@ -91,7 +91,7 @@ class FullReader:
     def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int, int]]:
         """Context and question in one prompt."""
         texts = [sample.context + sample.question for sample in samples]
-        ids, mask = _left_padded(self.model, self.tokenizer, texts, self.start)
+        ids, mask = _padded(self.model, self.tokenizer, texts, self.start)
         said = _generate(self, samples, ids, mask)
         config = self.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -109,17 +109,13 @@ def _generate(
     return [tokenizer.decode(row) for row in out[:, ids.shape[1] :].tolist()]
 
 
-def _left_padded(
+def _padded(
     model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str], start: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (`start` and the text's) and attention mask on the model's device, padded on the left with 0."""
-    encoded = [
-        torch.tensor([*start, *one.ids]) for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    ]
-    ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_side="left")
-    lengths = torch.tensor([len(row) for row in encoded])
-    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
-    return ids.to(model.device), mask.to(model.device)
+    """Token ids (`start` and the text's) and attention mask on the model's device."""
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    ids, mask = left_padded([torch.tensor([*start, *one.ids], device=model.device) for one in encoded])
+    return ids, mask.long()
 
 
 def _digest(

@@ -22,10 +22,10 @@ from gistkern.corpus.rows import CompressedDocument, from_cache
 from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
-from gistkern.hf.compress import check_segments, compress
-from gistkern.hf.contexts import left_padded
+from gistkern.hf.compress import compress
 from gistkern.hf.handle import handle_of
 from gistkern.layout.arguments import check_count
+from gistkern.layout.streams import check_segmentation, left_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def compress_corpus(
     from gistkern.hf.texts import check_prefix, context_ids, context_prefix
 
     handle = handle_of(model)
-    check_segments(segment_length, segment_overlap)
+    check_segmentation(segment_length, segment_overlap)
     check_count("batch_tokens", batch_tokens, least=1)
     check_count("chunk_documents", chunk_documents, least=1)
     check_count("chunk_length", chunk_length, least=1)

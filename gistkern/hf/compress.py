@@ -12,18 +12,18 @@ from gistkern.cache.cache import GistCache
 from gistkern.cache.plan import CacheState, plan_call
 from gistkern.cache.tokens_read import ContextRead, TokensRead
 from gistkern.cache.versions import CACHE
-from gistkern.hf.contexts import evaluating, left_padded, read_context
+from gistkern.hf.contexts import evaluating, read_context
 from gistkern.hf.handle import GistHandle, handle_of
 from gistkern.layout import GistLayout, positions
-from gistkern.layout.arguments import check_count
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import from_roles
+from gistkern.layout.streams import check_segmentation, left_padded, segments_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["check_segments", "compress"]
+__all__ = ["compress"]
 
 # raw tokens per model call of a compression in segments: enough to fill the machine, small beside a context
 CALL_TOKENS = 4096
@@ -78,7 +78,7 @@ def compress(
     that were never trained are warned of, once.
     """
     handle = handle_of(model)
-    check_segments(segment_length, segment_overlap)
+    check_segmentation(segment_length, segment_overlap)
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     ids, valid = read_context(handle, input_ids, attention_mask)
@@ -96,21 +96,6 @@ def compress(
     cache.contexts = {ContextRead.of(sample.cpu()) for sample in real}
     cache.fingerprint = handle.fingerprint()
     return cache
-
-
-def check_segments(length: int | None, overlap: int) -> None:
-    """Raise ValueError unless contexts can be cut into segments of `length` (None: one segment) that overlap so."""
-    if length is not None:
-        check_count("segment_length", length, least=1)
-    check_count("segment_overlap", overlap)
-    if overlap and overlap >= (length or 0):
-        raise ValueError(f"segment_overlap must be less than segment_length, got {overlap} and {length}")
-
-
-def segments_of(ids: torch.Tensor, length: int, overlap: int) -> list[torch.Tensor]:
-    """A context in segments of `length` tokens (the last may be shorter), each but the first with its overlap."""
-    last = max(1, len(ids) - overlap)
-    return [ids[begin : begin + length] for begin in range(0, last, length - overlap)]
 
 
 def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]], length: int) -> None:

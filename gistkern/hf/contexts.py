@@ -15,11 +15,12 @@ from torch import nn
 from gistkern.cache.offload import input_device
 from gistkern.hf.embedding import vocabulary_size
 from gistkern.layout.arguments import check_padding
+from gistkern.layout.streams import left_padded
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
 
-__all__ = ["evaluating", "left_padded", "read_context"]
+__all__ = ["evaluating", "read_context"]
 
 
 def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,13 +117,6 @@ def _rows(given: Any, wanted: str, device: torch.device) -> list[torch.Tensor]:
         return [torch.as_tensor(row, device=device) for row in ([given] if one and len(given) else given)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{wanted}: {error}") from error
-
-
-def left_padded(pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids ``[B, N]`` (0 as padding) and the mask of the real ones."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_side="left")
-    count = torch.tensor([len(piece) for piece in pieces], device=ids.device)
-    return ids, torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - count[:, None]
 
 
 _lock = threading.Lock()

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec
 
 import torch
 
-from gistkern.layout import compose, schemes
+from gistkern.layout import compose, schemes, sharing
 from gistkern.layout.checks import check_now, check_shapes, trusted
 from gistkern.layout.fields import LayoutFields
 from gistkern.layout.positions import check_scheme
@@ -53,8 +53,8 @@ def _constructor(scheme: Callable[Arguments, LayoutFields]) -> Callable[Argument
 class GistLayout(LayoutFields):
     """Visibility of every row of a batch of token streams, as two intervals per row.
 
-    Build one with a constructor (`from_input_ids`, `from_segments`, `sliding`, `hierarchical`, `decode`)
-    and combine them with `pack` (several documents in one row of the batch) and `stack` (a ragged batch).
+    Build one with a constructor (`from_input_ids`, `from_segments`, `sliding`, `hierarchical`, `shared_segments`,
+    `decode`) and combine them with `pack` (several documents in one row of the batch) and `stack` (a ragged batch).
 
     Parameters
     ----------
@@ -107,6 +107,7 @@ class GistLayout(LayoutFields):
     from_segments = staticmethod(_constructor(schemes.from_segments))
     sliding = staticmethod(_constructor(schemes.sliding))
     hierarchical = staticmethod(_constructor(schemes.hierarchical))
+    shared_segments = staticmethod(_constructor(sharing.shared_segments))
     decode = staticmethod(_constructor(schemes.decode))
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gistkern.hf.texts import check_prefix, context_ids, context_prefix, text_ids
-from gistkern.training.streams import Streams, left_padded
+from gistkern.training.streams import Streams, labeled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ class GistDataCollator:
         batch = self.streams.batch(contexts, questions, answers, self.pad_id)
         if self.teacher:
             rows = [torch.cat([sample[part] for part in _PARTS]) for sample in samples]
-            batch["teacher"] = left_padded(rows, answers, self.pad_id)
+            batch["teacher"] = labeled(rows, answers, self.pad_id)
         if self.cue is not None:
             spans = [sample["span"] for sample in samples if "span" in sample]
             if spans and len(spans) != len(samples):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gistkern.hf.compress import check_segments, segments_of
 from gistkern.layout import GistLayout
+from gistkern.layout.streams import check_segmentation, left_padded, segments_of
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
 
-__all__ = ["Streams", "left_padded"]
+__all__ = ["Streams", "labeled"]
 
 IGNORED = -100  # transformers' label of a token that is not predicted
 
@@ -35,7 +35,7 @@ class Streams:
     @classmethod
     def of(cls, handle: GistHandle, segment_length: int | None = None, segment_overlap: int = 0) -> Streams:
         """The streams of the model of `handle`; ValueError for segments that `gistkern.compress` refuses."""
-        check_segments(segment_length, segment_overlap)
+        check_segmentation(segment_length, segment_overlap)
         if handle.segment_gist_token_ids:
             if segment_length is None:
                 raise ValueError("a model with num_segment_gist_tokens is trained in segments: pass segment_length")
@@ -76,7 +76,7 @@ class Streams:
         cut = [self._segments(context) for context in contexts]
         tails = [torch.cat([prompt, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
         rows = [torch.cat([*self._with_gists(parts), tail]) for parts, tail in zip(cut, tails, strict=True)]
-        batch: dict[str, Any] = left_padded(rows, answers, pad_id)
+        batch: dict[str, Any] = labeled(rows, answers, pad_id)
         if self.segment_gist_token_ids:
             counts = len(self.segment_gist_token_ids), len(self.gist_token_ids)
             layouts = [
@@ -97,12 +97,9 @@ class Streams:
         return [*stream, torch.tensor(self.gist_token_ids)] if self.segment_gist_token_ids else stream
 
 
-def left_padded(
-    rows: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], pad_id: int = 0
-) -> dict[str, torch.Tensor]:
+def labeled(rows: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], pad_id: int = 0) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels` of rows that each end in their answer."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id, padding_side="left")
-    column = torch.arange(ids.shape[1])
-    length, answer = (torch.tensor([len(one) for one in many])[:, None] for many in (rows, answers))
-    labels = torch.where(column >= ids.shape[1] - answer, ids, IGNORED)
-    return {"input_ids": ids, "attention_mask": (column >= ids.shape[1] - length).long(), "labels": labels}
+    ids, mask = left_padded(rows, pad_id)
+    answer = torch.tensor([len(one) for one in answers])[:, None]
+    labels = torch.where(torch.arange(ids.shape[1]) >= ids.shape[1] - answer, ids, IGNORED)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}

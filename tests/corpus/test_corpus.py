@@ -16,11 +16,10 @@ import pytest
 import torch
 from corpus_cases import WORDS, documents, patched
 
-from gistkern import GistStore, compress, compress_corpus
+from gistkern import GistStore, compress, compress_corpus, left_padded
 from gistkern.corpus import compress as compressing
 from gistkern.corpus import journal
 from gistkern.corpus.plan import batches_of, chunks_of, read_chunk
-from gistkern.hf.compress import left_padded
 
 HERE = Path(__file__).parent
 SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}

@@ -6,13 +6,13 @@ import random
 import pytest
 import torch
 
-from gistkern import GistLayout, patch_llama
+from gistkern import GistLayout, compress, left_padded, patch_llama, segments_of
 from gistkern.layout.checks import check_intervals
 from gistkern.training import Stage
 from models import tiny_llama
 from passkey.niah import KEY_DIGITS, Haystack, train_tokenizer
+from passkey.shared_haystack import needle_segments, plain_segments
 from presets import preset
-from shared_haystack import cut, needle_segments, plain_segments, shared_layout
 from task import answer_logits, haystacks, make_batch
 
 LENGTHS = [7, 5, 6, 9, 4]
@@ -35,7 +35,7 @@ def tokens(count, seed):
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 def test_samples_equal_rows_of_their_own(sink_tokens):
     model, handle = patched(sink_tokens)
-    layout = shared_layout(LENGTHS, MEMBERS, 2, 3, tail=TAIL, sink_tokens=sink_tokens)
+    layout = GistLayout.shared_segments(LENGTHS, MEMBERS, 2, 3, tail=TAIL, sink_tokens=sink_tokens)
     check_intervals(layout)
     segments = [tokens(length, seed) + handle.segment_gist_token_ids for seed, length in enumerate(LENGTHS)]
     tails = [handle.gist_token_ids + tokens(TAIL, 10 + sample) for sample in range(len(MEMBERS))]
@@ -56,24 +56,33 @@ def test_samples_equal_rows_of_their_own(sink_tokens):
 @pytest.mark.parametrize(
     ("members", "sinks", "message"),
     [
-        ([], 0, "members lists no sample"),
-        ([[0], []], 0, "sample 1 needs at least one segment and none twice, got \\[\\]"),
-        ([[1, 1]], 0, "sample 0 needs at least one segment and none twice, got \\[1, 1\\]"),
-        ([[0], [4]], 5, "first segment of sample 1 has 4 tokens, which must be at least the 5 sink tokens"),
+        ([], 0, "members lists no context"),
+        ([[0], []], 0, "context 1 needs at least one segment and none twice, got \\[\\]"),
+        ([[1, 1]], 0, "context 0 needs at least one segment and none twice, got \\[1, 1\\]"),
+        ([[0], [5]], 0, "context 1 must name segments 0..4, got \\[5\\]"),
+        ([[0], [4]], 5, "first segment of context 1 has 4 tokens, which must be at least the 5 sink tokens"),
     ],
 )
 def test_refusals(members, sinks, message):
     with pytest.raises(ValueError, match=message):
-        shared_layout(LENGTHS, members, 2, 3, tail=TAIL, sink_tokens=sinks)
+        GistLayout.shared_segments(LENGTHS, members, 2, 3, tail=TAIL, sink_tokens=sinks)
 
 
 @pytest.mark.parametrize("count", [20, 24, 25, 96, 97, 168, 169, 1000])
 def test_cut_is_how_compress_cuts(count):
-    from gistkern.hf.compress import segments_of
-
-    ids = torch.arange(count)
-    expected = [piece.tolist() for piece in segments_of(ids, 96, 24)]
-    assert [list(range(begin, end)) for begin, end in cut(range(count), 96, 24)] == expected
+    model = tiny_llama(0).eval()
+    read = []
+    with patch_llama(model, num_gist_tokens=1) as handle:
+        hook = model.model.register_forward_pre_hook(
+            lambda module, given, kwargs: read.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True, prepend=True
+        )
+        ids = [number % 900 for number in range(count)]
+        compress(model, ids, segment_length=96, segment_overlap=24)
+        hook.remove()
+        cut = segments_of(ids, 96, 24)
+        assert read == [token for piece in cut for token in (*piece, *handle.gist_token_ids)]
+    places = segments_of(range(count), 96, 24)
+    assert [ids[place.start : place.stop] for place in places] == cut
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])
@@ -115,3 +124,10 @@ def test_a_shared_batch_predicts_its_answers():
         before, after = answer_logits(model, batch), answer_logits(model, other)
     differs = [not torch.equal(one, two) for one, two in zip(before, after, strict=True)]
     assert differs == [False, True, False]
+
+
+def test_segments_and_rows_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="segment_overlap must be less than segment_length, got 4 and 4"):
+        segments_of([1, 2, 3], 4, 4)
+    with pytest.raises(ValueError, match="no rows to pad"):
+        left_padded([])

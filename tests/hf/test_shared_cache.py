@@ -10,7 +10,6 @@ import gistkern
 from gistkern.backends import native
 from gistkern.cache import shared as shared_cache
 from gistkern.cache.shared import SharedGistCache
-from gistkern.hf import compress
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows
 
@@ -36,7 +35,7 @@ def patched(request):
 
 
 def left_padded(rows):
-    ids, real = compress.left_padded(rows)
+    ids, real = gistkern.left_padded(rows)
     return ids, real.long()
 
 
