@@ -8,6 +8,7 @@ EMULATED := build/emulated/_C.so
 C_SOURCES := $(shell find csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 PRESET ?= tiny
 COMPAT ?= floor newest
+MARKS ?=
 ARGS ?=
 
 # the chips of this machine's GPUs; without any, one chip is enough to compile and load the CUDA kernels
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test compat emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup demo test test-all compat emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,16 +50,20 @@ $(EMULATED): $(STAMP) $(C_SOURCES)
 demo: setup ## train the tiny preset on CPU, drop the context's cache, answer from the gist rows (~10 min)
 	$(BIN)/python examples/train_niah.py --preset $(PRESET) --threads 2 $(or $(ARGS),--overwrite)
 
-test: setup ## the whole test suite, the GPU kernels in Triton's interpreter included
+test: setup ## what a change can break, in minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow and not sanitize' -n auto --dist loadgroup $(ARGS)
+	$(MAKE) emulate MARKS='not slow'
+
+test-all: setup ## every test, the slow proof too: killed processes, packaging, mutations, emulated kernels, sanitizers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
-	$(MAKE) emulate
+	$(MAKE) emulate sanitize
 
 compat: setup ## the suite's core under the oldest and the newest versions that pyproject.toml admits
 	$(BIN)/python tests/compat/run.py $(COMPAT) $(ARGS)
 
 emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, and CUDA C++ under the emulator
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \
-		$(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
+		$(BIN)/python -m pytest tests/gpu -n auto -m '$(MARKS)' $(ARGS)
 
 # the longest file in two halves, or one processor would wait for the other
 LONGEST := tests/gpu/test_kernel_attention.py

@@ -45,17 +45,17 @@ def family_of(model: PreTrainedModel) -> Family:
         )
     if model.config.model_type not in FAMILIES:
         raise TypeError(f"models of type {model.config.model_type!r} are not supported: expected one of {supported}")
-    adapter = FAMILIES[model.config.model_type]
-    inner = getattr(model, adapter.decoder, model)
+    family = FAMILIES[model.config.model_type]
+    inner = getattr(model, family.decoder, model)
     if not hasattr(inner, "layers") or (inner is not model and not model.can_generate()):
         raise TypeError(
             f"{type(model).__name__} cannot be patched: its head reads other columns and labels than a language "
             "model's. Expected a causal model (...ForCausalLM), or the inner model of one"
-            + (f": patch_llama(model.{adapter.decoder}) compresses for this one" if hasattr(inner, "layers") else "")
+            + (f": patch_llama(model.{family.decoder}) compresses for this one" if hasattr(inner, "layers") else "")
         )
     _check_windows(model.config, inner)
     check_rotation(model.config, inner)
-    return adapter
+    return family
 
 
 def inner_model(model: PreTrainedModel) -> Any:
