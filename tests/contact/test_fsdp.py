@@ -10,6 +10,8 @@ from torch.distributed.fsdp import fully_shard
 
 import gistkern
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def alone():

@@ -141,6 +141,7 @@ def start(out, notes, rank):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_two_thousand_documents_two_processes_one_killed(tmp_path, request):
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))

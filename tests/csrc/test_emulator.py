@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 WRONG = "values are wrong"
 RACE = "WARNING: ThreadSanitizer: data race"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from build_tools import CSRC, load_build
 
-pytestmark = pytest.mark.xdist_group("fragments")  # they share two builds
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fragments")]  # they share two builds
 
 REQUIREMENT = "nvidia-cutlass==4.2.0.0"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

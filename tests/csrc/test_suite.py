@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ("decode.cu", "compact.cu", "testing/suite.cpp")
 # g++ does not know nvcc's unrolling, and follows registers through templates less well than nvcc
 OPTIONS = ("-DGISTKERN_EMULATED", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")

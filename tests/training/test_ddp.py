@@ -10,7 +10,7 @@ from launching import launch
 from safetensors.torch import load_file
 
 # one launch serves all tests; it takes seconds, but three processes import transformers, on a busy machine for minutes
-pytestmark = [pytest.mark.xdist_group("ddp"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
