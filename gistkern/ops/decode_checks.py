@@ -1,5 +1,5 @@
 """What `gistkern.ops.decode` asks of its arguments: shapes, types and devices, at once; values when its operators run
-(`pool_ops`), compiled or not, and only where they are on the CPU: a GPU would have to be waited for."""
+(`decode_library`), compiled or not, and only where they are on the CPU: a GPU would have to be waited for."""
 
 from __future__ import annotations
 
