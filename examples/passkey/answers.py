@@ -1,0 +1,90 @@
+"""Answers as JSON lines, written as they come: a killed evaluation loses none and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from passkey.metrics import Answer
+
+__all__ = ["AnswerFile"]
+
+
+class AnswerFile:
+    """The answers of one evaluation, in one file.
+
+    Parameters
+    ----------
+    path : Path or None
+        The file; None keeps nothing.
+    model : str
+        Digest of the weights and of how they read (`Reader.digest`).
+    wanted : iterable of str
+        Digests of the samples that this evaluation asks.
+    overwrite : bool
+        Start afresh if the file holds anything else than answers of this evaluation.
+
+    Attributes
+    ----------
+    done : dict of str to Answer
+        What was answered before, by the sample's digest.
+
+    Raises
+    ------
+    ValueError
+        If a line other than the last is torn, or the answers are of another evaluation and not to be overwritten.
+    """
+
+    def __init__(self, path: Path | None, model: str, wanted: Iterable[str], overwrite: bool = False) -> None:
+        self.path, self.done = path, dict[str, Answer]()
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            found = _read(path) if path.exists() else []
+            wanted = set(wanted)
+            if any(answer.model != model or answer.digest not in wanted for answer in found):
+                raise ValueError(
+                    f"{path} holds answers of another checkpoint, another way of reading or other questions: "
+                    "choose another output folder, or overwrite it"
+                )
+        except ValueError:
+            if not overwrite:
+                raise
+            found = []
+        self.done = {answer.digest: answer for answer in found}
+        temporary = path.with_suffix(".tmp")  # without what was torn, replaced in one step
+        temporary.write_text(_lines(found), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Append answers; they are on disk when this returns."""
+        answers = list(answers)
+        self.done |= {answer.digest: answer for answer in answers}
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as out:
+                out.write(_lines(answers))
+                out.flush()
+                os.fsync(out.fileno())
+
+
+def _lines(answers: Iterable[Answer]) -> str:
+    return "".join(json.dumps({**asdict(a), "exact": a.exact}, ensure_ascii=False) + "\n" for a in answers)
+
+
+def _read(path: Path) -> list[Answer]:
+    """The answers of a file without the last line if a kill tore it."""
+    names = {field.name for field in fields(Answer)}
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            found.append(Answer(**{name: entry[name] for name in names}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no answer ({error}): choose another output folder, or overwrite it"
+            ) from error
+    return found

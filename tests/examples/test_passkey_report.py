@@ -1,0 +1,108 @@
+"""Reports: what is written, line by line, what the terminal shows, what the heatmap shows."""
+
+import json
+import math
+
+import pytest
+from matplotlib import pyplot
+
+from passkey import report
+
+
+def row(**changed):
+    depths = [{"depth": (index + 0.5) / 10, "n": 10, "exact": index / 10} for index in range(10)]
+    made = {
+        "task": "passkey",
+        "language": "en",
+        "tokens": 3000,
+        "filler": "templates",
+        "wordings": "training",
+        "keys": 1,
+        "gist_tokens": 10,
+        "ratio": 300.0,
+        "n": 100,
+        "exact": 0.93,
+        "wilson_low": 0.863,
+        "wilson_high": 0.966,
+        "digit": 0.95,
+        "hallucinated": 0.06,
+        "hallucinated_context": 0.04,
+        "hallucinated_invented": 0.02,
+        "abstained": 0.01,
+        "chance": 1e-5,
+        "full_kv_bytes": 6_144_000,
+        "gist_kv_bytes": 20_480,
+        "bytes_ratio": 300.0,
+        "by_depth": depths,
+    }
+    return {**made, **changed}
+
+
+COUNTING = {k: v for k, v in row(task="counting", language="ko").items() if k not in ("digit", "by_depth")}
+ROWS = [row(), row(filler="prose", wordings="held_out", exact=0.5, wilson_low=0.404, wilson_high=0.596), COUNTING]
+
+
+def test_a_report_is_a_line_per_row_and_a_table(tmp_path, capsys):
+    whole = [row(exact=1.0, gist_tokens=3000, ratio=1.0)]
+    made = {"preset": "smoke", "decoding": "greedy", "rows": ROWS, "swap": None, "full_context": whole}
+    report.write_report(made, tmp_path / "new")
+    text = (tmp_path / "new" / "report.json").read_text()
+    found = json.loads(text)
+    assert found.pop("environment")["versions"].keys() == {"gistkern", "torch", "transformers", "python"}
+    assert found == made
+    lines = text.splitlines()
+    assert [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith(" {")] == [*ROWS, *whole]
+    assert len(lines) == 2 + len(found) + 1 + 2 + len(ROWS) + len(whole), "a line per key, and per row of a table"
+    said = capsys.readouterr().out
+    assert "whole context in sight:\nquestions" in said
+    assert (tmp_path / "new" / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list((tmp_path / "new").glob("*.tmp"))
+
+
+def test_the_table_says_what_the_questions_are():
+    head, plain, prose, counting, method = report.show([*ROWS, row(method="knorm", keys=4)]).splitlines()
+    cells = [" ".join(line.split()) for line in (head, plain, prose, counting, method)]
+    assert cells[0].startswith("questions tokens rows ratio n exact 95 % interval digits")
+    assert cells[1] == "en 3,000 10 300x 100 93.0% 86.3% to 96.6% 95.0% 6.0% 1.0%"
+    assert cells[2].startswith("en, prose, held-out wordings 3,000")
+    assert cells[3].startswith("ko, counting 3,000")
+    assert cells[3].endswith("to 96.6% - 6.0% 1.0%"), "no digits"
+    assert cells[4].startswith("knorm, en, 4 keys 3,000")
+    assert len({len(line) for line in (head, plain, prose, counting, method)}) == 1
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of the picture that was drawn last."""
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    yield lambda: pyplot.gcf().axes[0]
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_heatmap_shows_depths_and_gaps(tmp_path, axes):
+    gap = row(language="ko", by_depth=[{"depth": 0.05, "n": 0, "exact": None}, *row()["by_depth"][1:]])
+    report.heatmap([gap, row(), COUNTING], tmp_path / "x.png")
+    (image,) = axes().images
+    cells = image.get_array().tolist()
+    assert cells[0] == [index / 10 for index in range(10)]
+    assert cells[1][0] is None or math.isnan(cells[1][0])
+    assert [text.get_text() for text in axes().get_yticklabels()] == ["en 3,000 (300x)", "ko 3,000 (300x)"]
+    report.heatmap([COUNTING], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": ', "x.json is no JSON"),
+        ("[" * 10**5, "x.json is no JSON"),
+        ("[1]", "lacks rows, n"),
+        ('{"n": 1}', "lacks rows$"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report.read_json(path, "rows", "n")
