@@ -77,7 +77,7 @@ sanitize: setup ## Triton IR, CUDA C++ and the CPU kernels under sanitizers: bou
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/csrc -m sanitize -n 2 --dist loadgroup $(ARGS)
 
 aot: setup ## compile every kernel for every listed chip and write docs/evidence/kernels.*
-	$(BIN)/python -m bench.aot $(ARGS)
+	$(BIN)/python -m bench.compiled.aot $(ARGS)
 
 work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
 	$(BIN)/python -m bench.work_report $(ARGS)

@@ -16,11 +16,12 @@ pytest.importorskip("cuxray")
 import triton
 from triton.runtime.driver import driver
 
-from bench import aot, aot_cuda
-from bench.aot_kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of
-from bench.aot_page import page
-from bench.control_flow import Instruction, working_loop
-from bench.machine_code import FORMS, Cubin, describe_cubin
+from bench.compiled import aot
+from bench.compiled import cuda as aot_cuda
+from bench.compiled.control_flow import Instruction, working_loop
+from bench.compiled.kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of
+from bench.compiled.machine_code import FORMS, Cubin, describe_cubin
+from bench.compiled.page import page
 from gistkern.kernels import configs
 from gistkern.kernels.chips import chip_named
 
@@ -166,8 +167,8 @@ CHECK_PLAIN_FLASH = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from gistkern.kernels import configs
-from bench.plain_flash import launch_plain_fwd
-from bench.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+from bench.compiled.plain_flash import launch_plain_fwd
+from bench.compiled.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
 
 config = configs.Config(BM, BN, 4, 1, "test")
 q, grad_out = torch.randn(2, 4, 45, 16, requires_grad=True), torch.randn(2, 4, 45, 16)

@@ -1,4 +1,4 @@
-// plan_report decode|compact [NAME=NUMBER ...]: what the launchers would launch, as JSON, for bench/aot_cuda.py.
+// plan_report decode|compact [NAME=NUMBER ...]: what the launchers would launch, as JSON, for bench/compiled/cuda.py.
 //
 // The launchers of decode.cu and compact.cu run as they are, on addresses that nobody reads: emulator::run records a
 // launch instead of running it. So nothing about a launch is stated twice.

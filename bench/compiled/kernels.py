@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from bench.plain_flash import launch_plain_fwd
-from bench.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+from bench.compiled.plain_flash import launch_plain_fwd
+from bench.compiled.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
 from gistkern.kernels import device
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq

@@ -1,9 +1,9 @@
 """Compile every kernel for every chip with no GPU, check the machine code, and write it up.
 
     make aot                                              # everything, to docs/evidence/kernels.{json,md}
-    python -m bench.aot --arch sm_90 --kernel fwd         # some of it, gates only
-    python -m bench.aot --kernel cuda_decode_mma          # of the CUDA kernels, which need nvcc
-    python -m bench.aot --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
+    python -m bench.compiled.aot --arch sm_90 --kernel fwd         # some of it, gates only
+    python -m bench.compiled.aot --kernel cuda_decode_mma          # of the CUDA kernels, which need nvcc
+    python -m bench.compiled.aot --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
 
 Compiled, not run: nothing here says how long a kernel takes.
 """
@@ -27,10 +27,10 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from bench.aot_cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
-from bench.aot_kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
-from bench.aot_page import page
-from bench.machine_code import CLASSES, describe
+from bench.compiled.cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
+from bench.compiled.kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
+from bench.compiled.machine_code import CLASSES, describe
+from bench.compiled.page import page
 from bench.rows import write_report
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named

@@ -21,8 +21,8 @@ from typing import Any
 
 from cuxray.parse import ptxasv
 
-from bench.aot_kernels import GISTS, HEADS, KV_HEADS, ROWS
-from bench.machine_code import Cubin, describe_cubin
+from bench.compiled.kernels import GISTS, HEADS, KV_HEADS, ROWS
+from bench.compiled.machine_code import Cubin, describe_cubin
 from gistkern.kernels.chips import chip_named
 
 __all__ = [

@@ -22,8 +22,8 @@ import cuxray.occupancy
 import triton
 from cuxray.parse import ptxasv, resusage
 
-from bench.aot_kernels import Build
-from bench.control_flow import Instruction, working_loop
+from bench.compiled.control_flow import Instruction, working_loop
+from bench.compiled.kernels import Build
 from gistkern.kernels.chips import Chip
 
 __all__ = ["CLASSES", "FORMS", "Cubin", "describe", "describe_cubin"]

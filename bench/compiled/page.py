@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.aot_cuda import CUDA_KERNELS
-from bench.aot_kernels import ARCHS, PLAIN
-from bench.machine_code import FORMS
+from bench.compiled.cuda import CUDA_KERNELS
+from bench.compiled.kernels import ARCHS, PLAIN
+from bench.compiled.machine_code import FORMS
 from bench.markdown import left_aligned
 from gistkern.kernels.chips import chip_named
 
@@ -47,7 +47,7 @@ way goes past."""
 
 _COLUMNS_AMD = """Registers: vector registers per lane (512 at most). Waves: per SIMD, as LLVM computes it."""
 
-_LOOPS = """The same columns for a plain causal flash kernel ([bench/plain_flash.py](../../bench/plain_flash.py): the
+_LOOPS = """The same columns for a plain causal flash kernel ([bench/compiled/plain_flash.py](../../bench/compiled/plain_flash.py): the
 algorithm of FlashAttention-2 as Triton's tutorial arranges it, no gists, no documents) with the same tiles, warps and
 stages, compiled the same way. One turn of the inner loop on a tile that needs no mask, ours / plain, in instructions
 per warp; *mask* is what the loop holds besides: the arm that only boundary tiles take."""

@@ -1,5 +1,4 @@
-"""Plain causal flash attention, backward: dq by rows, dk and dv by columns; see bench/plain_flash.py."""
-# ruff: noqa: N803, N806 (constexprs are UPPER)
+"""Plain causal flash attention, backward: dq by rows, dk and dv by columns; see bench/compiled/plain_flash.py."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.plain_flash import plain_grid, plain_meta, plain_strides
+from bench.compiled.plain_flash import plain_grid, plain_meta, plain_strides
 from gistkern.kernels.device import guard
 from gistkern.kernels.primitives import LOG2E, load_rows, matmul, store_rows
 
