@@ -80,7 +80,7 @@ aot: setup ## compile every kernel for every listed chip and write docs/evidence
 	$(BIN)/python -m bench.compiled.aot $(ARGS)
 
 work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
-	$(BIN)/python -m bench.work_report $(ARGS)
+	$(BIN)/python -m bench.counted.report $(ARGS)
 
 roofline: setup ## calculate what perfect kernels would take and how many documents fit, into docs/roofline.md
 	$(BIN)/python -m bench.roofline $(ARGS)

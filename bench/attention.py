@@ -10,9 +10,9 @@ import torch
 from bench.baselines import BASELINES, OURS, Attention, Baseline
 from bench.case import OURS as NAME
 from bench.case import Case, serve
+from bench.counted.work import visible_pairs
 from bench.limits import matmul
 from bench.shapes import HEADS, layout_of
-from bench.work import visible_pairs
 from gistkern import GistLayout
 from gistkern.testing import Inputs
 

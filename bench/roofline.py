@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import serving
+from bench.counted.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
 from bench.gpus import GPUS, Gpu
 from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
-from bench.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
 from gistkern import GistLayout
 from gistkern.kernels.chips import chip_named
 

@@ -15,7 +15,7 @@ EXAMPLE = ("512/8", 32768)
 _INTRO = """# Roofline
 
 **Calculated, not measured.** Written by `{command}` (bench/roofline.py) from published peak numbers, the visible
-pairs of the layouts and the work counter (bench/work.py); the numbers are in
+pairs of the layouts and the work counter (bench/counted/work.py); the numbers are in
 [evidence/roofline.json](evidence/roofline.json). No kernel ran for this page.
 
 A *perfect kernel* does the arithmetic at the card's peak and moves every tensor once at full bandwidth, both at the

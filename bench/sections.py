@@ -12,6 +12,7 @@ from tqdm import tqdm
 from bench.attention import attention_case
 from bench.case import OURS, Case, measured
 from bench.compaction import compaction_case
+from bench.counted.work import visible_pairs
 from bench.decoding import decoding_case
 from bench.grid import Grid
 from bench.layouts import layout_case
@@ -20,7 +21,6 @@ from bench.models import FULL, compressing_case, model_decoding_case
 from bench.queueing import calls, microseconds
 from bench.shapes import layout_of
 from bench.timing import Call, interleaved, ratio
-from bench.work import visible_pairs
 
 __all__ = ["GROWTH", "SECTIONS", "attention"]
 

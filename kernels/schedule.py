@@ -1,6 +1,6 @@
 """Host arithmetic of the launches: how heads are packed, how work is cut. Sizes only, so no device sync.
 
-Pure Python without Triton: the launchers use it, and so does the work counter (bench/work.py).
+Pure Python without Triton: the launchers use it, and so does the work counter (bench/counted/work.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_PACK = 16
 UNSPLIT_COLUMNS = 512
 SPLIT_COLUMNS = 256
 # programs per multiprocessor that the compact columns are cut into: with the longest first, the last one to
-# finish is then short against the whole (measured as balance by bench/work.py)
+# finish is then short against the whole (measured as balance by bench/counted/work.py)
 PROGRAMS_PER_MULTIPROCESSOR = 8
 MIN_CHUNK_ROWS = 256
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import work
+from bench.counted import work
 from gistkern import GistLayout
 from gistkern.kernels.chips import chip_for
 
@@ -22,7 +22,7 @@ from gistkern.kernels import attn_bwd_dq, attn_fwd, configs
 from gistkern.kernels.chips import chip_for
 from gistkern.testing import make_inputs
 from triton.runtime.interpreter import InterpreterBuilder
-from bench import work
+from bench.counted import work
 
 made, masked = [], []
 create_dot, seen = InterpreterBuilder.create_dot, attn_fwd.seen_columns

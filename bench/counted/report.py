@@ -1,4 +1,4 @@
-"""Write what bench/work.py counts as docs/evidence/work.json, work.md and a plot.
+"""Write what bench/counted/work.py counts as docs/evidence/work.json, work.md and a plot.
 
 make work
 """
@@ -9,9 +9,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bench.counted.work import (
+    PRODUCTS,
+    Shape,
+    Work,
+    backward_work,
+    balance,
+    forward_work,
+    uncompacted_tiles,
+    visible_pairs,
+)
 from bench.rows import write_report
 from bench.shapes import layout_of
-from bench.work import PRODUCTS, Shape, Work, backward_work, balance, forward_work, uncompacted_tiles, visible_pairs
 from gistkern.kernels.chips import chip_named
 from gistkern.kernels.configs import pick
 from gistkern.kernels.schedule import pack_heads, padded
@@ -77,7 +86,7 @@ def markdown(rows: list[dict[str, Any]], shape: Shape) -> str:
     lines = [
         "# Work of the schedule",
         "",
-        "Counted by `make work` (bench/work.py) from the layouts and the shipped configs; the counts equal the",
+        "Counted by `make work` (bench/counted/work.py) from the layouts and the shipped configs; the counts equal the",
         "products that the kernels make in the interpreter (tests/test_work.py). Grade: *emulated*; no",
         "time was measured.",
         "",

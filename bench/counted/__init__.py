@@ -1,0 +1,1 @@
+"""Counted from layouts, configs and schedules: tiles, products, balance. Nothing here is a time."""
