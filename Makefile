@@ -83,10 +83,10 @@ work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/
 	$(BIN)/python -m bench.counted.report $(ARGS)
 
 roofline: setup ## calculate what perfect kernels would take and how many documents fit, into docs/roofline.md
-	$(BIN)/python -m bench.roofline $(ARGS)
+	$(BIN)/python -m bench.calculated.roofline $(ARGS)
 
 scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs, into docs/scale.md
-	$(BIN)/python -m bench.scale $(ARGS)
+	$(BIN)/python -m bench.calculated.scale $(ARGS)
 
 compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import roofline, serving
+from bench.calculated import roofline, serving
+from bench.calculated.gpus import GPUS, Gpu, gpu_named
+from bench.calculated.page import page
 from bench.counted.work import Shape, least_bytes, visible_pairs
-from bench.gpus import GPUS, Gpu, gpu_named
-from bench.roofline_page import page
 from gistkern import GistLayout, gist_attention
 from gistkern.kernels.chips import chip_named
 from gistkern.rows import gather_rows

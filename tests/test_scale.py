@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import scale
-from bench.gpus import gpu_named
+from bench.calculated import scale
+from bench.calculated.gpus import gpu_named
 from gistkern import GistLayout
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,4 +1,4 @@
-"""The model around the op, calculated: weights, caches, what fits on a card, limits of decoding (bench/roofline.py).
+"""The model around the op, calculated: weights, caches, what fits on a card, limits of decoding (bench/calculated/roofline.py).
 
 A decoding step reads every weight but the input embedding once, and every sequence's cached rows once.
 """
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from bench.gpus import GPUS, Gpu
+from bench.calculated.gpus import GPUS, Gpu
 from gistkern.training.memory_terms import Precision, base_bytes
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Published peak numbers of four GPUs, for bench/roofline.py.
+"""Published peak numbers of four GPUs, for bench/calculated/roofline.py.
 
 FLOP/s: tensor cores, bf16 with fp32 accumulation, *dense*. Datasheets print twice as much "with sparsity", and GeForce
 cards halve the rate when they accumulate in fp32. GB are 10^9 bytes, as in docs/memory.md.

@@ -1,8 +1,8 @@
-"""What a perfect kernel would take: FLOPs and bytes from the work counter, peaks from bench/gpus.py. No measurement.
+"""What a perfect kernel would take: FLOPs and bytes from the work counter, peaks from bench/calculated/gpus.py. No measurement.
 
     make roofline      # writes docs/roofline.md, docs/evidence/roofline.json and docs/pictures/roofline.png
 
-The attention op is counted here, the model around it (weights, caches, decoding) in bench/serving.py.
+The attention op is counted here, the model around it (weights, caches, decoding) in bench/calculated/serving.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import serving
+from bench.calculated import serving
+from bench.calculated.gpus import GPUS, Gpu
 from bench.counted.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
-from bench.gpus import GPUS, Gpu
 from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
@@ -144,7 +144,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Calculate and write."""
-    from bench.roofline_page import page
+    from bench.calculated.page import page
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder with evidence/ and pictures/")

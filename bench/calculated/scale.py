@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpus import gpu_named
+from bench.calculated.gpus import gpu_named
+from bench.calculated.serving import LLAMA_3_8B
 from bench.markdown import bullets, significant, table
-from bench.serving import LLAMA_3_8B
 from bench.shapes import layout_of
 from gistkern import GistLayout
 from gistkern.distributed import gist_bytes, ring_bytes, split_layout
@@ -115,7 +115,7 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
 
 _PAGE = """# A million tokens and more, calculated
 
-**Calculated, not measured.** Written by `make scale` (bench/scale.py): {model} sizes, bf16, forward of one layer on
+**Calculated, not measured.** Written by `make scale` (bench/calculated/scale.py): {model} sizes, bf16, forward of one layer on
 the busiest of R {gpu} at {flops} TFLOP/s of dense bf16, {nvlink:.0f} GB/s received over NVLink within a node of
 {node} (NVIDIA H100 datasheet: 900 GB/s both ways), {infiniband:.0f} GB/s between nodes (one 400 Gb/s adapter per GPU,
 as in NVIDIA's DGX H100 datasheet). Nobody ran this. Shards are those that `split_layout` cuts, pairs are what the

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import serving
-from bench.gpus import Gpu, gpu_named
+from bench.calculated import serving
+from bench.calculated.gpus import Gpu, gpu_named
 from bench.markdown import per_card, significant, table
 
 __all__ = ["fitting", "sections"]

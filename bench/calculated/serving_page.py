@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import capacity_page, serving
-from bench.gpus import gpu_named
+from bench.calculated import capacity_page, serving
+from bench.calculated.gpus import gpu_named
 from bench.markdown import per_card, table
 
 __all__ = ["findings", "sections"]

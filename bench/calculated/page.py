@@ -1,10 +1,10 @@
-"""docs/roofline.md from the report of `make roofline`: cards and op here, the model in bench/serving_page.py."""
+"""docs/roofline.md from the report of `make roofline`: cards and op here, the model in bench/calculated/serving_page.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench import capacity_page, serving, serving_page
+from bench.calculated import capacity_page, serving, serving_page
 from bench.markdown import bullets, per_card, significant, table
 
 __all__ = ["page"]
@@ -14,7 +14,7 @@ EXAMPLE = ("512/8", 32768)
 
 _INTRO = """# Roofline
 
-**Calculated, not measured.** Written by `{command}` (bench/roofline.py) from published peak numbers, the visible
+**Calculated, not measured.** Written by `{command}` (bench/calculated/roofline.py) from published peak numbers, the visible
 pairs of the layouts and the work counter (bench/counted/work.py); the numbers are in
 [evidence/roofline.json](evidence/roofline.json). No kernel ran for this page.
 

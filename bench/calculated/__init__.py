@@ -1,0 +1,1 @@
+"""Calculated from published peaks, shapes and formulas; nothing here ran."""
