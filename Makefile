@@ -106,10 +106,10 @@ bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
 bench-report: setup ## everything beside its baselines, into docs/benchmarks.* (40 min)
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.report $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report $(ARGS)
 
 bench-check: setup ## compare with the recorded ratios of docs/benchmarks.json; not part of CI
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.check $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.check $(ARGS)
 
 docs: setup ## redraw the pictures of docs/
 	$(BIN)/python docs/draw.py

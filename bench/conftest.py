@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.timing import finished
+from bench.measured.timing import finished
 
 ROUNDS = 3
 

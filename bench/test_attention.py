@@ -7,10 +7,10 @@ Compare the medians of one group with each other; absolute times mean nothing ac
 
 import pytest
 
-from bench.attention import PASSES, attention_case
-from bench.baselines import BASELINES
-from bench.case import OURS
-from bench.memory import peak_bytes
+from bench.measured.attention import PASSES, attention_case
+from bench.measured.baselines import BASELINES
+from bench.measured.case import OURS
+from bench.measured.memory import peak_bytes
 from bench.shapes import LAYOUTS
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench import decoding
-from bench.case import OURS
-from bench.decoding import decoding_case
-from bench.models import FULL, model_decoding_case
+from bench.measured import decoding
+from bench.measured.case import OURS
+from bench.measured.decoding import decoding_case
+from bench.measured.models import FULL, model_decoding_case
 
 SIZES = [(10, 16, 1), (10, 16, 16), (10, 16, 256), (1024, 64, 16), (16384, 64, 1)]
 

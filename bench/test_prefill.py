@@ -2,11 +2,11 @@
 
 import pytest
 
-from bench import compaction, layouts
-from bench.case import OURS
-from bench.compaction import compaction_case
-from bench.layouts import layout_case
-from bench.models import compressing_case
+from bench.measured import compaction, layouts
+from bench.measured.case import OURS
+from bench.measured.compaction import compaction_case
+from bench.measured.layouts import layout_case
+from bench.measured.models import compressing_case
 
 
 @pytest.mark.parametrize("name", [OURS, *layouts.BASELINES])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import (
+from bench.measured import (
     check,
     context_parallel,
     decoding,
@@ -27,19 +27,19 @@ from bench import (
     targets,
     timing,
 )
-from bench.attention import PASSES, attention_case
-from bench.baselines import BASELINES, Baseline
-from bench.case import OURS, Case, measured
-from bench.compaction import compaction_case
-from bench.decoding import decoding_case
-from bench.grid import GRIDS, Grid
-from bench.layouts import layout_case
-from bench.memory import peak_bytes
-from bench.models import MODELS, compressing_case, model_decoding_case, models
-from bench.page import page
-from bench.segments import runs_of
+from bench.measured.attention import PASSES, attention_case
+from bench.measured.baselines import BASELINES, Baseline
+from bench.measured.case import OURS, Case, measured
+from bench.measured.compaction import compaction_case
+from bench.measured.decoding import decoding_case
+from bench.measured.grid import GRIDS, Grid
+from bench.measured.layouts import layout_case
+from bench.measured.memory import peak_bytes
+from bench.measured.models import MODELS, compressing_case, model_decoding_case, models
+from bench.measured.page import page
+from bench.measured.segments import runs_of
+from bench.measured.timing import interleaved, ratio
 from bench.shapes import LAYOUTS, layout_of
-from bench.timing import interleaved, ratio
 from gistkern import GistLayout, gist_attention
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -183,7 +183,9 @@ def test_layouts_and_masks_are_the_same_rule(layout, rows):
 
 
 def test_a_mask_of_another_rule_is_refused(monkeypatch):
-    monkeypatch.setattr("bench.layouts._dense", lambda ids: torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool))
+    monkeypatch.setattr(
+        "bench.measured.layouts._dense", lambda ids: torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    )
     with pytest.raises(AssertionError, match="another rule"):
         layout_case("64/4", 100)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.segments import runs_of
+from bench.measured.segments import runs_of
 from gistkern import GistLayout
 
 __all__ = ["plan", "second", "third", "why_not"]

@@ -1,18 +1,18 @@
-"""docs/benchmarks.md from the report of bench.report."""
+"""docs/benchmarks.md from the report of bench.measured.report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench import decoding
-from bench.baselines import BASELINES
-from bench.case import OURS
 from bench.markdown import table
-from bench.models import FULL, PREFILL
-from bench.queueing import SDPA
-from bench.targets import aims
-from bench.timing import PATIENCE
+from bench.measured import decoding
+from bench.measured.baselines import BASELINES
+from bench.measured.case import OURS
+from bench.measured.models import FULL, PREFILL
+from bench.measured.queueing import SDPA
+from bench.measured.targets import aims
+from bench.measured.timing import PATIENCE
 
 __all__ = ["page"]
 

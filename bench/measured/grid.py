@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bench.attention import PASSES
-from bench.baselines import BASELINES
-from bench.case import OURS
+from bench.measured.attention import PASSES
+from bench.measured.baselines import BASELINES
+from bench.measured.case import OURS
 from bench.shapes import LAYOUTS
 
 __all__ = ["GRIDS", "Grid", "quick"]
@@ -36,7 +36,7 @@ class Grid:
     layouts : tuple of (layout, rows)
         Construction beside the masks that a layout replaces.
     memory : tuple of (case, names)
-        Peak memory of calls of a case, as `bench.memory.peak_bytes` takes it.
+        Peak memory of calls of a case, as `bench.measured.memory.peak_bytes` takes it.
     baselines : tuple of str
         Those of the attention section.
     """

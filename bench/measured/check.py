@@ -1,7 +1,7 @@
 """Compare this machine's ratios with the recorded ones: a guard against regressions, outside CI's pass and fail.
 
     make bench-check                                   # the quicker rows of docs/benchmarks.json, again
-    python -m bench.check --recorded docs/benchmarks-nvidia-h100.json --device cuda
+    python -m bench.measured.check --recorded docs/benchmarks-nvidia-h100.json --device cuda
 
 A row has regressed where the median of a baseline's new ratios (its time / ours) is below the recorded median by more
 than the tolerance, and below the smallest recorded ratio, or where a baseline that was measured is not any more. The
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from bench.grid import GRIDS, Grid, quick
-from bench.report import DOCS, device_name
-from bench.sections import SECTIONS
+from bench.measured.grid import GRIDS, Grid, quick
+from bench.measured.report import DOCS, device_name
+from bench.measured.sections import SECTIONS
 
 __all__ = ["compared", "main", "regressions"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from bench.case import OURS, Case
-from bench.limits import copy as copy_limit
-from bench.limits import largest
+from bench.measured.case import OURS, Case
+from bench.measured.limits import copy as copy_limit
+from bench.measured.limits import largest
 from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
 
 __all__ = [

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 import torch
 import torch.nn.functional as F
 
-from bench.case import OURS, Case, serve
-from bench.limits import copy
+from bench.measured.case import OURS, Case, serve
+from bench.measured.limits import copy
+from bench.measured.timing import captured
 from bench.shapes import HEADS
-from bench.timing import captured
 from gistkern import GistLayout, gist_attention
 
 __all__ = ["BASELINES", "decoding_case"]

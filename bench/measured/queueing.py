@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.case import OURS
+from bench.measured.case import OURS
 from bench.shapes import HEADS
 from gistkern import GistLayout, gist_attention
 from gistkern.testing import make_inputs

@@ -1,9 +1,9 @@
 """Measure everything of bench/ in one process and write docs/benchmarks.json, benchmarks.md and their plots.
 
     make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
-    python -m bench.report --device cuda               # the same page for a GPU: docs/benchmarks-<its name>.*
-    python -m bench.report --section decoding          # a part of it, printed only
-    python -m bench.report --page docs/benchmarks.json # write the page again
+    python -m bench.measured.report --device cuda               # the same page for a GPU: docs/benchmarks-<its name>.*
+    python -m bench.measured.report --section decoding          # a part of it, printed only
+    python -m bench.measured.report --page docs/benchmarks.json # write the page again
 
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
 """
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from bench.grid import GRIDS
-from bench.page import page
-from bench.plots import draw
+from bench.measured.grid import GRIDS
+from bench.measured.page import page
+from bench.measured.plots import draw
+from bench.measured.sections import SECTIONS
 from bench.rows import write_report
-from bench.sections import SECTIONS
 from gistkern.backends import native
 
 __all__ = ["device_name", "main", "measure"]
@@ -38,7 +38,7 @@ PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-
 
 def measure(device: str, rounds: int, sections: list[str]) -> Iterator[dict[str, Any]]:
     """The report of some sections, with what it was measured on: once more after each of them, whatever follows."""
-    command = "make bench-report" if device == "cpu" else f"python -m bench.report --device {device}"
+    command = "make bench-report" if device == "cpu" else f"python -m bench.measured.report --device {device}"
     report: dict[str, Any] = {
         "grade": "measured",
         "command": command,

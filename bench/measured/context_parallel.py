@@ -1,6 +1,6 @@
 """Context parallelism over processes of this machine: bytes on the wire, memory and work of every rank.
 
-    python -m bench.context_parallel         # 1, 2 and 4 gloo processes, into docs/evidence/context-parallel.*
+    python -m bench.measured.context_parallel         # 1, 2 and 4 gloo processes, into docs/evidence/context-parallel.*
 
 One training step (forward and backward) of a model with random weights on one context. What the ranks send goes through
 the loopback device, whose bytes the kernel counts: that is the wire. Times are not reported: the ranks share two cores.
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.markdown import table
-from bench.memory import ENVIRONMENT, resident, start_peak
-from bench.models import MODELS
+from bench.measured.memory import ENVIRONMENT, resident, start_peak
+from bench.measured.models import MODELS
 from bench.rows import write_report
 from bench.shapes import SEGMENTS
 from gistkern import GistLayout, patch_llama
@@ -107,7 +107,7 @@ def measured() -> dict[str, Any]:
     """The report over all numbers of processes."""
     report: dict[str, Any] = {
         "grade": "measured",
-        "command": "python -m bench.context_parallel",
+        "command": "python -m bench.measured.context_parallel",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "model": MODEL,
@@ -118,7 +118,7 @@ def measured() -> dict[str, Any]:
             out = Path(folder) / "found.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             subprocess.run(
-                [*command, "-m", "bench.context_parallel", "--worker", str(out)],
+                [*command, "-m", "bench.measured.context_parallel", "--worker", str(out)],
                 check=True,
                 env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
             )

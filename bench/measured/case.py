@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.timing import Call, Seconds, interleaved, ratio
+from bench.measured.timing import Call, Seconds, interleaved, ratio
 
 __all__ = ["OURS", "Case", "measured", "serve"]
 
@@ -20,7 +20,7 @@ class Case:
     `limit` is the name of the call that stands for the device's peak; a call with `work` (FLOPs or bytes, of all calls
     or by name) would reach that peak in `work / limit_work` of its time. `repeat` is how many times each call is made
     in a row for one time: more than once where one alone is shorter than starting it. `queued` is that of
-    `bench.timing.spent`.
+    `bench.measured.timing.spent`.
     """
 
     device: str

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.attention import attention_case
-from bench.case import OURS, Case, measured
-from bench.compaction import compaction_case
 from bench.counted.work import visible_pairs
-from bench.decoding import decoding_case
-from bench.grid import Grid
-from bench.layouts import layout_case
-from bench.memory import peak_bytes
-from bench.models import FULL, compressing_case, model_decoding_case
-from bench.queueing import calls, microseconds
+from bench.measured.attention import attention_case
+from bench.measured.case import OURS, Case, measured
+from bench.measured.compaction import compaction_case
+from bench.measured.decoding import decoding_case
+from bench.measured.grid import Grid
+from bench.measured.layouts import layout_case
+from bench.measured.memory import peak_bytes
+from bench.measured.models import FULL, compressing_case, model_decoding_case
+from bench.measured.queueing import calls, microseconds
+from bench.measured.timing import Call, interleaved, ratio
 from bench.shapes import layout_of
-from bench.timing import Call, interleaved, ratio
 
 __all__ = ["GROWTH", "SECTIONS", "attention"]
 

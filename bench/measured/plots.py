@@ -11,8 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from bench.baselines import BASELINES
-from bench.case import OURS
+from bench.measured.baselines import BASELINES
+from bench.measured.case import OURS
 
 __all__ = ["draw"]
 

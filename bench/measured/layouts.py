@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from bench import flex
-from bench.case import OURS, Case
+from bench.measured import flex
+from bench.measured.case import OURS, Case
 from bench.shapes import SEGMENTS
 from gistkern import GistLayout
 

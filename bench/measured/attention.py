@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from bench.baselines import BASELINES, OURS, Attention, Baseline
-from bench.case import OURS as NAME
-from bench.case import Case, serve
 from bench.counted.work import visible_pairs
-from bench.limits import matmul
+from bench.measured.baselines import BASELINES, OURS, Attention, Baseline
+from bench.measured.case import OURS as NAME
+from bench.measured.case import Case, serve
+from bench.measured.limits import matmul
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
 from gistkern.testing import Inputs

@@ -1,6 +1,6 @@
 """Peak memory of one call above its inputs; on a CPU in a process of its own, whose peak cannot be taken back.
 
-    python -m bench.memory '["attention", "512/8", 4096, "2 heads, D 64", "both", "cpu"]' "sdpa dense"
+    python -m bench.measured.memory '["attention", "512/8", 4096, "2 heads, D 64", "both", "cpu"]' "sdpa dense"
 
 What a baseline plans and keeps (a mask) counts, what it needs only while it plans does not, and neither does what only
 a first call needs (FlexAttention compiles). On CPU it is the growth of the resident set (Linux), on a GPU that of
@@ -37,7 +37,7 @@ def peak_bytes(case: Sequence[Any], name: str) -> int | str:
     """
     if case[-1] == "cuda":
         return _measure(case, name)
-    command = [sys.executable, "-m", "bench.memory", json.dumps(list(case)), name]
+    command = [sys.executable, "-m", "bench.measured.memory", json.dumps(list(case)), name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -47,11 +47,11 @@ def peak_bytes(case: Sequence[Any], name: str) -> int | str:
 def _measure(case: Sequence[Any], name: str) -> int | str:
     what, *arguments = case
     if what == "compressing":
-        from bench.models import compressing_case  # brings transformers
+        from bench.measured.models import compressing_case  # brings transformers
 
         call = compressing_case(*arguments).calls[name]
         return _peak(lambda: call, arguments[-1])
-    from bench.attention import attention_plan
+    from bench.measured.attention import attention_plan
 
     plan = attention_plan(name, *arguments)
     return plan if isinstance(plan, str) else _peak(plan, arguments[-1])
@@ -93,7 +93,7 @@ def start_peak() -> int:
 def _bytes(result: Any) -> int:
     if isinstance(result, tuple):
         return sum(tensor.nbytes for tensor in result)
-    from bench.models import cache_bytes
+    from bench.measured.models import cache_bytes
 
     return cache_bytes(result)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench import flash_varlen, flex
-from bench.limits import largest
-from bench.segments import Run, runs_of
+from bench.measured import flash_varlen, flex
+from bench.measured.limits import largest
+from bench.measured.segments import Run, runs_of
 from gistkern import GistLayout, gist_attention
 
 __all__ = ["BASELINES", "OURS", "Baseline"]

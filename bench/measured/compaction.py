@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from bench.case import OURS, Case
-from bench.limits import copy
+from bench.measured.case import OURS, Case
+from bench.measured.limits import copy
+from bench.measured.timing import captured
 from bench.shapes import HEADS, layout_of
-from bench.timing import captured
 from gistkern import backends
 from gistkern.ops import library
 

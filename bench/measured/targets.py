@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.case import OURS
-from bench.models import FULL
+from bench.measured.case import OURS
+from bench.measured.models import FULL
 
 __all__ = ["LINEAR", "Aim", "aims", "slope"]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench.limits import largest
+from bench.measured.limits import largest
 from gistkern import GistLayout
 
 __all__ = ["block_mask", "natural", "no_backward", "permuted", "why_not", "why_not_natural"]
