@@ -1,4 +1,4 @@
-"""docs/roofline.md from the report of `make roofline`: cards and op here, the model in bench/calculated/serving_page.py."""
+"""docs/roofline.md from the report of `make roofline`: cards and op here, the model in serving_page.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ EXAMPLE = ("512/8", 32768)
 
 _INTRO = """# Roofline
 
-**Calculated, not measured.** Written by `{command}` (bench/calculated/roofline.py) from published peak numbers, the visible
-pairs of the layouts and the work counter (bench/counted/work.py); the numbers are in
+**Calculated, not measured.** Written by `{command}` (bench/calculated/roofline.py) from published peak numbers, the
+visible pairs of the layouts and the work counter (bench/counted/work.py); the numbers are in
 [evidence/roofline.json](evidence/roofline.json). No kernel ran for this page.
 
 A *perfect kernel* does the arithmetic at the card's peak and moves every tensor once at full bandwidth, both at the

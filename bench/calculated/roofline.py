@@ -1,4 +1,4 @@
-"""What a perfect kernel would take: FLOPs and bytes from the work counter, peaks from bench/calculated/gpus.py. No measurement.
+"""What a perfect kernel would take: FLOPs and bytes from the work counter, published peaks. No measurement.
 
     make roofline      # writes docs/roofline.md, docs/evidence/roofline.json and docs/pictures/roofline.png
 
@@ -27,7 +27,7 @@ ROWS = (4096, 16384, 32768, 131072)
 DECODED = (4096, 6096, 32768, 131072)
 DECODE_BATCHES = (1, 16, 64)
 SHAPE = Shape(*HEADS["Llama-3-8B"])
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

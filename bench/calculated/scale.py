@@ -23,7 +23,7 @@ from gistkern.distributed import gist_bytes, ring_bytes, split_layout
 
 __all__ = ["CASES", "GPU", "LINKS", "Scale", "calculated", "layer_weights", "main", "page"]
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 GPU = "H100 SXM 80 GB"
 ITEM = 2  # bytes of bf16
 NODE = 8
@@ -115,8 +115,8 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
 
 _PAGE = """# A million tokens and more, calculated
 
-**Calculated, not measured.** Written by `make scale` (bench/calculated/scale.py): {model} sizes, bf16, forward of one layer on
-the busiest of R {gpu} at {flops} TFLOP/s of dense bf16, {nvlink:.0f} GB/s received over NVLink within a node of
+**Calculated, not measured.** Written by `make scale` (bench/calculated/scale.py): {model} sizes, bf16, forward of one layer
+on the busiest of R {gpu} at {flops} TFLOP/s of dense bf16, {nvlink:.0f} GB/s received over NVLink within a node of
 {node} (NVIDIA H100 datasheet: 900 GB/s both ways), {infiniband:.0f} GB/s between nodes (one 400 Gb/s adapter per GPU,
 as in NVIDIA's DGX H100 datasheet). Nobody ran this. Shards are those that `split_layout` cuts, pairs are what the
 mask shows; matrix products alone count, at peak, so times are lower bounds. The traffic is counted in the tests of

@@ -1,4 +1,4 @@
-"""The model around the op, calculated: weights, caches, what fits on a card, limits of decoding (bench/calculated/roofline.py).
+"""The model around the op, calculated: weights, caches, what fits on a card, limits of decoding (see roofline.py).
 
 A decoding step reads every weight but the input embedding once, and every sequence's cached rows once.
 """

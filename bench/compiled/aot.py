@@ -37,7 +37,7 @@ from gistkern.kernels.chips import chip_named
 
 __all__ = ["CLASSES", "REASONS", "build", "check", "config_of", "every_row", "main", "problems", "row_of"]
 
-EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
+EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 # constexprs that are choices of ours, for the config column
 _CHOSEN = ("PACK", "BM", "BN", "BG", "BLOCK")
 

@@ -1,7 +1,7 @@
 """Loops of machine code: basic blocks, natural loops, and the shortest way around the loop that does the work.
 
-Assembly of any target is first reduced to a list of `Instruction` (bench/compiled/machine_code.py does that); everything here
-is about labels and jumps alone.
+Assembly of any target is first reduced to a list of `Instruction` (machine_code.py does that); everything here is
+about labels and jumps alone.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ __all__ = [
     "rows_of",
 ]
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD_TOOLS = CSRC / "build_extension.py"
 FLAGS = ("-std=c++17", "-O3")
 # enum DecodeVariant of csrc/include/gistkern/decode.h
@@ -79,11 +79,11 @@ _ONE_ROW = {"query_heads": KV_HEADS}
 
 CUDA_KERNELS = {
     "cuda_decode_mma": CudaKernel("decode", {}, _MMA, _TILES),
-    "cuda_decode_mma_quantised": CudaKernel("decode", {"quantized": 1}, _MMA, _TILES),
+    "cuda_decode_mma_quantized": CudaKernel("decode", {"quantized": 1}, _MMA, _TILES),
     "cuda_decode_simt": CudaKernel("decode", _ONE_ROW, _SIMT_LOOP, ("LDG 128",)),
     "cuda_decode_simt_rows": CudaKernel("decode", {"variant": _SIMT}, _SIMT_LOOP, ("LDG 128",)),
-    "cuda_decode_simt_quantised": CudaKernel("decode", _ONE_ROW | {"quantized": 1}, _SIMT_LOOP, ("LDG 128",)),
-    "cuda_decode_simt_rows_quantised": CudaKernel(
+    "cuda_decode_simt_quantized": CudaKernel("decode", _ONE_ROW | {"quantized": 1}, _SIMT_LOOP, ("LDG 128",)),
+    "cuda_decode_simt_rows_quantized": CudaKernel(
         "decode", {"variant": _SIMT, "quantized": 1}, _SIMT_LOOP, ("LDG 128",)
     ),
     "cuda_merge_splits": CudaKernel("decode", {}, _SIMT_LOOP, ("LDG 128",), index=1),

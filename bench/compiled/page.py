@@ -36,7 +36,7 @@ registers. Loop: tensor-core instructions in the inner loop. Blocks: resident pe
 warps, and what limits it."""
 
 _CUDA = """The kernels of `csrc/`, for bf16. *mma*: on tensor cores, two packed rows and more; *simt*: without, one row
-or up to four (*rows*); *quantised*: int8 or e4m3 rows beside bf16 ones. The code of simt, merging and compaction is the
+or up to four (*rows*); *quantized*: int8 or e4m3 rows beside bf16 ones. The code of simt, merging and compaction is the
 same for every head dimension; only the launch differs.
 
 In the whole function: the instructions that the source asks for by name, 128-bit loads (LDG), 128-bit asynchronous
@@ -47,7 +47,8 @@ way goes past."""
 
 _COLUMNS_AMD = """Registers: vector registers per lane (512 at most). Waves: per SIMD, as LLVM computes it."""
 
-_LOOPS = """The same columns for a plain causal flash kernel ([bench/compiled/plain_flash.py](../../bench/compiled/plain_flash.py): the
+_LOOPS = """The same columns for a plain causal flash kernel
+([plain_flash.py](../../bench/compiled/plain_flash.py): the
 algorithm of FlashAttention-2 as Triton's tutorial arranges it, no gists, no documents) with the same tiles, warps and
 stages, compiled the same way. One turn of the inner loop on a tile that needs no mask, ours / plain, in instructions
 per warp; *mask* is what the loop holds besides: the arm that only boundary tiles take."""

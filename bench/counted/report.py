@@ -43,7 +43,7 @@ COLUMNS = (
     "dk/dv local",
     "dk/dv gist",
 )
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def markdown(rows: list[dict[str, Any]], shape: Shape) -> str:
         "# Work of the schedule",
         "",
         "Counted by `make work` (bench/counted/work.py) from the layouts and the shipped configs; the counts equal the",
-        "products that the kernels make in the interpreter (tests/test_work.py). Grade: *emulated*; no",
+        "products that the kernels make in the interpreter (tests/bench/test_work.py). Grade: *emulated*; no",
         "time was measured.",
         "",
         f"Heads {shape.heads}/{shape.kv_heads}, head dimension {shape.head_dim}, bf16, batch 1.",

@@ -34,7 +34,7 @@ from gistkern.hf.context_parallel import row_cost
 
 __all__ = ["main", "page", "step_on_this_rank"]
 
-EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
+EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 MODEL = "SmolLM2-135M, 4 of 30 layers"
 RANKS = (1, 2, 4)
 ROWS = 8192

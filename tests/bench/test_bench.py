@@ -42,7 +42,7 @@ from bench.measured.timing import interleaved, ratio
 from bench.shapes import LAYOUTS, layout_of
 from gistkern import GistLayout, gist_attention
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SMALL = "2 heads, D 64"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),

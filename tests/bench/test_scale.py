@@ -8,7 +8,7 @@ from bench.calculated import scale
 from bench.calculated.gpus import gpu_named
 from gistkern import GistLayout
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from bench.counted import work
 from gistkern import GistLayout
 from gistkern.kernels.chips import chip_for
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # run in a process of its own: kernels are interpreted there
 COUNT_PRODUCTS = """

@@ -18,7 +18,7 @@ from gistkern.kernels.chips import chip_named
 from gistkern.rows import gather_rows
 from gistkern.testing import make_inputs
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 H100, RTX_4090 = gpu_named("H100 SXM 80 GB"), gpu_named("RTX 4090 24 GB")
 # Llama-3-8B: elements of its matrices, added up by hand
 LINEARS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)

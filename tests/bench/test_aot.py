@@ -25,7 +25,7 @@ from bench.compiled.page import page
 from gistkern.kernels import configs
 from gistkern.kernels.chips import chip_named
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SUBSET = [(kernel, arch) for kernel in ("fwd", "bwd_dkv_gist", "decode") for arch in ("sm_80", "sm_90")]
 OURS = [kernel for kernel in KERNELS if not kernel.startswith("plain_")]
