@@ -115,7 +115,7 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
 
 _PAGE = """# A million tokens and more, calculated
 
-**Calculated, not measured.** Written by `make scale` (bench/calculated/scale.py): {model} sizes, bf16, forward of one layer
+**Calculated, not measured.** Written by `make scale` (bench/calculated): {model} sizes, bf16, forward of one layer
 on the busiest of R {gpu} at {flops} TFLOP/s of dense bf16, {nvlink:.0f} GB/s received over NVLink within a node of
 {node} (NVIDIA H100 datasheet: 900 GB/s both ways), {infiniband:.0f} GB/s between nodes (one 400 Gb/s adapter per GPU,
 as in NVIDIA's DGX H100 datasheet). Nobody ran this. Shards are those that `split_layout` cuts, pairs are what the

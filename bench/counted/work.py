@@ -3,8 +3,8 @@
     make work          # writes docs/evidence/work.{json,md} and docs/pictures/work.png
 
 The counts follow the same rules as the kernels (kernels/primitives.py: visible_columns; kernels/attn_bwd_dkv.py:
-row intervals and chunks) on the configs a call would pick; tests/bench/test_work.py counts the products that the kernels
-really make in the interpreter. Nothing here is a time.
+row intervals and chunks) on the configs a call would pick; tests/bench/test_work.py counts the products that the
+kernels really make in the interpreter. Nothing here is a time.
 """
 
 from __future__ import annotations

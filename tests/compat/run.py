@@ -21,7 +21,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # layout, attention, cache, patch, generate, compress, streaming, checkpoints, training steps
-HF = ("acceptance", "cache", "cache_file", "compress", "generate", "patch", "plain_prefix", "checkpoint_rows", "streaming")
+HF = (
+    "acceptance",
+    "cache",
+    "cache_file",
+    "compress",
+    "generate",
+    "patch",
+    "plain_prefix",
+    "checkpoint_rows",
+    "streaming",
+)
 TRAINER = (
     *("gradient_accumulation_changes_nothing", "a_plain_trainer_takes_the_batches_too", "a_full_checkpoint_comes_back"),
     *("evaluation_measures_the_answers", "an_adapters_checkpoint_holds_what_was_trained_and_comes_back"),
