@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.calculated import serving
-from bench.calculated.gpus import Gpu, gpu_named
 from bench.markdown import per_card, significant, table
+from gistkern.kernels.chips import Gpu, gpu_named
 
 __all__ = ["fitting", "sections"]
 

@@ -8,17 +8,16 @@ The attention op is counted here, the model around it (weights, caches, decoding
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.calculated import serving
-from bench.calculated.gpus import GPUS, Gpu
 from bench.counted.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
 from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
-from gistkern.kernels.chips import chip_named
+from gistkern.kernels.chips import GPUS, Gpu
 
 __all__ = ["COUNTED", "ROWS", "Time", "decoding", "draw", "flops_of", "op", "perfect_time", "report"]
 
@@ -72,10 +71,9 @@ def op(name: str, rows: int, shape: Shape = SHAPE) -> dict[str, Any]:
 
 
 def _tile_flops(layout: GistLayout, shape: Shape, gpu: Gpu, backward: bool) -> int:
-    chip = replace(chip_named(gpu.arch), multiprocessors=gpu.multiprocessors)
     if not backward:
-        return forward_work(layout, shape, chip).flops
-    return sum(work.flops for work in backward_work(layout, shape, chip).values())
+        return forward_work(layout, shape, gpu.chip).flops
+    return sum(work.flops for work in backward_work(layout, shape, gpu.chip).values())
 
 
 def decoding(batch: int, gist_rows: int, raw_rows: int, shape: Shape = SHAPE) -> dict[str, Any]:

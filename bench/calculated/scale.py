@@ -14,22 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.calculated.gpus import gpu_named
 from bench.calculated.serving import LLAMA_3_8B
 from bench.markdown import bullets, significant, table
 from bench.shapes import layout_of
 from gistkern import GistLayout
-from gistkern.distributed import gist_bytes, ring_bytes, split_layout
+from gistkern.distributed import split_layout
+from gistkern.kernels.chips import LINKS, gpu_named
 
-__all__ = ["CASES", "GPU", "LINKS", "Scale", "calculated", "layer_weights", "main", "page"]
+__all__ = ["CASES", "GPU", "Scale", "calculated", "gist_bytes", "layer_weights", "main", "page", "ring_bytes"]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GPU = "H100 SXM 80 GB"
 ITEM = 2  # bytes of bf16
 NODE = 8
 ROW = 2 * LLAMA_3_8B.num_key_value_heads * LLAMA_3_8B.head_dim * ITEM  # bytes of a key and a value
-# bytes per second that one GPU receives: NVLink 4 within a node, one 400 Gb/s adapter per GPU between nodes
-LINKS = {"NVLink": 450 * 10**9, "InfiniBand": 50 * 10**9}
 SCHEMES = ("512/8", "hierarchical")
 CASES = tuple((tokens, ranks) for tokens, many in ((1 << 20, (8, 64)), (10 << 20, (64, 1024))) for ranks in many)
 
@@ -75,6 +73,25 @@ class Scale:
     def seconds(self, size: int) -> float:
         """Of receiving so many bytes at the link's published speed."""
         return size / LINKS[self.link]
+
+
+def gist_bytes(rows: int, ranks: int, kv_heads: int, head_dim: int, itemsize: int, grad_itemsize: int = 0) -> int:
+    """Bytes that a rank receives per layer: keys and values of `rows` compact rows, of which every rank owns as many.
+
+    With `grad_itemsize` those of the backward too: gradients of the rows that it owns, from every other rank.
+    """
+    per_row = 2 * kv_heads * head_dim * (itemsize + grad_itemsize)
+    return rows * (ranks - 1) // ranks * per_row
+
+
+def ring_bytes(rows: int, ranks: int, kv_heads: int, head_dim: int, itemsize: int, backward: bool = False) -> int:
+    """What ring attention (Liu et al. 2023, "Ring Attention with Blockwise Transformers", section 3) receives.
+
+    Per layer and rank: in the forward the keys and values of all other ranks pass by; in the backward they pass by
+    once more, and their gradients with them.
+    """
+    per_row = 2 * kv_heads * head_dim * itemsize
+    return rows * (ranks - 1) // ranks * per_row * (3 if backward else 1)
 
 
 def layer_weights() -> int:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from bench.calculated.gpus import GPUS, Gpu
-from gistkern.training.memory_terms import Precision, base_bytes
+from bench.calculated.memory_terms import Precision, base_bytes
+from gistkern.kernels.chips import GPUS, Gpu
 
 __all__ = [
     "BATCHES",
@@ -37,9 +37,9 @@ __all__ = [
     "weights_of",
 ]
 
-# question and answer so far, as in gistkern.training.memory; gist rows of a context; tokens of a context
+# question and answer so far, as in training_memory.py; gist rows of a context; tokens of a context
 TAIL, GIST_ROWS, CONTEXTS = 32, 10, (6096, 131072)
-# kept for the driver, the allocator and fragments, as in gistkern.training.memory
+# kept for the driver, the allocator and fragments, as in training_memory.py
 RESERVE = 10**9
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WEIGHTS = ("bf16", "NF4, rest bf16", "NF4, rest fp32")
@@ -113,7 +113,7 @@ def kv_row(model: Llama = LLAMA_3_8B) -> int:
 def weights_of(kind: str, model: Llama = LLAMA_3_8B) -> Weights:
     """Weights in one of the formats `WEIGHTS`.
 
-    NF4 with double quantisation is that of gistkern.training.memory: the layers' linears have 4 bits, the vocabulary
+    NF4 with double quantisation is that of training_memory.py: the layers' linears have 4 bits, the vocabulary
     matrices and norms do not. They are fp32 after `prepare_model_for_kbit_training`, and bf16 if the model is only
     loaded in 4 bits.
     """

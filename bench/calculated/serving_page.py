@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.calculated import capacity_page, serving
-from bench.calculated.gpus import gpu_named
 from bench.markdown import per_card, table
+from gistkern.kernels.chips import gpu_named
 
 __all__ = ["findings", "sections"]
 

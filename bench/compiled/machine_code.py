@@ -62,8 +62,6 @@ _TENSOR_FORM = re.compile(rf"({CLASSES['tensor core']})(\..*)?")
 _TENSOR_NAME = re.compile(r"^v_|_.*")
 _ASYNC = re.compile(r"LDGSTS|UTMALDG|UBLKCP|buffer_load_\w+_lds")
 _SPILL = re.compile(r"LDL|STL|scratch_(load|store)\w*")
-# 32-bit columns of tensor memory in one multiprocessor of sm_100
-TENSOR_MEMORY_COLUMNS = 512
 
 # opcodes with their modifiers that kernels are written to get (CUDA C++ asks for each by name)
 FORMS = {
@@ -163,8 +161,8 @@ def _nvidia(cubin: Cubin, chip: Chip) -> tuple[dict[str, Any], list[Instruction]
     )
     blocks, limits = occupancy.blocks_per_sm, occupancy.limiter
     columns = cubin.tensor_memory_columns
-    if columns and TENSOR_MEMORY_COLUMNS // columns < blocks:
-        blocks, limits = TENSOR_MEMORY_COLUMNS // columns, "tensor memory"
+    if columns and chip.tensor_memory_columns // columns < blocks:
+        blocks, limits = chip.tensor_memory_columns // columns, "tensor memory"
     warps = blocks * cubin.warps
     facts = {
         "registers": usage.reg,

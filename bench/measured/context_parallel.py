@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.calculated.scale import ring_bytes
 from bench.markdown import table
 from bench.measured.memory import ENVIRONMENT, resident, start_peak
 from bench.measured.models import MODELS
 from bench.rows import write_report
 from bench.shapes import SEGMENTS
 from gistkern import GistLayout, patch_llama
-from gistkern.distributed import count_traffic, ring_bytes, split_layout
+from gistkern.distributed import count_traffic, split_layout
 from gistkern.hf.context_parallel import row_cost
 
 __all__ = ["main", "page", "step_on_this_rank"]

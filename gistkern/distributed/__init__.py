@@ -4,16 +4,14 @@
 """
 
 from gistkern.distributed.attention import parallel_attention
+from gistkern.distributed.collectives import Traffic, count_traffic
 from gistkern.distributed.shards import ContextShard, row_work, split_layout
-from gistkern.distributed.traffic import Traffic, count_traffic, gist_bytes, ring_bytes
 
 __all__ = [
     "ContextShard",
     "Traffic",
     "count_traffic",
-    "gist_bytes",
     "parallel_attention",
-    "ring_bytes",
     "row_work",
     "split_layout",
 ]

@@ -1,23 +1,68 @@
 """What ranks exchange under gist context parallelism: compact rows from all, a halo from one, the loss, and a check.
 
-Every rank calls them in the same order, forward and backward, as with any collective.
+What a rank receives is counted (`count_traffic`). Every rank calls them in the same order, forward and backward, as with
+any collective.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from gistkern.distributed.shards import ContextShard
-from gistkern.distributed.traffic import record
 from gistkern.layout import GistLayout
 from gistkern.rows import gather_rows
 
-__all__ = ["Group", "check_same", "gather_compact", "gather_ranks", "whole_loss", "with_halo"]
+__all__ = [
+    "Group",
+    "Traffic",
+    "check_same",
+    "count_traffic",
+    "gather_compact",
+    "gather_ranks",
+    "record",
+    "whole_loss",
+    "with_halo",
+]
 
 Group: TypeAlias = dist.ProcessGroup
+
+
+@dataclass(eq=False)  # nested counts are told apart by identity
+class Traffic:
+    """Bytes that this rank received, by kind: ``"gists"``, ``"halo"``, ``"logits"``, each also ``", gradients"``."""
+
+    received: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The bytes of all kinds together."""
+        return sum(self.received.values())
+
+
+_counting: list[Traffic] = []
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this rank receives for gist context parallelism within the block."""
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counting.remove(traffic)
+
+
+def record(kind: str, size: int) -> None:
+    """Note that `size` bytes are received."""
+    for traffic in _counting:
+        traffic.received[kind] = traffic.received.get(kind, 0) + size
 
 
 def gather_compact(

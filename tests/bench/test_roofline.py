@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from bench.calculated import roofline, serving
-from bench.calculated.gpus import GPUS, Gpu, gpu_named
 from bench.calculated.page import page
 from bench.counted.work import Shape, least_bytes, visible_pairs
 from gistkern import GistLayout, gist_attention
-from gistkern.kernels.chips import chip_named
+from gistkern.kernels.chips import GPUS, Gpu, chip_named, gpu_named
 from gistkern.rows import gather_rows
 from gistkern.testing import make_inputs
 

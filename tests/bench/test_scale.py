@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bench.calculated import scale
-from bench.calculated.gpus import gpu_named
 from gistkern import GistLayout
+from gistkern.kernels.chips import gpu_named
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -11,7 +11,7 @@ from parallel_cases import LAYOUTS, layout_of
 
 from gistkern import GistLayout
 from gistkern.distributed import count_traffic, row_work, shards, split_layout
-from gistkern.distributed.traffic import record
+from gistkern.distributed.collectives import record
 from gistkern.layout.checks import check_intervals
 
 

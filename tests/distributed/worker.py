@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.calculated.scale import gist_bytes
 from gistkern import patch_llama
-from gistkern.distributed import count_traffic, gist_bytes, parallel_attention, split_layout
+from gistkern.distributed import count_traffic, parallel_attention, split_layout
 from gistkern.training import answer_loss
 
 

@@ -1,7 +1,7 @@
-"""The terms of `gistkern.training.memory`: which tensors exist, and which of them autograd keeps.
+"""The terms of training_memory.py: which tensors a training step has, and which of them autograd keeps.
 
 Read off the operations of transformers' Llama layers, peft's LoRA layers, bitsandbytes' 4-bit linear and
-`gistkern.ops.attention`; tests/training/test_memory.py compares each with what torch really keeps.
+gistkern's attention; tests/bench/test_training_memory.py compares each with what torch really keeps.
 """
 
 from __future__ import annotations
@@ -9,35 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = [
-    "LoraLike",
-    "Precision",
-    "Saved",
-    "Trained",
-    "base_bytes",
-    "linear_shapes",
-    "optimizer_bytes",
-    "trained_tensors",
-]
+__all__ = ["Precision", "Saved", "Trained", "base_bytes", "linear_shapes", "optimizer_bytes", "trained_tensors"]
 
 # bitsandbytes: weights per block of 4-bit weights, blocks per block of their own 8-bit scales, entries per block of
 # 8-bit optimizer state, and the elements from which a tensor's state is in 8 bits, and is paged
 _BLOCK, _NESTED_BLOCK, _STATE_BLOCK, _LEAST_8BIT, _LEAST_PAGED = 64, 256, 256, 4096, 100_000
-
-
-class LoraLike(Protocol):
-    """What is read of a LoRA setting; peft's `LoraConfig` has it."""
-
-    @property
-    def r(self) -> int: ...  # noqa: D102
-    @property
-    def lora_dropout(self) -> float: ...  # noqa: D102
-    @property
-    def target_modules(self) -> Any: ...  # noqa: D102
-    @property
-    def modules_to_save(self) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -109,7 +87,7 @@ def _nf4_bytes(elements: int, double_quant: bool) -> int:
     return ceil(elements / 2) + blocks + 4 * ceil(blocks / _NESTED_BLOCK) + code + nested_code + offset
 
 
-def trained_tensors(config: Any, precision: Precision, lora: LoraLike | None, gists: int) -> list[Trained]:
+def trained_tensors(config: Any, precision: Precision, lora: Any, gists: int) -> list[Trained]:
     """Every tensor with a gradient; without LoRA that is all of them."""
     base, hidden, shapes = precision.base, config.hidden_size, linear_shapes(config)
     whole = {
@@ -162,7 +140,7 @@ class Saved:
 
     config: Any
     precision: Precision
-    lora: LoraLike | None
+    lora: Any
     rows: int
     compact_rows: int
     mask_element: int

@@ -1,21 +1,24 @@
 """How much memory a training step takes, calculated: weights, gradients, optimizer, activations, logits.
 
-    python -m gistkern.training.memory --config examples/configs/llama3-8b.yaml
+    python -m bench.calculated.training_memory --config examples/configs/llama3-8b.yaml
 
 prints a Markdown table and whether the step fits a card. The numbers are formulas, checked against what torch
-allocates at small scale (docs/memory.md, tests/training/test_memory.py).
+allocates at small scale (docs/memory.md, tests/bench/test_training_memory.py).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
-from gistkern.training.memory_terms import (
-    LoraLike,
+import yaml
+from transformers import LlamaConfig
+
+from bench.calculated.memory_terms import (
     Precision,
     Saved,
     base_bytes,
@@ -23,12 +26,8 @@ from gistkern.training.memory_terms import (
     optimizer_bytes,
     trained_tensors,
 )
-from gistkern.training.recipe import Recipe, read_recipe
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
-__all__ = ["MemoryEstimate", "TrainingSetup", "config_of", "estimate", "main", "setup_of"]
+__all__ = ["MemoryEstimate", "TrainingSetup", "config_of", "estimate", "setup_of"]
 
 # tokens of a question and its answer, and of the answer alone; a passkey takes no more with a Llama tokenizer
 TAIL, ANSWER = 32, 5
@@ -45,57 +44,21 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What the memory of a training step depends on, besides the model.
+    """What the memory of a training step depends on, besides the model; ValueError for settings nobody knows."""
 
-    Parameters
-    ----------
-    tokens : int
-        Of one sample: context, gist tokens and tail.
-    batch_size : int
-        Samples of one forward pass. Accumulation steps change nothing: gradients stay allocated in any case.
-    logit_rows : int, optional
-        Rows of a sample whose logits are computed; all of them by default.
-    num_gist_tokens : int
-        Gist tokens with an embedding of their own.
-    compact_rows : int
-        Compact rows of a sample: all its gist tokens and sinks.
-    weights : str
-        ``"float32"``, ``"bfloat16"``, or ``"nf4"``: bitsandbytes' 4 bits for the linears of the layers, fp32 for
-        the rest, as `peft.prepare_model_for_kbit_training` leaves it.
-    double_quant : bool
-        Whether NF4's scales are quantized too.
-    autocast : bool
-        bf16 autocast (`TrainingArguments(bf16=True)`).
-    lora : peft.LoraConfig, optional
-        Without one, all parameters are trained.
-    optimizer : str
-        A name that transformers' Trainer knows; one of `OPTIMIZERS`.
-    gradient_checkpointing : bool
-        Whether each decoder layer is computed again in the backward pass.
-    teacher : bool
-        Whether a second forward pass without gradients gives logits to learn from.
-    on_cpu : bool
-        Dropout keeps a byte per element on a GPU, and a float on a CPU.
-
-    Raises
-    ------
-    ValueError
-        For unknown weights or optimizers, and for LoRA on quantized weights that are not there.
-    """
-
-    tokens: int
-    batch_size: int = 1
-    logit_rows: int | None = None
+    tokens: int  # of one sample: context, gist tokens and tail
+    batch_size: int = 1  # samples of one forward; accumulating changes nothing: gradients stay allocated in any case
+    logit_rows: int | None = None  # rows of a sample whose logits are computed; all of them by default
     num_gist_tokens: int = 10
-    compact_rows: int = 11
-    weights: str = "nf4"
-    double_quant: bool = True
-    autocast: bool = True
-    lora: LoraLike | None = None
+    compact_rows: int = 11  # of a sample: all its gist tokens and sinks
+    weights: str = "nf4"  # 4 bits for the layers' linears, fp32 for the rest (prepare_model_for_kbit_training)
+    double_quant: bool = True  # whether NF4's scales are quantized too
+    autocast: bool = True  # TrainingArguments(bf16=True)
+    lora: Any = None  # a peft.LoraConfig; without one, all parameters are trained
     optimizer: str = "paged_adamw_8bit"
     gradient_checkpointing: bool = True
-    teacher: bool = False
-    on_cpu: bool = False
+    teacher: bool = False  # a second forward without gradients gives logits to learn from
+    on_cpu: bool = False  # dropout keeps a byte per element on a GPU, and a float on a CPU
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
@@ -249,45 +212,52 @@ def _logit_elements(config: Any, setup: TrainingSetup) -> int:
     return setup.batch_size * rows * config.vocab_size
 
 
-def setup_of(recipe: Recipe, all_logits: bool = False) -> TrainingSetup:
-    """The setup of a recipe's largest step: the curriculum's longest context in every sample of the batch."""
-    gists, training = recipe.gists, recipe.training
-    return TrainingSetup(
-        tokens=max(max(stage.tokens or ()) for stage in recipe.curriculum.stages) + gists.num_gist_tokens + TAIL,
-        batch_size=training.per_device_train_batch_size,
-        logit_rows=None if all_logits else ANSWER,
-        num_gist_tokens=gists.num_gist_tokens,
-        compact_rows=gists.num_gist_tokens + gists.sink_tokens,
-        weights=recipe.model.dtype if recipe.quantization is None else recipe.quantization.bnb_4bit_quant_type,
-        double_quant=recipe.quantization is not None and recipe.quantization.bnb_4bit_use_double_quant,
-        autocast=training.bf16,
-        lora=recipe.lora,
-        optimizer=training.optim,
-        gradient_checkpointing=training.gradient_checkpointing,
-        teacher=recipe.objectives.distillation > 0,
-    )
+def setup_of(recipe: Mapping[str, Any], all_logits: bool = False) -> TrainingSetup:
+    """The setup of a recipe's largest step: the curriculum's longest context in every sample of the batch.
+
+    `recipe` is what examples/configs/*.yaml holds; ValueError if it lacks what memory depends on.
+    """
+    try:
+        gists, training, lora = recipe["gists"]["num_gist_tokens"], recipe["training"], recipe["lora"]
+        quantization = recipe.get("quantization")
+        return TrainingSetup(
+            tokens=max(max(stage["tokens"]) for stage in recipe["curriculum"]["stages"]) + gists + TAIL,
+            batch_size=training["per_device_train_batch_size"],
+            logit_rows=None if all_logits else ANSWER,
+            num_gist_tokens=gists,
+            compact_rows=gists + recipe["gists"]["sink_tokens"],
+            weights=quantization["bnb_4bit_quant_type"] if quantization else recipe["model"]["dtype"],
+            double_quant=bool(quantization and quantization["bnb_4bit_use_double_quant"]),
+            autocast=training["bf16"],
+            lora=SimpleNamespace(**lora),
+            optimizer=training["optim"],
+            gradient_checkpointing=training["gradient_checkpointing"],
+            teacher=recipe.get("objectives", {}).get("distillation", 0.0) > 0,
+        )
+    except KeyError as error:
+        raise ValueError(f"the recipe lacks {error}") from None
 
 
-def config_of(recipe: Recipe) -> LlamaConfig:
+def config_of(recipe: Mapping[str, Any]) -> LlamaConfig:
     """The model's config as a recipe describes it, the rows of a resized vocabulary included."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(**recipe.model.architecture)
-    if recipe.model.resize_vocabulary:
-        config.vocab_size += recipe.gists.num_gist_tokens
+    config = LlamaConfig(**recipe["model"]["architecture"])
+    if recipe["model"].get("resize_vocabulary"):
+        config.vocab_size += recipe["gists"]["num_gist_tokens"]
     return config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m gistkern.training.memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.calculated.training_memory", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--config", type=Path, required=True, help="a recipe, say examples/configs/llama3-8b.yaml")
     parser.add_argument("--card", type=float, default=24.0, help="memory of the card in GB (10^9 bytes)")
     parser.add_argument("--reserve", type=float, default=1.0, help="GB of it for driver, allocator and fragments")
     parser.add_argument("--all-logits", action="store_true", help="logits of every row, as model(ids, labels=...)")
     given = parser.parse_args(arguments)
     try:
-        recipe = read_recipe(given.config)
+        recipe = yaml.safe_load(given.config.read_text("utf-8"))
         setup = setup_of(recipe, given.all_logits)
         found = estimate(config_of(recipe), setup)
     except (OSError, ValueError) as error:

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.profiler import ProfilerActivity, profile
 from transformers import BitsAndBytesConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gistkern
+from bench.calculated.memory_terms import Precision, Saved
+from bench.calculated.training_memory import TrainingSetup, config_of, estimate, main, setup_of
 from gistkern.training import GistDataCollator, Objectives
-from gistkern.training.memory import TrainingSetup, config_of, estimate, main, setup_of
-from gistkern.training.memory_terms import Precision, Saved
-from gistkern.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -233,7 +233,7 @@ def test_8b_presets_by_hand():
     """Calculated, never run: the large terms once more, by hand."""
     found = {}
     for name in ("llama3-8b", "llama3-8b-poc"):
-        recipe = read_recipe(CONFIGS / f"{name}.yaml")
+        recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
         found[name] = estimate(config_of(recipe), setup_of(recipe))
     ours, theirs = found["llama3-8b"], found["llama3-8b-poc"]
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
@@ -282,6 +282,13 @@ def test_the_page_shows_what_the_command_prints(options, capsys):
 def test_bad_setups(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainingSetup(tokens=10, **changes)
+
+
+def test_a_recipe_without_what_memory_depends_on_is_refused():
+    recipe = yaml.safe_load((CONFIGS / "llama3-8b.yaml").read_text())
+    del recipe["training"]["optim"]
+    with pytest.raises(ValueError, match="the recipe lacks 'optim'"):
+        setup_of(recipe)
 
 
 def test_unknown_modules_are_refused():
