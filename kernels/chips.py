@@ -1,8 +1,8 @@
 """Facts about GPUs, in one place: architectures that kernels are compiled and tuned for, and cards with their peaks.
 
 Sources of the architectures: NVIDIA CUDA C++ Programming Guide, table "Technical Specifications per Compute
-Capability" (shared memory), and the vendors' datasheets (multiprocessors, L2 cache); AMD's CDNA 3 white paper for gfx942, whose
-4 MiB of L2 are per die.
+Capability" (shared memory), and the vendors' datasheets (multiprocessors, L2 cache); AMD's CDNA 3 white paper for
+gfx942, whose 4 MiB of L2 are per die.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What ranks exchange under gist context parallelism: compact rows from all, a halo from one, the loss, and a check.
 
-What a rank receives is counted (`count_traffic`). Every rank calls them in the same order, forward and backward, as with
-any collective.
+What a rank receives is counted (`count_traffic`). Every rank calls them in the same order, forward and backward, as
+with any collective.
 """
 
 from __future__ import annotations
