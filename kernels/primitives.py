@@ -5,6 +5,8 @@ Naming inside kernels: ``i_`` indices, ``o_`` offsets, ``m_`` masks, ``p_`` poin
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -12,8 +14,12 @@ __all__ = [
     "FAR",
     "LN2",
     "LOG2E",
+    "Intervals",
+    "Visible",
     "backward_lse",
+    "column_intervals",
     "count_at_most",
+    "head_rows",
     "load_columns",
     "load_rows",
     "matmul",
@@ -21,13 +27,15 @@ __all__ = [
     "pack_of",
     "probabilities",
     "query_rows",
-    "row_bounds",
     "row_intervals",
+    "sample_of",
     "scheduled",
     "seen_columns",
+    "sees_nothing",
     "softmax_step",
     "store_rows",
     "visible_columns",
+    "visited",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -85,109 +93,148 @@ def scheduled(i_program, n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def query_rows(row_begin, row_end, i_head, PACK: tl.constexpr, BM: tl.constexpr):
+def head_rows(rows, i_b, i_head, o_row):
+    """Pointers to rows `o_row` of a head of the buffer `rows`, a pointer and the strides of batch, head and row."""
+    return rows[0] + i_b * rows[1][0] + i_head * rows[1][1] + o_row * rows[1][2]
+
+
+@triton.jit
+def sample_of(rows, i_b):
+    """A buffer as `head_rows` takes it, that begins with sample `i_b` of `rows`."""
+    return rows[0] + i_b * rows[1][0], rows[1]
+
+
+@triton.jit
+def query_rows(row_begin, row_end, i_head, META: tl.constexpr):
     """The BM lanes of a tile: PACK query heads that share one K/V head, position-major, from ``row_begin`` on.
 
     i_head counts packs within a sample. Returns positions, query heads and the mask of real lanes.
     """
-    o_m = tl.arange(0, BM)
-    o_row = row_begin + o_m // PACK
-    o_head = i_head * PACK + o_m % PACK
-    return o_row, o_head, (o_m < (BM // PACK) * PACK) & (o_row < row_end)
+    o_m = tl.arange(0, META.BM)
+    o_row = row_begin + o_m // META.PACK
+    o_head = i_head * META.PACK + o_m % META.PACK
+    return o_row, o_head, (o_m < (META.BM // META.PACK) * META.PACK) & (o_row < row_end)
 
 
 @triton.jit
-def pack_of(i_bh, HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr):
+def pack_of(i_bh, META: tl.constexpr):
     """(sample, pack within it, K/V head) of a program that owns the pack `i_bh` of all samples."""
-    i_b = (i_bh // (HEADS // PACK)).to(tl.int64)
-    i_h = i_bh % (HEADS // PACK)
-    return i_b, i_h, (i_h * PACK // GROUP).to(tl.int64)
+    i_b = (i_bh // (META.HEADS // META.PACK)).to(tl.int64)
+    i_h = i_bh % (META.HEADS // META.PACK)
+    return i_b, i_h, (i_h * META.PACK // META.GROUP).to(tl.int64)
 
 
-@triton.jit
-def row_intervals(gist_begin_ptr, gist_end_ptr, local_begin_ptr, o_rows, m_row):
-    """The three vectors of the mask rule, ``[BM]`` each, at rows `o_rows` of the flat ``[B, N]``."""
-    b_gist_begin = tl.load(gist_begin_ptr + o_rows, mask=m_row, other=0)
-    b_gist_end = tl.load(gist_end_ptr + o_rows, mask=m_row, other=0)
-    b_local_begin = tl.load(local_begin_ptr + o_rows, mask=m_row, other=0)
-    return b_gist_begin, b_gist_end, b_local_begin
+class Intervals(NamedTuple):
+    """Tiles ``[BM]``: each row sees gist rows ``[gist, gist_end)`` and local rows ``[local, local_last]``."""
+
+    gist: Any
+    gist_end: Any
+    local: Any
+    local_last: Any
 
 
-@triton.jit
-def visible_columns(b_gist_begin, b_gist_end, b_local_begin, b_local_row, m_row):
-    """The columns a tile of rows has to visit: its gist interval, then its local interval.
+class Visible(NamedTuple):
+    """What a tile of rows visits: `n_gist` gist rows from `gist_lo` on, then `n_local` local rows from `local_lo` on.
 
-    Returns ``(gist_lo, n_gist, local_lo, n_local, n_full)``; every row sees the first `n_full` of the
-    ``n_gist + n_local`` columns, so they need no mask. Rows that see nothing do not count (their results are
-    overwritten).
+    Every row sees the first `n_full` of these columns, so they need no mask.
     """
-    m_gist = m_row & (b_gist_begin < b_gist_end)
-    m_local = m_row & (b_local_begin <= b_local_row)
+
+    gist_lo: Any
+    n_gist: Any
+    local_lo: Any
+    n_local: Any
+    n_full: Any
+
+
+@triton.jit
+def row_intervals(rule, i_b, o_row, m_row, n_rows, n_local_rows):
+    """`Intervals` of rows `o_row` of a sample, from the three vectors ``[B, N]`` of the mask rule."""
+    o_rule = i_b * n_rows + o_row
+    return Intervals(
+        gist=tl.load(rule[0] + o_rule, mask=m_row, other=0),
+        gist_end=tl.load(rule[1] + o_rule, mask=m_row, other=0),
+        local=tl.load(rule[2] + o_rule, mask=m_row, other=0),
+        local_last=o_row + (n_local_rows - n_rows),
+    )
+
+
+@triton.jit
+def sees_nothing(b_sees):
+    """Of which rows both `Intervals` are empty, ``[BM]``."""
+    return (b_sees.gist >= b_sees.gist_end) & (b_sees.local > b_sees.local_last)
+
+
+@triton.jit
+def visible_columns(b_sees, m_row):
+    """`Visible` of a tile of rows. Rows that see nothing do not count (their results are overwritten)."""
+    m_gist = m_row & (b_sees.gist < b_sees.gist_end)
+    m_local = m_row & (b_sees.local <= b_sees.local_last)
     m_any = m_gist | m_local
-    gist_lo = tl.min(tl.where(m_gist, b_gist_begin, FAR), 0)
-    n_gist = tl.maximum(tl.max(tl.where(m_gist, b_gist_end, 0), 0) - gist_lo, 0)
-    local_lo = tl.min(tl.where(m_local, b_local_begin, FAR), 0)
-    n_local = tl.maximum(tl.max(tl.where(m_local, b_local_row + 1, 0), 0) - local_lo, 0)
-    last_begin = tl.max(tl.where(m_any, b_gist_begin, 0), 0)
-    first_end = tl.min(tl.where(m_any, b_gist_end, FAR), 0)
+    gist_lo = tl.min(tl.where(m_gist, b_sees.gist, FAR), 0)
+    n_gist = tl.maximum(tl.max(tl.where(m_gist, b_sees.gist_end, 0), 0) - gist_lo, 0)
+    local_lo = tl.min(tl.where(m_local, b_sees.local, FAR), 0)
+    n_local = tl.maximum(tl.max(tl.where(m_local, b_sees.local_last + 1, 0), 0) - local_lo, 0)
+    last_begin = tl.max(tl.where(m_any, b_sees.gist, 0), 0)
+    first_end = tl.min(tl.where(m_any, b_sees.gist_end, FAR), 0)
     full_gist = tl.where(last_begin <= gist_lo, tl.maximum(tl.minimum(first_end - gist_lo, n_gist), 0), 0)
-    last_local = tl.max(tl.where(m_any, b_local_begin, 0), 0)
-    first_row = tl.min(tl.where(m_any, b_local_row, FAR), 0)
+    last_local = tl.max(tl.where(m_any, b_sees.local, 0), 0)
+    first_row = tl.min(tl.where(m_any, b_sees.local_last, FAR), 0)
     full_local = tl.where(last_local <= local_lo, tl.maximum(tl.minimum(first_row + 1 - local_lo, n_local), 0), 0)
     n_full = tl.where(full_gist == n_gist, n_gist + full_local, full_gist)
-    return gist_lo, n_gist, local_lo, n_local, n_full
+    return Visible(gist_lo=gist_lo, n_gist=n_gist, local_lo=local_lo, n_local=n_local, n_full=n_full)
 
 
 @triton.jit
-def load_columns(
-    p_gist,
-    gist_stride,
-    p_local,
-    local_stride,
-    o_col,
-    n_gist,
-    n_cols,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLEND: tl.constexpr,
-):
+def visited(gist, local, i_b, i_kv, columns):
+    """A head's gist and local rows as `load_columns` takes them: pointers such that column c is row c of either."""
+    p_gist = head_rows(gist, i_b, i_kv, columns.gist_lo.to(tl.int64))
+    p_local = head_rows(local, i_b, i_kv, (columns.local_lo - columns.n_gist).to(tl.int64))
+    return p_gist, gist[1][2], p_local, local[1][2]
+
+
+@triton.jit
+def load_columns(rows, o_col, n_gist, n_cols, META: tl.constexpr):
     """Tile ``[BN, BD]`` of visited columns: the gist buffer's rows, then the local buffer's; 0 beyond `n_cols`.
 
-    The pointers are shifted so that column c is row c of either buffer. One tile may hold both, so a row tile
-    pays for one partly filled tile, not two. WIDE: row offsets do not fit int32. BLEND: two masked loads, for
-    AMD, where Triton 3.7 cannot compile a select between pointers.
+    rows: as `visited` returns them. One tile may hold both, so a row tile pays for one partly filled tile, not two.
+    WIDE: row offsets do not fit int32. BLEND: two masked loads, for AMD, where Triton 3.7 cannot compile a select
+    between pointers.
     """
     o_row = o_col
-    if WIDE:
+    if META.WIDE:
         o_row = o_row.to(tl.int64)
-    p_g = p_gist + o_row * gist_stride
-    p_l = p_local + o_row * local_stride
+    p_g = rows[0] + o_row * rows[1]
+    p_l = rows[2] + o_row * rows[3]
     is_gist = o_col < n_gist
     m_col = o_col < n_cols
-    if BLEND:
-        b_gist = load_rows(p_g, m_col & is_gist, D, BD)
-        b_local = load_rows(p_l, m_col & ~is_gist, D, BD)
+    if META.BLEND:
+        b_gist = load_rows(p_g, m_col & is_gist, META.D, META.BD)
+        b_local = load_rows(p_l, m_col & ~is_gist, META.D, META.BD)
         return tl.where(is_gist[:, None], b_gist, b_local)
-    return load_rows(tl.where(is_gist, p_g, p_l), m_col, D, BD)
+    return load_rows(tl.where(is_gist, p_g, p_l), m_col, META.D, META.BD)
 
 
 @triton.jit
-def row_bounds(b_gist_begin, b_gist_end, b_local_begin, b_local_row, gist_lo, n_gist, local_lo):
-    """The two intervals of each row in visited columns: ``[gist, gist_end)`` and ``[local, local_last]``."""
-    shift = n_gist - local_lo
-    return b_gist_begin - gist_lo, b_gist_end - gist_lo, b_local_begin + shift, b_local_row + shift
+def column_intervals(b_sees, columns):
+    """The `Intervals` of rows in visited columns."""
+    shift = columns.n_gist - columns.local_lo
+    return Intervals(
+        gist=b_sees.gist - columns.gist_lo,
+        gist_end=b_sees.gist_end - columns.gist_lo,
+        local=b_sees.local + shift,
+        local_last=b_sees.local_last + shift,
+    )
 
 
 @triton.jit
-def seen_columns(o_col, b_gist, b_gist_end, b_local, b_local_last):
+def seen_columns(o_col, b_sees):
     """bool ``[BM, BN]``: the mask rule (gistkern/layout/), row by row, on the columns of one tile.
 
-    Bounds from `row_bounds`. Columns beyond the last are in no row's interval.
+    b_sees: from `column_intervals`. Columns beyond the last are in no row's interval.
     """
     o_col = o_col[None, :]
-    m_gist = (o_col >= b_gist[:, None]) & (o_col < b_gist_end[:, None])
-    m_local = (o_col >= b_local[:, None]) & (o_col <= b_local_last[:, None])
+    m_gist = (o_col >= b_sees.gist[:, None]) & (o_col < b_sees.gist_end[:, None])
+    m_local = (o_col >= b_sees.local[:, None]) & (o_col <= b_sees.local_last[:, None])
     return m_gist | m_local
 
 

@@ -103,7 +103,8 @@ def row_of(kernel: str, arch: str, dim: int, launch: Launch | None = None) -> di
 
 def config_of(launch: Launch) -> dict[str, int]:
     """What of a launch is a choice of ours: tile sizes, packed heads, warps and pipeline stages."""
-    return {name: launch.kwargs[name] for name in (*_CHOSEN, "num_warps", "num_stages") if name in launch.kwargs}
+    constants = launch.kwargs | (launch.kwargs["META"]._asdict() if "META" in launch.kwargs else {})
+    return {name: constants[name] for name in (*_CHOSEN, "num_warps", "num_stages") if name in constants}
 
 
 def every_row() -> list[tuple[str, str, int]]:

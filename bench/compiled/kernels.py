@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from bench.compiled.plain_flash import launch_plain_fwd
 from bench.compiled.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
 from gistkern.kernels import device
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
@@ -98,12 +99,14 @@ def _attention(dim: int) -> dict[str, Callable[[], Any]]:
     token, token_rule = tensor(HEADS, 1, dim), tensor(1, dtype=torch.int32)
     gather = tensor(GISTS, dtype=torch.int64)
     how = SCALE, "ieee"
+    arguments = AttentionArguments(q, k, k, g, g, rule, rule, rule, SCALE)
+    step = AttentionArguments(token, k, k, g, g, token_rule, token_rule, token_rule, SCALE)
     return {
-        "fwd": lambda: launch_gist_attn_fwd(q, k, k, g, g, rule, rule, rule, *how),
-        "bwd_dq": lambda: launch_gist_attn_bwd_dq(q, q, k, k, g, g, q, stat, rule, rule, rule, *how),
-        "bwd_dkv_gist": lambda: launch_gist_attn_bwd_dkv(q, q, g, g, stat, stat, rule, rule, *how),
-        "bwd_dkv_local": lambda: launch_gist_attn_bwd_dkv(q, q, k, k, stat, stat, rule, None, *how),
-        "decode": lambda: launch_gist_decode(token, k, k, g, g, token_rule, token_rule, token_rule, *how),
+        "fwd": lambda: launch_gist_attn_fwd(arguments, "ieee"),
+        "bwd_dq": lambda: launch_gist_attn_bwd_dq(q, arguments, q, stat, "ieee"),
+        "bwd_dkv_gist": lambda: launch_gist_attn_bwd_dkv((q, g, g, q), (rule, rule), (stat, stat), *how),
+        "bwd_dkv_local": lambda: launch_gist_attn_bwd_dkv((q, k, k, q), (rule,), (stat, stat), *how),
+        "decode": lambda: launch_gist_decode(step, "ieee"),
         "compact": lambda: launch_gist_compact(k, k, None, None, gather),
         "compact_bwd": lambda: launch_gist_compact_bwd(g, g, gather, ROWS),
         "plain_fwd": lambda: launch_plain_fwd(q, k, k, *how),

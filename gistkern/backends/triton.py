@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
@@ -29,9 +30,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
     launch = launch_gist_decode if q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
-    tensors = [dense_rows(t) for t in (q, k, v, gist_k, gist_v)]
-    vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
-    return launch(*tensors, *vectors, scale, _precision(q.device))
+    arguments = _readable(AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale))
+    return launch(arguments, _precision(q.device))
 
 
 def backward(
@@ -49,15 +49,20 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
-    grad_out, q, k, v, gist_k, gist_v = (dense_rows(t) for t in (grad_out, q, k, v, gist_k, gist_v))
-    gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
-    precision = _precision(q.device)
-    saved = out.contiguous(), lse.contiguous()
-    vectors = gist_begin, gist_end, local_begin
-    dq, *rows = launch_gist_attn_bwd_dq(grad_out, q, k, v, gist_k, gist_v, *saved, *vectors, scale, precision)
-    dgist = launch_gist_attn_bwd_dkv(grad_out, q, gist_k, gist_v, *rows, gist_begin, gist_end, scale, precision)
-    dlocal = launch_gist_attn_bwd_dkv(grad_out, q, k, v, *rows, local_begin, None, scale, precision)
+    arguments = _readable(AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale))
+    q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale = arguments
+    grad_out, precision = dense_rows(grad_out), _precision(q.device)
+    dq, rows_lse, delta = launch_gist_attn_bwd_dq(grad_out, arguments, out.contiguous(), lse.contiguous(), precision)
+    rest = (rows_lse, delta), scale, precision
+    dgist = launch_gist_attn_bwd_dkv((q, gist_k, gist_v, grad_out), (gist_begin, gist_end), *rest)
+    dlocal = launch_gist_attn_bwd_dkv((q, k, v, grad_out), (local_begin,), *rest)
     return dq, *dlocal, *dgist
+
+
+def _readable(arguments: AttentionArguments) -> AttentionArguments:
+    """The same values as the kernels read them: D contiguous, and the intervals altogether."""
+    buffers, vectors = map(dense_rows, arguments.buffers), (t.contiguous() for t in arguments.intervals)
+    return AttentionArguments(*buffers, *vectors, arguments.scale)
 
 
 def compact(

@@ -82,24 +82,33 @@ def test_a_reason_that_excuses_nothing_is_an_error():
     assert aot.check([row], {("fwd", "sm_80"): "not compiled in this run"}) == []
 
 
+def leaves(arguments, path=()):
+    """(path, type) of everything in nested tuples, as the compiler numbers it."""
+    for i, argument in enumerate(arguments):
+        yield from leaves(argument, (*path, i)) if isinstance(argument, tuple) else [((*path, i), argument)]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_arguments_are_specialized_as_declared(kernel):
     source = compiler_input(launch_of(kernel, "sm_90", 128), "sm_90")
     fn, names = source.fn, source.fn.arg_names
     assert list(source.signature) == names
-    declared = {param.name for param in fn.params if param.is_constexpr}
+    kinds = dict(leaves(source.signature.values()))
+    declared = {(param.num,) for param in fn.params if param.is_constexpr}
     # no integer that happened to be 1 became a constant
-    assert {name for name, kind in source.signature.items() if kind == "constexpr"} == declared
-    assert {names[i] for (i,) in source.constexprs} == declared
-    divisible = {names[i] for (i,), found in source.attrs.items() if ["tt.divisibility", 16] in found}
-    pointers = {name for name in names if name.endswith("_ptr")}
-    strides = {name for name in names if name.startswith("stride_")}
+    assert {path for path, kind in kinds.items() if kind == "constexpr"} == declared == set(source.constexprs)
+    divisible = {path for path, found in source.attrs.items() if ["tt.divisibility", 16] in found}
+    pointers = {path for path, kind in kinds.items() if kind.startswith("*")}
+    counts = {(names.index(name),) for name in fn.do_not_specialize}
+    # what stands in a tuple is specialized whatever the kernel declares: strides may, counts must not
+    strides = {path for path in kinds if len(path) > 1 or names[path[0]].startswith("stride_")} - pointers
     assert divisible == pointers | strides
-    assert divisible.isdisjoint(fn.do_not_specialize)
-    assert all(source.signature[name].startswith("*") for name in pointers)
-    assert set(fn.do_not_specialize) | strides == {name for name in names if source.signature[name] == "i32"}
-    assert set(names) == declared | divisible | set(fn.do_not_specialize) | ({"scale"} & set(names))
-    assert source.signature.get("scale", "fp32") == "fp32"
+    assert divisible.isdisjoint(counts)
+    assert {path for path, name in enumerate(names) if name.endswith("_ptr")} <= {path[0] for path in pointers}
+    assert {path for path, kind in kinds.items() if kind == "i32"} == counts | strides
+    scale = {(names.index("scale"),)} if "scale" in names else set()
+    assert set(kinds) == declared | divisible | counts | scale
+    assert all(kinds[path] == "fp32" for path in scale)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from strategies import layouts
 
 from gistkern import GistLayout, gist_attention
-from gistkern.kernels import attn_bwd_dkv, attn_bwd_dq, attn_fwd, configs
+from gistkern.kernels import arguments, attn_bwd_dkv, configs
 from gistkern.kernels import device as device_facts
 from gistkern.testing import Inputs, compare, make_inputs
 
@@ -128,7 +128,7 @@ def test_every_offset_of_the_unmasked_rows(device):
 
 def test_heads_in_several_sections(device, small_tiles, monkeypatch):
     """Sections of 3 of 8 heads: the last one is smaller."""
-    for module in (attn_fwd, attn_bwd_dq, attn_bwd_dkv):
+    for module in (arguments, attn_bwd_dkv):
         monkeypatch.setattr(module, "section_heads", lambda *sizes: 3)
     layout = GistLayout.stack([GistLayout.from_segments([11, 9], 3, tail=4) for _ in range(2)]).to(device)
     compare(make_inputs(layout, heads=8, kv_heads=4, head_dim=16), layout, "triton")
