@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
-from results import write_json
+from passkey.report import write_json
 
 if TYPE_CHECKING:
     from gistkern import GistStore
@@ -77,7 +77,7 @@ def _run(given: argparse.Namespace) -> None:
         {"document": one.id, "question": one.question, "answer": one.answer, "said": text}
         for one, text in zip(queue, said, strict=True)
     ]
-    write_json(given.output / "requests.json", requests)
+    write_json(given.output / "requests.json", {"requests": requests})
     opened.handle.unpatch()
     vars(opened.model.config).pop("gistkern", None)  # the settings of a checkpoint that was written patched
     opened.model.save_pretrained(given.output / "model")

@@ -50,7 +50,7 @@ def place(tmp_path):
         "float.jsonl": changed(tokens=7.5),
         "surrogate.jsonl": "\n".join([changed(), changed(question="\ud83d")]),
         "list.jsonl": "[1, 2]",
-        "requests.json": '[{"document": 1}]',
+        "requests.json": '{"requests": [{"document": 1}]}',
         "run/checkpoint-000001/progress.json": '{"preset": "smoke", "seed": 0, "curriculum": {"step": 1}}',
         "run/checkpoint-000001/tokenizer.json": "{}",
         "run/checkpoint-000001/model.safetensors": "nonsense",

@@ -1,7 +1,7 @@
 """vLLM answers from gist rows as the patched model does. Skipped where vLLM is not installed (examples/vllm_queue.py).
 
 build/vllm/bin/pip install pytest hypothesis
-PYTHONPATH=.:examples build/vllm/bin/python -m pytest tests/serving -p no:cacheprovider -o addopts=
+PYTHONPATH=. build/vllm/bin/python -m pytest tests/serving -p no:cacheprovider -o addopts=
 """
 
 import gc
@@ -21,7 +21,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM lives in an environment of its o
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 
-import vllm_connector  # noqa: E402
+from gistkern.serving import vllm as connector  # noqa: E402
 
 WORDS, BLOCK, NEW = 100, 32, 8
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -73,7 +73,7 @@ class Served:
                 block_size=BLOCK,
                 **{
                     "max_model_len": 512,
-                    "kv_transfer_config": vllm_connector.transfer_config(self.folder / "corpus"),
+                    "kv_transfer_config": connector.transfer_config(self.folder / "corpus"),
                     **options,
                 },
             )
@@ -81,7 +81,7 @@ class Served:
         return _running["engine"]
 
     def asked(self, name, question, **sampling):
-        return vllm_connector.request_for(self.store, name, question, **{**GREEDY, "max_tokens": NEW, **sampling})
+        return connector.request_for(self.store, name, question, **{**GREEDY, "max_tokens": NEW, **sampling})
 
     def expected(self, name, question, new=NEW):
         cache = {} if name is None else {"past_key_values": self.store[name]}
@@ -129,10 +129,8 @@ def test_a_batch_of_questions_on_several_documents(served, engine):
 
 def test_requests_about_one_document_share_its_whole_blocks(served, engine, monkeypatch):
     loads = []
-    write = vllm_connector.GistConnector._write
-    monkeypatch.setattr(
-        vllm_connector.GistConnector, "_write", lambda self, load: (loads.append(load), write(self, load))
-    )
+    write = connector.GistConnector._write
+    monkeypatch.setattr(connector.GistConnector, "_write", lambda self, load: (loads.append(load), write(self, load)))
     engine.reset_prefix_cache()
     rows = served.rows("doc-3")
     assert rows > BLOCK
@@ -245,15 +243,15 @@ def test_parameters_that_make_no_sense_fail_their_request(served, engine, change
 
 def test_bad_requests_are_refused_before_the_engine_sees_them(served):
     with pytest.raises(KeyError, match="no document 'nowhere'"):
-        vllm_connector.request_for(served.store, "nowhere", [1])
+        connector.request_for(served.store, "nowhere", [1])
     with pytest.raises(ValueError, match="the question is empty"):
-        vllm_connector.request_for(served.store, "doc-1", [])
-    _, parameters = vllm_connector.request_for(served.store, "doc-1", [1], extra_args={"other": 1})
+        connector.request_for(served.store, "doc-1", [])
+    _, parameters = connector.request_for(served.store, "doc-1", [1], extra_args={"other": 1})
     assert parameters.extra_args["other"] == 1
 
 
 def test_placeholders_are_not_recomputed(served):
-    transfer = vllm_connector.transfer_config(served.folder / "corpus")
+    transfer = connector.transfer_config(served.folder / "corpus")
     transfer.kv_load_failure_policy = "recompute"
     with pytest.raises(ValueError, match="placeholders cannot be recomputed"):
         served.engine(kv_transfer_config=transfer)

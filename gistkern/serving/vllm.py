@@ -1,7 +1,9 @@
 """A vLLM connector that reads compressed documents from a `GistStore`: each request is answered from gist rows.
 
-A prototype, run with vLLM 0.32 on CPU (docs/serving.md). vLLM needs no patch and no knowledge of gist tokens: a
-document is a prefix whose keys and values happen to be known (`gistkern.plain_prefix`).
+Run with vLLM 0.32 on CPU (docs/serving.md). vLLM needs no patch and no knowledge of gist tokens: a document is a prefix
+whose keys and values happen to be known (`gistkern.plain_prefix`).
+
+    from gistkern.serving import request_for, transfer_config
 
     llm = LLM(model, kv_transfer_config=transfer_config("corpus/"))       # the trained weights as a plain checkpoint
     prompts, parameters = zip(*(request_for(store, name, question_ids, max_tokens=32) for name, question_ids in queue))
@@ -16,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import SamplingParams, TokensPrompt
-from vllm.config import KVTransferConfig, get_layers_from_vllm_config
-from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 
-from gistkern import GistStore, plain_prefix
+from gistkern.cache.prefix import plain_prefix
+from gistkern.corpus.store import GistStore
+
+try:
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.config import KVTransferConfig, get_layers_from_vllm_config
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.logger import init_logger
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+except ImportError as error:
+    raise ImportError(
+        f"gistkern.serving.vllm needs vLLM with the connector interface of 0.32 ({error}). It has pins of its own: "
+        "install it into an environment of its own (docs/serving.md)"
+    ) from error
 
 __all__ = ["GistConnector", "request_for", "transfer_config"]
 
@@ -34,7 +44,18 @@ logger = init_logger(__name__)
 
 
 def transfer_config(store: str | Path) -> KVTransferConfig:
-    """What `LLM` and `vllm serve` take to answer from a store's folder."""
+    """What `LLM` and `vllm serve` take to answer from a store's folder.
+
+    Parameters
+    ----------
+    store : str or Path
+        A folder that `gistkern.compress_corpus` wrote; every process of the engine opens it by this path.
+
+    Returns
+    -------
+    vllm.config.KVTransferConfig
+        For ``kv_transfer_config``. A document that cannot be loaded fails its request, and no other.
+    """
     return KVTransferConfig(
         kv_connector="GistConnector",
         kv_connector_module_path=__name__,
@@ -47,8 +68,28 @@ def transfer_config(store: str | Path) -> KVTransferConfig:
 def request_for(
     store: GistStore, name: str, question_ids: Sequence[int], *, extra_args: Mapping[str, Any] | None = None, **sampling
 ) -> tuple[TokensPrompt, SamplingParams]:
-    """A question about a document, as `LLM.generate` takes it; all else are arguments of `SamplingParams`.
+    """A question about a document, as `LLM.generate` takes it.
 
+    Parameters
+    ----------
+    store : GistStore
+        Of the engine's folder.
+    name : str
+        The document's.
+    question_ids : sequence of int
+        What follows the context, at least one token.
+    extra_args : mapping, optional
+        Further ones of `SamplingParams`.
+    **sampling
+        All else that `SamplingParams` takes: max_tokens, temperature, ...
+
+    Returns
+    -------
+    vllm.TokensPrompt, vllm.SamplingParams
+        A prompt of as many placeholders as the document has rows, then the question, and what names the document.
+
+    Notes
+    -----
     Requests about one document share its whole blocks: the salt of vLLM's prefix cache is the document's name. (If a
     document is compressed again under its name, reset the engine's prefix cache.)
 

@@ -1,0 +1,24 @@
+"""`gistkern.serving` without vLLM: light to import, and clear about what is missing."""
+
+import subprocess
+import sys
+
+
+def test_import_is_light_and_vllm_is_asked_for():
+    code = """
+import sys
+sys.modules["vllm"] = None
+import gistkern.serving
+assert not {"torch", "transformers"} & sys.modules.keys()
+for name in gistkern.serving.__all__:
+    try:
+        getattr(gistkern.serving, name)
+    except ImportError as error:
+        assert "needs vLLM with the connector interface of 0.32" in str(error), error
+        assert "docs/serving.md" in str(error)
+    else:
+        raise AssertionError(name)
+assert not hasattr(gistkern.serving, "LLM")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
