@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_extension  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("packaging")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 
 def run(code, cwd, *path):
@@ -78,7 +78,6 @@ def test_a_machine_without_compilers_gets_a_pure_wheel(source, tmp_path):
     assert "without the compiled extension: there is no C++ compiler" in said
 
 
-@pytest.mark.slow
 def test_a_wheel_with_the_extension_computes(source, tmp_path):
     """CPU kernels only: one library for every Python, found beside the package and used by default."""
     if reason := build_extension.missing():

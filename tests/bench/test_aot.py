@@ -195,6 +195,7 @@ for found, wanted in zip((out, found_lse, dq, dk, dv), (expected, lse, *gradient
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (32, 16)], ids=["tiles=16x32", "tiles=32x16"])
+@pytest.mark.slow
 def test_the_plain_flash_kernel_is_right(rows, columns):
     """What is compared with must do the work: forward, LSE and gradients against SDPA, N=45, grouped heads."""
     done = subprocess.run(
@@ -345,6 +346,7 @@ def test_a_cuda_file_that_does_not_compile_is_a_row(tmp_path, cuda_launch_of):
     assert str(tmp_path) not in problem
 
 
+@pytest.mark.slow
 def test_without_nvcc_the_tool_says_so_and_fails(capsys):
     with mock.patch.dict(os.environ, GISTKERN_CUDA_ARCHS="none"):
         for arguments in ([], ["--kernel", "cuda_compact", "--arch", "sm_80"]):

@@ -300,6 +300,7 @@ def test_measured_names_the_slower_and_the_limit():
     assert found["not_measured"] == {"x": "why"}
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_a_mask_that_is_kept():
     case = "attention", "512/8", 3000, SMALL, "forward", "cpu"
     dense, ours = (peak_bytes(case, name) for name in ("sdpa dense", OURS))
@@ -424,6 +425,7 @@ def test_regressions_are_beyond_tolerance_and_spread():
     assert check.regressions(recorded, again) == {"lost": (10.0, 6.0), "gone": (10.0, None)}
 
 
+@pytest.mark.slow
 def test_the_guard_measures_again_and_says_what_has_regressed(small_report, monkeypatch, tmp_path, capsys):
     report_ = copy.deepcopy(small_report)
     path = tmp_path / "recorded.json"

@@ -58,6 +58,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.slow
 def test_counts_equal_the_products_that_the_kernels_make(name):
     done = subprocess.run(
         [sys.executable, "-c", COUNT_PRODUCTS.replace("LAYOUT", LAYOUTS[name])],

@@ -226,7 +226,7 @@ def test_weights_are_looked_at_once_per_cache_and_model(patched, monkeypatch):
     model, _ = patched
     looks = []
     monkeypatch.setattr("gistkern.hf.handle.fingerprint", lambda inner: looks.append(inner) or "same")
-    monkeypatch.setattr("gistkern.hf.fingerprint.fingerprint", lambda inner: looks.append(inner) or "same")
+    monkeypatch.setattr("gistkern.cache.fingerprint.fingerprint", lambda inner: looks.append(inner) or "same")
     cache = gistkern.compress(model, random_ids(1, 20))
     assert len(looks) == 1
     for _ in range(3):

@@ -65,6 +65,7 @@ SHAPES = [(6, 2, 64), (11, 1, 33), (24, 1, 16), (4, 4, 1), (4, 2, 7), (2, 1, 17)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+@pytest.mark.slow
 def test_sequences_of_several_chunks_and_splits_agree_with_the_oracle(heads, kv_heads, head_dim):
     """Rows enough that the backward is cut into chunks, cached rows enough that decoding is split."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
