@@ -8,7 +8,6 @@ EMULATED := build/emulated/_C.so
 C_SOURCES := $(shell find csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 PRESET ?= tiny
 COMPAT ?= floor newest
-MARKS ?=
 ARGS ?=
 
 # the chips of this machine's GPUs; without any, one chip is enough to compile and load the CUDA kernels
@@ -52,7 +51,7 @@ demo: setup ## train the tiny preset on CPU, drop the context's cache, answer fr
 
 test: setup ## what a change can break, in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow and not sanitize' -n auto --dist loadgroup $(ARGS)
-	$(MAKE) emulate MARKS='not slow'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 $(BIN)/python -m pytest tests/gpu -m 'not slow' -n auto $(ARGS)
 
 test-all: setup ## every test, the slow proof too: killed processes, packaging, mutations, emulated kernels, sanitizers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
@@ -63,7 +62,7 @@ compat: setup ## the suite's core under the oldest and the newest versions that 
 
 emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, and CUDA C++ under the emulator
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \
-		$(BIN)/python -m pytest tests/gpu -n auto -m '$(MARKS)' $(ARGS)
+		$(BIN)/python -m pytest tests/gpu -n auto $(ARGS)
 
 # the longest file in two halves, or one processor would wait for the other
 LONGEST := tests/gpu/test_kernel_attention.py

@@ -41,7 +41,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_scheme(name, dtype, device, small_tiles):
     layout = LAYOUTS[name]().to(device)
@@ -49,12 +49,14 @@ def test_every_scheme(name, dtype, device, small_tiles):
 
 
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 128, 192, 256])
+@pytest.mark.slow
 def test_head_dimensions(head_dim, device, small_tiles):
     layout = GistLayout.from_segments([19, 14], 3, tail=4).to(device)
     compare(make_inputs(layout, heads=2, kv_heads=1, head_dim=head_dim, dtype=torch.float16), layout, "triton")
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (9, 3), (20, 1)], ids=str)
+@pytest.mark.slow
 def test_head_groups(heads, device, small_tiles):
     """Groups that fill a tile, that do not divide it, and that are larger than it."""
     layout = GistLayout.stack([GistLayout.from_segments([11, 7], 3, tail=2), GistLayout.from_segments([9], 2)])
@@ -65,6 +67,7 @@ def test_head_groups(heads, device, small_tiles):
 
 @pytest.mark.parametrize("blocks", [(16, 32), (32, 16), *([] if SANITIZED else [(64, 16), (16, 64)])], ids=str)
 @pytest.mark.parametrize("two_loops", [False, True], ids=["one-loop", "two-loops"])
+@pytest.mark.slow
 def test_tile_shapes(blocks, two_loops, device):
     layout = GistLayout.from_segments([40, 25, 31], 5, tail=7).to(device)
     with configs.overridden(**tiles(*blocks, two_loops)):
@@ -72,6 +75,7 @@ def test_tile_shapes(blocks, two_loops, device):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"] if EMULATED else ["this device"])
+@pytest.mark.slow
 def test_shipped_configs(arch, device, monkeypatch):
     """What a user's call runs: several tiles of the real sizes, and the loads that AMD needs."""
     if EMULATED:
@@ -80,6 +84,7 @@ def test_shipped_configs(arch, device, monkeypatch):
     compare(make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=torch.bfloat16), layout, "triton")
 
 
+@pytest.mark.slow
 def test_shipped_configs_of_fp32(device):
     layout = GistLayout.from_segments([50, 40], 6, tail=10).to(device)
     compare(make_inputs(layout, heads=2, kv_heads=1), layout, "triton")
@@ -97,6 +102,7 @@ def test_shipped_configs_of_fp32(device):
     st.sampled_from([torch.float32, torch.float16]),
     st.integers(0, 2**31),
 )
+@pytest.mark.slow
 def test_any_layout(device, layout, heads, head_dim, dtype, seed):
     layout = layout.to(device)
     inputs = make_inputs(layout, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, seed=seed)
@@ -107,6 +113,7 @@ def test_any_layout(device, layout, heads, head_dim, dtype, seed):
 # the tile at which a wrong bound shows is one in sixteen, so every offset is tried
 @slow_under_the_sanitizer
 @pytest.mark.parametrize("two_loops", [False, True], ids=["one-loop", "two-loops"])
+@pytest.mark.slow
 def test_every_offset_of_the_unmasked_columns(two_loops, device):
     """One more unmasked column would let a row see a later token."""
     with configs.overridden(**tiles(16, 16, two_loops)):
@@ -116,6 +123,7 @@ def test_every_offset_of_the_unmasked_columns(two_loops, device):
 
 
 @slow_under_the_sanitizer
+@pytest.mark.slow
 def test_every_offset_of_the_unmasked_rows(device):
     """The same for the row steps of dk and dv."""
     with configs.overridden(**tiles(16, 16)):
@@ -126,6 +134,7 @@ def test_every_offset_of_the_unmasked_rows(device):
                 compare(make_inputs(layout, heads=1, kv_heads=1, head_dim=16), layout, "triton")
 
 
+@pytest.mark.slow
 def test_heads_in_several_sections(device, small_tiles, monkeypatch):
     """Sections of 3 of 8 heads: the last one is smaller."""
     for module in (arguments, attn_bwd_dkv):
@@ -171,6 +180,7 @@ def test_what_no_row_sees_cannot_reach_the_output(device, small_tiles):
     assert not torch.equal(results[0][2], results[1][2]), "the context's own rows do see it"
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_identical(device, small_tiles):
     layout = GistLayout.hierarchical([24] * 4, 3, 5, tail=10).to(device)
     inputs = make_inputs(layout, heads=6, kv_heads=2, dtype=torch.float16)

@@ -13,6 +13,7 @@ from gistkern.testing import Inputs, compare, make_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.slow
 def test_gist_gradients_in_row_chunks(dtype, device, small_tiles, monkeypatch):
     """Several chunks, some of them empty (late gists have short row intervals), add up to the same gradient."""
     monkeypatch.setattr(schedule, "MIN_CHUNK_ROWS", 8)
@@ -32,6 +33,7 @@ def test_gist_gradients_in_row_chunks(dtype, device, small_tiles, monkeypatch):
 
 @pytest.mark.skipif(SANITIZED, reason="ttsem copies whole storages; this one has 5 GiB")
 @pytest.mark.parametrize("rows", [40, 5], ids=["prefill", "decode"])
+@pytest.mark.slow
 def test_addresses_beyond_two_to_the_31(rows, device, small_tiles):
     """Row strides of 2^26 elements: the last rows lie past 2^31 elements of their tensors."""
     stride = 2**26 if rows == 40 else 2**29
@@ -97,6 +99,7 @@ untraceable = pytest.mark.skipif(SANITIZED, reason="torch cannot trace the devic
 
 
 @untraceable
+@pytest.mark.slow
 def test_opcheck(device, small_tiles):
     layout = GistLayout.from_segments([9, 7], 2, tail=3).to(device)
     inputs = make_inputs(layout, head_dim=16)
@@ -110,6 +113,7 @@ def test_opcheck(device, small_tiles):
 
 
 @untraceable
+@pytest.mark.slow
 def test_compiles_as_one_graph(device, small_tiles):
     layout = GistLayout.from_segments([12, 9], 3, tail=6).to(device)
     inputs = make_inputs(layout)

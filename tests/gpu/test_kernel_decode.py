@@ -48,6 +48,7 @@ def test_head_groups(heads, device):
 
 
 @pytest.mark.parametrize("past", [500, 600, 1100])
+@pytest.mark.slow
 def test_long_caches_are_split_and_merged(past, device, launches):
     """Ragged on purpose: the second sequence fills one split only, the third sees nothing but itself."""
     layout = GistLayout.decode(torch.tensor([past, 17, 0]), 3).to(device)
@@ -56,6 +57,7 @@ def test_long_caches_are_split_and_merged(past, device, launches):
 
 
 @pytest.mark.parametrize("two_loops", [False, True], ids=["one-loop", "two-loops"])
+@pytest.mark.slow
 def test_splits_of_several_tiles(two_loops, device, launches):
     """A split ends within the columns that need no mask, and the last one at the last column."""
     layout = GistLayout.decode(torch.tensor([700, 690]), 9, rows=2).to(device)
