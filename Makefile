@@ -75,16 +75,16 @@ sanitize: setup ## Triton IR, CUDA C++ and the CPU kernels under sanitizers: bou
 		$(BIN)/python -m ttsem.sanitize pytest -p no:xdist -p no:cacheprovider $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/csrc -m sanitize -n 2 --dist loadgroup $(ARGS)
 
-aot: setup ## compile every kernel for every listed chip and write docs/evidence/kernels.*
+aot: setup ## compile every kernel for every listed chip: docs/evidence/kernels.json, and the tables of its page
 	$(BIN)/python -m bench.compiled.aot $(ARGS)
 
-work: setup ## count the schedule's tiles, FLOPs and balance into docs/evidence/work.*
+work: setup ## count the schedule's tiles, FLOPs and balance: the table of docs/evidence/work.md
 	$(BIN)/python -m bench.counted.report $(ARGS)
 
-roofline: setup ## calculate what perfect kernels would take and how many documents fit, into docs/roofline.md
+roofline: setup ## calculate what perfect kernels would take and how many documents fit: docs/roofline.md
 	$(BIN)/python -m bench.calculated.roofline $(ARGS)
 
-scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs, into docs/scale.md
+scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs: docs/scale.md
 	$(BIN)/python -m bench.calculated.scale $(ARGS)
 
 compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)

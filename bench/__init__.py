@@ -1,1 +1,1 @@
-"""Benchmarks and compiled-code reports; run from the repository root, as `python -m bench.<name>`."""
+"""Numbers by grade of evidence; run from the repository root, as `python -m bench.<folder>.<name>`."""

@@ -1,13 +1,12 @@
-"""Cells and tables of the generated pages."""
+"""Cells and tables of the pages."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import floor, log10
 from typing import Any
 
-__all__ = ["bullets", "left_aligned", "per_card", "significant", "table"]
+__all__ = ["columns", "measured_on", "median", "significant", "table"]
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -18,24 +17,32 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(places, 0)}f}"
 
 
+def median(value: Mapping[str, float] | None, digits: int = 2) -> str:
+    """The median of a ratio or a time; a dash where nothing was measured."""
+    return "-" if value is None else f"{value['median']:,.{digits}f}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: int = 1) -> str:
     """A Markdown table; the columns after the first few are right-aligned."""
     rule = ["---" if index < text_columns else "---:" for index in range(len(head))]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in (head, rule, *rows))
 
 
-def left_aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table without a right-aligned column."""
-    return table(head, rows, len(head))
+def columns(
+    rows: Iterable[Mapping[str, Any]], cells: Mapping[str, str | Callable[[Any], Any]], text_columns: int = 1
+) -> str:
+    """A table of rows: by column, the key of its cells (whole numbers with commas) or what makes one of a row."""
+
+    def cell(row: Mapping[str, Any], make: str | Callable[[Any], Any]) -> Any:
+        value = row[make] if isinstance(make, str) else make(row)
+        return f"{value:,}" if isinstance(value, int) else value
+
+    return table(list(cells), ([cell(row, make) for make in cells.values()] for row in rows), text_columns)
 
 
-def bullets(lines: Iterable[str]) -> str:
-    """A list, wrapped as the hand-written pages are."""
-    return "\n".join(
-        textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for line in lines
-    )
-
-
-def per_card(names: Iterable[str], level: str, body: Callable[[str], str], suffix: str = "") -> list[str]:
-    """A section per card."""
-    return [f"{level} {name}{suffix}\n\n{body(name)}" for name in names]
+def measured_on(report: Mapping[str, Any]) -> str:
+    """One line: the grade, the command, the machine and the versions of a report."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    machine = "; ".join(str(report[key]) for key in ("device", "machine") if report.get(key))
+    on = f" on {machine}" if machine else ""
+    return f"Grade **{report['grade']}**: `{report['command']}`{on}; {versions}."

@@ -1,6 +1,7 @@
 """What a perfect kernel would take: FLOPs and bytes from the work counter, published peaks. No measurement.
 
-    make roofline      # writes docs/roofline.md, docs/evidence/roofline.json and docs/pictures/roofline.png
+    make roofline                        # fills docs/roofline.md, draws docs/pictures/roofline.png
+    make roofline ARGS="--rows rows.json"     # every card, layout and length
 
 The attention op is counted here, the model around it (weights, caches, decoding) in bench/calculated/serving.py.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 from bench.calculated import serving
 from bench.counted.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
+from bench.fill import fill
 from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
@@ -24,9 +26,8 @@ __all__ = ["COUNTED", "ROWS", "Time", "decoding", "draw", "flops_of", "op", "per
 COUNTED = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical")
 ROWS = (4096, 16384, 32768, 131072)
 DECODED = (4096, 6096, 32768, 131072)
-DECODE_BATCHES = (1, 16, 64)
 SHAPE = Shape(*HEADS["Llama-3-8B"])
-ROOT = Path(__file__).parents[2]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,14 @@ def decoding(batch: int, gist_rows: int, raw_rows: int, shape: Shape = SHAPE) ->
 
 
 def report() -> dict[str, Any]:
-    """Everything that the page shows."""
+    """Every layout and length, and one layer's decoding step of one sequence."""
     contexts = [(serving.GIST_ROWS, serving.TAIL), *((0, tokens + serving.TAIL) for tokens in DECODED)]
     return {
-        "command": "make roofline",
         "grade": "calculated, not measured",
-        "gpus": [asdict(gpu) | {"ridge": gpu.ridge} for gpu in GPUS],
+        "command": "make roofline",
         "shape": asdict(SHAPE),
         "op": [op(name, rows) for rows in ROWS for name in COUNTED],
-        "decoding": [decoding(batch, gists, raw) for batch in DECODE_BATCHES for gists, raw in contexts],
-        **serving.report(),
+        "decoding": [decoding(1, gists, raw) for gists, raw in contexts],
     }
 
 
@@ -140,19 +139,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Calculate and write."""
-    from bench.calculated.page import page
+    from bench.calculated.tables import tables
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder with evidence/ and pictures/")
-    out = parser.parse_args().out
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, metavar="REPORT.json", help="write every row, and leave the page alone")
+    given = parser.parse_args(arguments)
     found = report()
-    for folder in ("evidence", "pictures"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    write_report(out / "evidence/roofline.json", found)
-    (out / "roofline.md").write_text(page(found))
-    draw(found, out / "pictures/roofline.png")
+    if given.rows:
+        write_report(given.rows, found)
+        return
+    fill(DOCS / "roofline.md", tables(found))
+    draw(found, DOCS / "pictures" / "roofline.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Contexts of a million tokens and more over many GPUs, calculated: traffic, memory and time of a layer.
 
-    make scale                                         # writes docs/scale.md
+    make scale                                         # fills docs/scale.md
 
 Nothing here ran on several GPUs. Pairs come from the layouts, shards from `gistkern.distributed.split_layout`, as a
 training step would cut them; speeds are published peaks, of the card and of its links.
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.calculated.serving import LLAMA_3_8B
-from bench.markdown import bullets, significant, table
+from bench.fill import fill
+from bench.markdown import significant, table
 from bench.shapes import layout_of
 from gistkern import GistLayout
 from gistkern.distributed import split_layout
 from gistkern.kernels.chips import LINKS, gpu_named
 
-__all__ = ["CASES", "GPU", "Scale", "calculated", "gist_bytes", "layer_weights", "main", "page", "ring_bytes"]
+__all__ = ["CASES", "GPU", "Scale", "calculated", "gist_bytes", "layer_weights", "main", "ring_bytes", "tables"]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GPU = "H100 SXM 80 GB"
@@ -130,96 +131,27 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
     )
 
 
-_PAGE = """# A million tokens and more, calculated
-
-**Calculated, not measured.** Written by `make scale` (bench/calculated): {model} sizes, bf16, forward of one layer
-on the busiest of R {gpu} at {flops} TFLOP/s of dense bf16, {nvlink:.0f} GB/s received over NVLink within a node of
-{node} (NVIDIA H100 datasheet: 900 GB/s both ways), {infiniband:.0f} GB/s between nodes (one 400 Gb/s adapter per GPU,
-as in NVIDIA's DGX H100 datasheet). Nobody ran this. Shards are those that `split_layout` cuts, pairs are what the
-mask shows; matrix products alone count, at peak, so times are lower bounds. The traffic is counted in the tests of
-context parallelism at small sizes and equals this arithmetic ([distributed.md](distributed.md)).
-
-*512/8*: segments of 512 with 8 gists that see all earlier gists. *hierarchical*: segments of 256 with 8 gists that do
-not see each other's, and a summary of 10. *Ring*: ring attention with full causal attention over the same tokens,
-evenly cut (Liu et al. 2023). The backward receives the gradients of gist rows in fp32, twice the forward's bytes; a
-ring's backward twice its forward's too.
-
-{rows}
-
-What this says:
-
-{said}
-"""
-
-
-def page(scales: Sequence[Scale]) -> str:
-    """The page of some cases."""
-    head = [
-        "layout",
-        "tokens",
-        "GPUs",
-        "gist rows",
-        "received, gists",
-        "ring",
-        "fewer",
-        "link",
-        "time to receive, gists",
-        "ring",
-        "compute, gists",
-        "full attention",
-        "kept K/V of a layer",
-        "balance",
-    ]
+def tables(scales: Sequence[Scale]) -> dict[str, str]:
+    """The table of docs/scale.md."""
+    head = ["layout", "tokens", "GPUs", "gist rows", "received, MB", "ring, MB", "link"]
+    head += ["receiving, ms", "ring, ms", "products, ms", "full attention, ms", "kept K/V, MB", "padding", "balance"]
     rows = [
         [
             one.scheme,
-            f"{one.tokens:,}",
-            f"{one.ranks:,}",
-            f"{one.gist_rows:,}",
-            f"{significant(one.received / 1e6)} MB",
-            f"{significant(one.ring / 1e6)} MB",
-            f"{one.ring / one.received:,.0f}x",
+            *(f"{count:,}" for count in (one.tokens, one.ranks, one.gist_rows)),
+            *(significant(size / 1e6) for size in (one.received, one.ring)),
             one.link,
-            f"{significant(1e3 * one.seconds(one.received))} ms",
-            f"{significant(1e3 * one.seconds(one.ring))} ms",
-            f"{significant(1e3 * one.compute)} ms",
-            f"{significant(1e3 * one.full_compute)} ms",
-            f"{significant(one.kept / 1e6)} MB",
+            *(
+                significant(1e3 * seconds)
+                for seconds in (one.seconds(one.received), one.seconds(one.ring), one.compute, one.full_compute)
+            ),
+            significant(one.kept / 1e6),
+            f"{one.padding:.1f}",
             f"{one.balance:.2f}",
         ]
         for one in scales
     ]
-    gpu = gpu_named(GPU)
-    return _PAGE.format(
-        model="Llama-3-8B",
-        gpu=gpu.name,
-        flops=f"{gpu.flops / 1e12:.1f}",
-        node=NODE,
-        nvlink=LINKS["NVLink"] / 1e9,
-        infiniband=LINKS["InfiniBand"] / 1e9,
-        rows=table(head, rows),
-        said=bullets(_said(scales)),
-    )
-
-
-def _said(scales: Sequence[Scale]) -> list[str]:
-    """What holds of the numbers above, with the numbers."""
-    hidden = [one for one in scales if one.seconds(one.received) < one.compute]
-    ring = [one for one in scales if one.seconds(one.ring) > one.compute]
-    worst = min(scales, key=lambda one: one.balance)
-    share = max(one.gist_rows * ROW / one.kept for one in scales)
-    padded = max(scales, key=lambda one: one.padding)
-    return [
-        f"In {len(hidden)} of {len(scales)} cases the gist rows arrive in less time than the layer's products take; a "
-        f"ring's keys and values would take longer than the same products in {len(ring)}.",
-        f"The least even cut is that of {worst.scheme}, {worst.tokens:,} tokens on {worst.ranks:,} GPUs: "
-        f"{worst.balance:.2f}.",
-        "Every rank's part of the exchange is as long as the longest. Early shards, which see few gists, are long and "
-        f"own many: up to {padded.padding:.1f} times the rows that are needed ({padded.scheme}, {padded.tokens:,} "
-        f"tokens on {padded.ranks:,} GPUs).",
-        f"Every rank holds all compact rows, up to {share:.0%} of what it keeps: more ranks do not help there, a "
-        "summary that replaces the gists of its segments does.",
-    ]
+    return {"cases": table(head, rows)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -231,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         for scheme in SCHEMES:
             layout = layout_of(scheme, tokens)
             scales += [calculated(layout, scheme, ranks) for one, ranks in CASES if one == tokens]
-    (DOCS / "scale.md").write_text(page(scales), encoding="utf-8")
+    fill(DOCS / "scale.md", tables(scales))
 
 
 if __name__ == "__main__":

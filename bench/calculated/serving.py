@@ -5,15 +5,13 @@ A decoding step reads every weight but the input embedding once, and every seque
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from bench.calculated.memory_terms import Precision, base_bytes
-from gistkern.kernels.chips import GPUS, Gpu
+from gistkern.kernels.chips import Gpu
 
 __all__ = [
-    "BATCHES",
     "CONTEXTS",
     "DOCUMENTS",
     "GIST_ROWS",
@@ -21,17 +19,17 @@ __all__ = [
     "RESERVE",
     "TAIL",
     "WEIGHTS",
-    "Document",
     "Llama",
     "Weights",
     "attention_flops",
     "crossover",
     "kv_row",
+    "kv_share",
+    "kv_share_of_memory",
     "largest_batch",
     "left_for_caches",
     "multiplied",
     "parameters",
-    "report",
     "rows_seen",
     "tokens_per_second",
     "weights_of",
@@ -41,7 +39,6 @@ __all__ = [
 TAIL, GIST_ROWS, CONTEXTS = 32, 10, (6096, 131072)
 # kept for the driver, the allocator and fragments, as in training_memory.py
 RESERVE = 10**9
-BATCHES = (1, 4, 16, 64, 256, 1024)
 WEIGHTS = ("bf16", "NF4, rest bf16", "NF4, rest fp32")
 
 
@@ -70,29 +67,15 @@ class Weights:
     read: int
 
 
-@dataclass(frozen=True)
-class Document:
-    """A cached context: its name, its rows, and how they are counted."""
-
-    name: str
-    rows: int
-    count: str
-
-
-def _in_segments(tokens: int, raw: int, gists: int) -> Document:
-    segments = ceil(tokens / raw)  # the last may be shorter, and has its gists all the same
-    name = f"{tokens:,} tokens in segments of {raw}/{gists}"
-    return Document(name, segments * gists, f"ceil({tokens:,} / {raw}) x {gists} = {segments} x {gists} = ")
-
-
-DOCUMENTS = (
-    Document("6,096 tokens, uncompressed", 6096, ""),
-    Document("10 gist rows", 10, ""),
-    Document("128 gist rows", 128, ""),
-    _in_segments(6096, 512, 8),
-    Document("131,072 tokens, uncompressed", 131072, ""),
-    _in_segments(131072, 512, 8),
-)
+# cached contexts by name, and their rows; in segments, a last, shorter one has its gists all the same
+DOCUMENTS = {
+    "6,096 tokens": 6096,
+    "10 gist rows": 10,
+    "128 gist rows": 128,
+    "6,096 in 512/8": ceil(6096 / 512) * 8,
+    "131,072 tokens": 131072,
+    "131,072 in 512/8": ceil(131072 / 512) * 8,
+}
 
 
 def parameters(model: Llama = LLAMA_3_8B) -> int:
@@ -113,7 +96,7 @@ def kv_row(model: Llama = LLAMA_3_8B) -> int:
 def weights_of(kind: str, model: Llama = LLAMA_3_8B) -> Weights:
     """Weights in one of the formats `WEIGHTS`.
 
-    NF4 with double quantisation is that of training_memory.py: the layers' linears have 4 bits, the vocabulary
+    NF4 with double quantization is that of training_memory.py: the layers' linears have 4 bits, the vocabulary
     matrices and norms do not. They are fp32 after `prepare_model_for_kbit_training`, and bf16 if the model is only
     loaded in 4 bits.
     """
@@ -168,51 +151,12 @@ def rows_seen() -> list[int]:
     return [GIST_ROWS + TAIL, *(tokens + TAIL for tokens in CONTEXTS)]
 
 
-def report() -> dict[str, Any]:
-    """Weights, shares of KV, crossovers, documents and throughput."""
-    row, rows_of = kv_row(), rows_seen()
-    reads = {kind: weights_of(kind).read for kind in WEIGHTS}
-    shares = [
-        {"weights": kind, "batch": batch, "rows": rows, "share": batch * rows * row / (read + batch * rows * row)}
-        for kind, read in reads.items()
-        for batch in BATCHES
-        for rows in rows_of
-    ]
-    by_card: dict[str, list[dict[str, Any]]] = {"crossover": [], "documents": [], "throughput": []}
-    for gpu in GPUS:
-        for kind in WEIGHTS:
-            of = {"gpu": gpu.name, "weights": kind}
-            left = left_for_caches(gpu, kind)
-            by_card["crossover"] += [
-                of | {"batch": batch, "rows": crossover(gpu, kind, batch), "fits": left // (batch * row)}
-                for batch in BATCHES
-            ]
-            by_card["documents"] += [
-                of | {"document": each.name, "rows": each.rows, "left": left, "fit": left // (each.rows * row)}
-                for each in DOCUMENTS
-            ]
-            by_card["throughput"] += [_throughput(gpu, kind, rows) for rows in rows_of]
-    return {
-        "model": {"parameters": parameters(), "multiplied": multiplied(), "kv_row": row, "reserve": RESERVE},
-        "weights": {kind: asdict(weights_of(kind)) for kind in WEIGHTS},
-        "share_of_memory": [
-            {"weights": kind, "tokens": tokens, "share": tokens * row / (tokens * row + weights_of(kind).resident)}
-            for kind in WEIGHTS
-            for tokens in (CONTEXTS[0], 6144)
-        ],
-        "shares": shares,
-        **by_card,
-    }
+def kv_share(kind: str, batch: int, rows: int) -> float:
+    """Of the bytes that a step reads, those of keys and values."""
+    read = batch * rows * kv_row()
+    return read / (weights_of(kind).read + read)
 
 
-def _throughput(gpu: Gpu, kind: str, rows: int) -> dict[str, Any]:
-    most = largest_batch(gpu, kind, rows)
-    batches = [batch for batch in BATCHES if batch <= most]
-    return {
-        "gpu": gpu.name,
-        "weights": kind,
-        "rows": rows,
-        "largest_batch": most,
-        "largest_tokens_per_second": tokens_per_second(gpu, kind, most, rows) if most else 0.0,
-        "tokens_per_second": {str(batch): tokens_per_second(gpu, kind, batch, rows) for batch in batches},
-    }
+def kv_share_of_memory(kind: str, rows: int) -> float:
+    """Of the bytes of weights and one sequence's cache."""
+    return rows * kv_row() / (rows * kv_row() + weights_of(kind).resident)

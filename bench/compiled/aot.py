@@ -30,7 +30,8 @@ from tqdm import tqdm
 from bench.compiled.cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
 from bench.compiled.kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
 from bench.compiled.machine_code import CLASSES, describe
-from bench.compiled.page import page
+from bench.compiled.tables import tables
+from bench.fill import fill
 from bench.rows import write_report
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         report = _report(rows)
         write_report(out / "kernels.json", report)
-        (out / "kernels.md").write_text(page(report))
+        fill(out / "kernels.md", tables(report))
         print(f"{len(rows)} rows written to {out}/kernels.json and kernels.md")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """How much work the kernels' schedule does, counted in pure Python: tiles, masked tiles, FLOPs, balance.
 
-    make work          # writes docs/evidence/work.{json,md} and docs/pictures/work.png
+    make work          # fills docs/evidence/work.md
 
 The counts follow the same rules as the kernels (kernels/primitives.py: visible_columns; kernels/attn_bwd_dkv.py:
 row intervals and chunks) on the configs a call would pick; tests/bench/test_work.py counts the products that the

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.calculated.scale import ring_bytes
-from bench.markdown import table
+from bench.fill import fill
+from bench.markdown import columns, measured_on
 from bench.measured.memory import ENVIRONMENT, resident, start_peak
 from bench.measured.models import MODELS
 from bench.rows import write_report
@@ -33,7 +34,7 @@ from gistkern import GistLayout, patch_llama
 from gistkern.distributed import count_traffic, split_layout
 from gistkern.hf.context_parallel import row_cost
 
-__all__ = ["main", "page", "step_on_this_rank"]
+__all__ = ["main", "step_on_this_rank", "tables"]
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 MODEL = "SmolLM2-135M, 4 of 30 layers"
@@ -128,56 +129,27 @@ def measured() -> dict[str, Any]:
     return report
 
 
-def page(report: dict[str, Any]) -> str:
-    """docs/evidence/context-parallel.md."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines, whole, excess = [], {}, []
-    for run in report["runs"]:
-        every, ranks = run["by rank"], run["ranks"]
-        peaks = [one["peak bytes"] for one in every]
-        whole.setdefault(run["scheme"], max(peaks))
-        received = [sum(one["received"].values()) for one in every]
-        wire, ring = every[0]["wire bytes of all ranks"], every[0]["ring attention would receive"]
-        if ranks > 1:
-            excess.append(wire / sum(received))
-        lines.append(
-            [
-                run["scheme"],
-                f"{every[0]['rows']:,}",
-                f"{every[0]['gist rows']:,}",
-                ranks,
-                ", ".join(f"{size:,}" for size in received) if ranks > 1 else "",
-                f"{sum(received):,}" if ranks > 1 else "",
-                f"{wire:,}" if ranks > 1 else "",
-                f"{ring * ranks:,}" if ranks > 1 else "",
-                ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks),
-                f"{max(peaks) / whole[run['scheme']]:.2f}",
-                f"{sum(one['work'] for one in every) / ranks / max(one['work'] for one in every):.2f}",
-            ]
-        )
-    head = ["segments", "rows", "gist rows", "ranks", "received, by rank (counted)", "of all", "on the wire"]
-    head += [
-        "ring attention, of all (calculated)",
-        "peak of a step, MiB, by rank",
-        "largest, of one process's",
-        "balance",
-    ]
-    return f"""# Context parallelism, measured
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """The tables of docs/evidence/context-parallel.md."""
+    runs = report["runs"]
+    alone = {run["scheme"]: run["by rank"][0]["peak bytes"] for run in runs if run["ranks"] == 1}
 
-Grade **measured**: `{report["command"]}` on {report["machine"]}, {versions}, gloo. One training step,
-forward and backward, of {report["model"]} (random weights, fp32) on one context, shared by several
-processes of one machine.
+    def of_all(run: dict[str, Any], key: str) -> list[int]:
+        return [one[key] for one in run["by rank"]]
 
-*Counted* are the bytes that `gistkern.distributed.count_traffic` notes where a rank receives rows; *on the wire* is
-what the kernel's counter of the loopback device grew by in the same step, all ranks together, packet headers and gloo's
-own protocol included. *Peak* is the growth of a process's resident set over the step, weights and their gradients not
-counted. *Balance* is the mean over the largest work of a rank, as `split_layout` counts it.
-
-{table(head, lines)}
-
-The wire carries {min(excess):.2f} to {max(excess):.2f} times the counted bytes. Half of these are the backward's, and
-an all-reduce, which moves twice what a reduce-scatter has to, would make it 1.5: that is what gloo seems to do for it.
-"""
+    cells = {
+        "segments": "scheme",
+        "rows": lambda run: run["by rank"][0]["rows"],
+        "gist rows": lambda run: run["by rank"][0]["gist rows"],
+        "ranks": "ranks",
+        "received (counted)": lambda run: sum(sum(one.values()) for one in of_all(run, "received")),
+        "on the wire": lambda run: run["by rank"][0]["wire bytes of all ranks"],
+        "ring attention (calculated)": lambda run: sum(of_all(run, "ring attention would receive")),
+        "peak, MiB, largest rank": lambda run: round(max(of_all(run, "peak bytes")) / 2**20),
+        "of one process's": lambda run: f"{max(of_all(run, 'peak bytes')) / alone[run['scheme']]:.2f}",
+        "balance": lambda run: f"{sum(of_all(run, 'work')) / run['ranks'] / max(of_all(run, 'work')):.2f}",
+    }
+    return {"measured on": measured_on(report), "ranks": columns(runs, cells)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -190,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     report = measured()
     write_report(EVIDENCE / "context-parallel.json", report)
-    (EVIDENCE / "context-parallel.md").write_text(page(report))
+    fill(EVIDENCE / "context-parallel.md", tables(report))
 
 
 if __name__ == "__main__":

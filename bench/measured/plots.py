@@ -19,19 +19,15 @@ __all__ = ["draw"]
 BARS = ("512/8", 4096)
 
 
-def draw(report: Mapping[str, Any], folder: Path, stem: str) -> dict[str, str]:
-    """Write the pictures of a report; their paths beside the page, by section."""
+def draw(report: Mapping[str, Any], folder: Path, stem: str) -> None:
+    """Write the pictures of a report."""
     folder.mkdir(exist_ok=True)
-    drawn = {}
-    for section, plot in (("growth", _growth), ("attention", _bars), ("models", _bytes)):
+    for section, plot in (("growth", _growth), ("attention", _bars)):
         if report.get(section):
             figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
             plot(axes, report[section])
-            name = f"{stem}-{section}.png"
-            figure.savefig(folder / name, dpi=110)
+            figure.savefig(folder / f"{stem}-{section}.png", dpi=110)
             pyplot.close(figure)
-            drawn[section] = f"{folder.name}/{name}"
-    return drawn
 
 
 def _growth(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -70,21 +66,3 @@ def _bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel=f"time / ours, {layout}, {size:,} rows")
     axes.invert_yaxis()
     axes.legend(fontsize="x-small")
-
-
-def _bytes(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bytes of keys and values against the batch."""
-    for model, context in dict.fromkeys((row["model"], row["context"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["context"]) == (model, context)]
-        batches = [row["batch"] for row in chosen]
-        (line,) = axes.plot(
-            batches,
-            [row["full bytes"] for row in chosen],
-            marker="o",
-            label=f"DynamicCache, {model}, {context:,} tokens",
-        )
-        gist = [row["gist bytes"] for row in chosen]
-        axes.plot(batches, gist, marker="s", ls="--", color=line.get_color(), label=f"GistCache, {model}")
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="bytes of keys and values")
-    axes.legend(fontsize="x-small")
-    axes.grid(alpha=0.3)

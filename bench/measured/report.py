@@ -1,9 +1,9 @@
-"""Measure everything of bench/ in one process and write docs/benchmarks.json, benchmarks.md and their plots.
+"""Measure everything in one process, write docs/benchmarks.json and its plots, and fill the tables of benchmarks.md.
 
     make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
-    python -m bench.measured.report --device cuda               # the same page for a GPU: docs/benchmarks-<its name>.*
+    python -m bench.measured.report --device cuda               # the same for a GPU: docs/benchmarks-<its name>.*
     python -m bench.measured.report --section decoding          # a part of it, printed only
-    python -m bench.measured.report --page docs/benchmarks.json # write the page again
+    python -m bench.measured.report --page docs/benchmarks.json # plots and tables again
 
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
 """
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
+from bench.fill import fill
 from bench.measured.grid import GRIDS
-from bench.measured.page import page
 from bench.measured.plots import draw
 from bench.measured.sections import SECTIONS
+from bench.measured.tables import tables
 from bench.rows import write_report
 from gistkern.backends import native
 
@@ -86,10 +87,10 @@ def _target(device: str) -> Path:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """The report, its page and its plots, beside each other."""
+    """The report, its plots and the tables of its page, beside each other."""
     write_report(path, report)
-    pictures = draw(report, path.parent / "pictures", path.stem)
-    path.with_suffix(".md").write_text(page(report, pictures), encoding="utf-8")
+    draw(report, path.parent / "pictures", path.stem)
+    fill(path.with_suffix(".md"), tables(report))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; nothing is written")
-    parser.add_argument("--page", type=Path, metavar="REPORT.json", help="write a report's page and plots again")
+    parser.add_argument("--page", type=Path, metavar="REPORT.json", help="plots and tables of a report again")
     given = parser.parse_args(arguments)
     if given.page:
         write(json.loads(given.page.read_text("utf-8")), given.page)
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.section:
             write(report, _target(given.device))
     if given.section:
-        print(page(report, {}))
+        print("\n\n".join(tables(report).values()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
+from bench.fill import filled
 from bench.measured import (
     check,
+    compared,
     context_parallel,
     decoding,
     flash_varlen,
@@ -24,7 +25,7 @@ from bench.measured import (
     queueing,
     report,
     sections,
-    targets,
+    tables,
     timing,
 )
 from bench.measured.attention import PASSES, attention_case
@@ -36,7 +37,6 @@ from bench.measured.grid import GRIDS, Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
 from bench.measured.models import MODELS, compressing_case, model_decoding_case, models
-from bench.measured.page import page
 from bench.measured.segments import runs_of
 from bench.measured.timing import interleaved, ratio
 from bench.shapes import LAYOUTS, layout_of
@@ -171,10 +171,6 @@ def test_what_is_queued_can_be_called_and_decoding_agrees():
         ours, theirs = (call() for call in both.values())
         assert [t.shape for t in ours] == [t.shape for t in theirs]
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
-
-
-def test_what_whoever_measured_says_is_on_the_page(small_report):
-    assert "- A note.\n\n## Aims" in page(small_report | {"notes": ["A note."]}, {})
 
 
 @pytest.mark.parametrize(("layout", "rows"), [("64/4", 300), ("512/8", 1100), ("one segment", 90)])
@@ -340,26 +336,44 @@ def _small_report(monkeypatch):
     return last
 
 
-def test_a_report_becomes_a_page(small_report, tmp_path):
+def test_a_report_fills_a_page(small_report, tmp_path):
     (tmp_path / "docs").mkdir()
     path = tmp_path / "docs" / "benchmarks.json"
     report.write(small_report, path)
     text = path.with_suffix(".md").read_text()
     row = json.loads(path.read_text())["attention"][0]
-    dense = row["slower_than_ours"]["sdpa dense"]
-    assert f"| {dense['median']:.2f} ({dense['min']:.2f} to {dense['max']:.2f}) |" in text
-    assert "- sdpa per segment: the local window moves with every row (sliding, forward, 900 rows)" in text
-    assert "- flash-attn 2: flash_attn needs a GPU" in text
-    assert "- sdpa dense: only up to 800 rows (1,600 rows)" in text
-    assert text.count("- flash-attn 2: flash_attn needs a GPU\n") == 1
-    assert "| 64/4, 300, 2 heads, D 64, both | flex | not measured: no backward on CPU |" in text
+    cells = [row["slower_than_ours"][name]["median"] for name in ("sdpa dense", "sdpa per segment")]
+    assert f"| 512/8 | 600 | 2 heads, D 64 | forward | {row['of_limit'][OURS]['median']:.2f} |" in text
+    assert f"| {cells[0]:.2f} | {cells[1]:.2f} |" in text
+    assert "| sliding | 900 | 2 heads, D 64 | forward |" in text
+    assert "| 512/8 | 600 | 2 heads, D 64 | backward |" not in text, "the page shows forward and both"
     bytes_ = small_report["models"][1]
-    assert f"| {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} | 1/30.0 |" in text
+    assert f"| tiny | 300 | 2 | {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} |" in text
+    assert "| 64/4, 300, 2 heads, D 64, both | ours | 5 | 1.0 |" in text
     pictures = sorted(picture.name for picture in (tmp_path / "docs" / "pictures").iterdir())
-    assert pictures == ["benchmarks-attention.png", "benchmarks-growth.png", "benchmarks-models.png"]
-    assert all(f"pictures/{name})" in text for name in pictures)
-    # 16K rows were not measured, so nothing is said about them
-    assert "takes at least 8 times our time | not measured | not measured |" in text
+    assert pictures == ["benchmarks-attention.png", "benchmarks-growth.png"]
+    # what whoever measured writes around the tables stays
+    path.with_suffix(".md").write_text("Mine.\n\n" + text.replace("## growth", "## Growing"))
+    report.write(small_report, path)
+    assert path.with_suffix(".md").read_text() == "Mine.\n\n" + text.replace("## growth", "## Growing")
+
+
+def test_a_page_and_its_tables_must_agree():
+    page = "before\n<!-- table: one -->\nold\n<!-- end -->\nafter\n"
+    assert filled(page, {"one": "new"}) == "before\n<!-- table: one -->\nnew\n<!-- end -->\nafter\n"
+    for found in ({}, {"two": "new"}, {"one": "new", "two": "new"}):
+        with pytest.raises(ValueError, match="places for one, the tables are"):
+            filled(page, found)
+
+
+def test_why_nothing_was_measured_is_kept(small_report):
+    forward = {row["layout"]: row["not_measured"] for row in small_report["attention"] if row["pass"] == "forward"}
+    assert forward["sliding"]["sdpa per segment"] == "the local window moves with every row"
+    assert forward["512/8"]["flash-attn 2"] == "flash_attn needs a GPU"
+    growth = {(row["name"], row["rows"]): row.get("not_measured") for row in small_report["growth"]}
+    assert growth["sdpa dense", 1600] == "only up to 800 rows"
+    (peak,) = [row for row in small_report["memory"] if row["name"] == "flex"]
+    assert peak["not_measured"] == "no backward on CPU"
 
 
 def test_growth_is_relative_to_our_shortest(small_report):
@@ -367,56 +381,6 @@ def test_growth_is_relative_to_our_shortest(small_report):
     assert (first["name"], first["rows"]) == (OURS, 400)
     assert first["time"] == {"median": 1, "min": 1, "max": 1}
     assert first["visible_pairs"] == int(layout_of("512/8", 400).dense().sum())
-
-
-def aims_of(**parts):
-    return {aim.wanted: aim for aim in targets.aims(parts)}
-
-
-def test_aims_are_met_or_missed_by_what_was_measured():
-    def row(passes, **slower):
-        found = {name.replace("_", " "): {"median": value} for name, value in slower.items()}
-        peak = {name: {"median": 0.2} for name in found} | {OURS: {"median": 0.8}}
-        return {"layout": "512/8", "rows": 16384, "pass": passes, "slower_than_ours": found, "of_limit": peak}
-
-    rows = [row("forward", sdpa_dense=9.0, flex=5.0, flex_permuted=3.9), row("both", sdpa_dense=5.0)]
-    dense, flex_, both = list(aims_of(attention=rows).values())[:3]
-    assert (dense.met, flex_.met, both.met) == (True, False, False)
-    assert flex_.found == "flex 5.0 times, flex permuted 3.9 times"
-    assert flex_.why.endswith("0.20 of peak against our 0.80")
-    growth = [
-        {"layout": "512/8", "name": OURS, "rows": 4096 * 2**i, "time": {"median": 3.0**i}, "visible_pairs": 2**i}
-        for i in range(6)
-    ]
-    found = list(aims_of(growth=growth).values())[3]
-    assert not found.met
-    assert found.found == f"rows ** {math.log2(3):.2f}; the pairs that the mask shows grow with rows ** 1.00"
-    models = [
-        {"context": 64, "gist rows": 10, "gist bytes": 10, "full bytes": 64},
-        {"context": 64, "gist rows": 10, "gist bytes": 11, "full bytes": 64},
-    ]
-    for one, time in zip(models, (1.2, 0.9), strict=True):
-        one["slower_than_ours"] = {"DynamicCache": {"median": time}}
-    held, short, long = list(aims_of(models=models).values())[5:]
-    assert (held.met, short.met, long.met) == (False, False, None)
-    assert short.found == "0.90 to 1.20 times as many in 2 cases"
-    models[1]["slower_than_ours"]["DynamicCache"]["median"] = 1.0
-    assert list(aims_of(models=models).values())[6].met
-    del models[1]["slower_than_ours"]["DynamicCache"]
-    assert list(aims_of(models=models).values())[6].found.endswith("; in 1 more the DynamicCache could not be measured")
-
-
-def test_an_aim_of_two_baselines_needs_both():
-    slower = {"flex": {"median": 9.0}}
-    row = {"layout": "512/8", "rows": 16384, "pass": "forward", "slower_than_ours": slower}
-    row["of_limit"] = {name: {"median": 0.5} for name in (OURS, "flex", "flex permuted")}
-    assert list(aims_of(attention=[row]).values())[1].met is None
-    slower["flex permuted"] = {"median": 4.5}
-    assert list(aims_of(attention=[row]).values())[1].met
-
-
-def test_the_exponent_of_a_power_law():
-    assert targets.slope([(x, 7 * x**1.5) for x in (1, 2, 5, 10)]) == pytest.approx(1.5)
 
 
 def test_regressions_are_beyond_tolerance_and_spread():
@@ -466,9 +430,7 @@ def test_the_guard_needs_a_record(tmp_path, capsys):
 
 
 def test_the_committed_ranks_received_what_the_wire_carried():
-    folder = DOCS / "evidence"
-    found = json.loads((folder / "context-parallel.json").read_text())
-    assert (folder / "context-parallel.md").read_text() == context_parallel.page(found)
+    found = json.loads((DOCS / "evidence" / "context-parallel.json").read_text())
     shared = [run for run in found["runs"] if run["ranks"] > 1]
     assert {(run["scheme"], run["ranks"]) for run in shared} == set(itertools.product(context_parallel.SCHEMES, (2, 4)))
     for run in shared:
@@ -477,9 +439,19 @@ def test_the_committed_ranks_received_what_the_wire_carried():
         assert counted <= first["wire bytes of all ranks"] < first["ring attention would receive"]
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("benchmarks*.json")), ids=lambda path: path.stem)
-def test_the_committed_page_is_that_of_its_report(path):
-    found = json.loads(path.read_text())
-    drawn = {name: f"pictures/{path.stem}-{name}.png" for name in ("growth", "attention", "models") if found[name]}
-    assert path.with_suffix(".md").read_text() == page(found, drawn)
-    assert all((DOCS / name).exists() for name in drawn.values())
+COMMITTED = dict.fromkeys(DOCS.glob("benchmarks*.json"), tables.tables) | {
+    DOCS / "evidence" / "context-parallel.json": context_parallel.tables,
+    DOCS / "evidence" / "compare.json": compared.tables,
+}
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED), ids=lambda path: path.stem)
+def test_the_tables_of_a_committed_page_are_those_of_its_report(path):
+    page = path.with_suffix(".md").read_text()
+    assert filled(page, COMMITTED[path](json.loads(path.read_text()))) == page, "run python -m bench.fill"
+
+
+def test_a_gist_cache_holds_the_bytes_of_its_rows_and_no_more():
+    rows = json.loads((DOCS / "benchmarks.json").read_text())["models"]
+    assert rows
+    assert all(row["gist bytes"] * row["context"] == row["full bytes"] * row["gist rows"] for row in rows)

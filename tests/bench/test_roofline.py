@@ -1,8 +1,6 @@
 """The roofline page: counts against hand-made ones, limits from both sides, and the page against its generator."""
 
 import json
-import re
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
@@ -10,8 +8,9 @@ import pytest
 import torch
 
 from bench.calculated import roofline, serving
-from bench.calculated.page import page
+from bench.calculated.tables import tables
 from bench.counted.work import Shape, least_bytes, visible_pairs
+from bench.fill import filled
 from gistkern import GistLayout, gist_attention
 from gistkern.kernels.chips import GPUS, Gpu, chip_named, gpu_named
 from gistkern.rows import gather_rows
@@ -145,12 +144,11 @@ def test_weights_by_hand():
     [("bf16", 4.7), ("NF4, rest bf16", 12.3), ("NF4, rest fp32", 9.3)],
     ids=lambda value: str(value),
 )
-def test_about_12_percent(kind, percent, found):
+def test_about_12_percent(kind, percent):
     cache = 6096 * 131072
     share = cache / (cache + serving.weights_of(kind).resident)
     assert round(100 * share, 1) == percent
-    listed = [each for each in found["share_of_memory"] if (each["weights"], each["tokens"]) == (kind, 6096)]
-    assert [each["share"] for each in listed] == [pytest.approx(share)]
+    assert serving.kv_share_of_memory(kind, 6096) == pytest.approx(share)
 
 
 def kv_seconds(gpu, batch, rows):
@@ -173,39 +171,38 @@ def test_crossover_on_both_sides(gpu, kind):
     assert serving.crossover(gpu, kind, 1024) == serving.crossover(gpu, kind, 10**6) > serving.rows_seen()[0]
 
 
-def test_crossover_in_bytes(found):
+def test_crossover_in_bytes():
     """At batch 1 no card's arithmetic matters, and the crossover is that of the bytes: batch x rows is what counts."""
     read = 2 * (LINEARS + VOCABULARY + NORMS)
     for gpu in GPUS:
         rows = serving.crossover(gpu, "bf16", 1)
         assert (rows - 1) * ROW <= read < rows * ROW
-    shares = {(each["weights"], each["batch"], each["rows"]): each["share"] for each in found["shares"]}
-    assert shares["bf16", 16, 6128] == pytest.approx(16 * 6128 * ROW / (read + 16 * 6128 * ROW))
-    assert shares["bf16", 16, 6128] < 0.5 < shares["bf16", 64, 6128]
+    share = serving.kv_share("bf16", 16, 6128)
+    assert share == pytest.approx(16 * 6128 * ROW / (read + 16 * 6128 * ROW))
+    assert share < 0.5 < serving.kv_share("bf16", 64, 6128)
     assert 16 * 6128 < rows < 64 * 6128
 
 
-def test_documents_by_independent_arithmetic(found):
-    fits = {(each["gpu"], each["weights"], each["document"]): each["fit"] for each in found["documents"]}
+def test_documents_by_independent_arithmetic():
     left = 80e9 - 1e9 - 2 * 8_030_261_248
-    of_h100 = {name: fit for (gpu, kind, name), fit in fits.items() if (gpu, kind) == (H100.name, "bf16")}
     rows = (6096, 10, 128, ceil(6096 / 512) * 8, 131072, 131072 // 512 * 8)
-    assert list(of_h100.values()) == [int(left / (count * 131072)) for count in rows] == [78, 48019, 3751, 5001, 3, 234]
-    assert fits[RTX_4090.name, "bf16", "131,072 tokens, uncompressed"] == 0
+    assert tuple(serving.DOCUMENTS.values()) == rows
+    fits = [serving.largest_batch(H100, "bf16", count) for count in rows]
+    assert fits == [int(left / (count * 131072)) for count in rows] == [78, 48019, 3751, 5001, 3, 234]
+    assert serving.largest_batch(RTX_4090, "bf16", 131072) == 0
     for gpu in GPUS:
         for kind in serving.WEIGHTS:
             free = gpu.memory - serving.RESERVE - serving.weights_of(kind).resident
-            for document in serving.DOCUMENTS:
-                fit = fits[gpu.name, kind, document.name]
-                assert fit * document.rows * ROW <= free < (fit + 1) * document.rows * ROW
+            for count in rows:
+                fit = serving.largest_batch(gpu, kind, count)
+                assert fit * count * ROW <= free < (fit + 1) * count * ROW
 
 
 def test_rows_of_segments_are_those_of_the_layout():
     """As compress() cuts a document: the last segment may be shorter and has its gists all the same."""
     lengths = [512] * (6096 // 512) + [6096 % 512]
     layout = GistLayout.from_segments(lengths, 8, sink_tokens=0).closed()
-    rows = {document.name: document.rows for document in serving.DOCUMENTS}
-    assert rows["6,096 tokens in segments of 512/8"] == int((layout.keep_end - layout.keep_begin).item()) == 96
+    assert serving.DOCUMENTS["6,096 in 512/8"] == int((layout.keep_end - layout.keep_begin).item()) == 96
 
 
 def test_tokens_per_second_by_hand():
@@ -218,34 +215,28 @@ def test_tokens_per_second_by_hand():
 
 
 def test_only_batches_that_fit_have_a_limit(found):
-    for each in found["throughput"]:
-        assert all(int(batch) <= each["largest_batch"] for batch in each["tokens_per_second"])
-        rates = [*each["tokens_per_second"].values()]
+    for line in tables(found)["limits"].splitlines()[2:]:
+        name, rows, *cells = line.strip("| ").split(" | ")
+        most = serving.largest_batch(gpu_named(name), "bf16", int(rows.replace(",", "")))
+        assert [cell == "-" for cell in cells[:3]] == [batch > most for batch in (1, 16, 64)]
+        rates = [float(cell.replace(",", "")) for cell in cells[:3] if cell != "-"]
         assert rates == sorted(rates)
 
 
-def test_committed_page_is_what_the_generator_writes(found):
-    assert (DOCS / "roofline.md").read_text() == page(found), "run make roofline"
-    assert json.loads((DOCS / "evidence/roofline.json").read_text()) == json.loads(json.dumps(found))
+def test_committed_tables_are_those_of_the_formulas(found):
+    page = (DOCS / "roofline.md").read_text()
+    assert filled(page, tables(found)) == page, "run make roofline"
+    # what the prose says
+    op = {(row["segments"], row["rows"]): row["forward"]["gpus"][H100.name] for row in found["op"]}
+    longest = [op[name, 131072] for name in ("512/8", "256/16", "1024/128")]
+    assert [f"{row['causal_seconds'] / row['seconds']:.1f}" for row in longest] == ["51.8", "16.4", "8.4"]
+    few, many = (row["bytes"] for row in found["decoding"] if row["gist_rows"] or row["raw_rows"] == 6128)
+    assert round(many / few) == 133
+    one = [serving.tokens_per_second(H100, "bf16", 1, rows) for rows in serving.rows_seen()[:2]]
+    assert f"{one[0] / one[1]:.2f}" == "1.05"
 
 
-def test_sums_on_the_page_hold(found):
-    """The arithmetic that the page writes out, computed again from its text."""
-    checked = 0
-    for block in re.findall(r"```\n(.*?)```", page(found), re.S):
-        for left, right in (pair for line in block.splitlines() for pair in pairwise(line.split(" = "))):
-            terms = re.search(r"(?:ceil)?[(\d][\d,x+()/ -]*$", left)
-            value = re.match(r"[\d,x ]+(\.\d+ ms|\.\d+)?", right)
-            if not (terms and value):
-                continue
-            ours, theirs = calculated(terms[0]), calculated(value[0].removesuffix("ms"))
-            if value[0].endswith("ms"):
-                assert ours * 1e3 == pytest.approx(theirs, rel=5e-3)
-            else:  # whole numbers exactly, quotients to two places
-                assert abs(ours - theirs) <= (0.005 if "." in value[0] else 0)
-            checked += 1
-    assert checked > 100
-
-
-def calculated(text):
-    return eval(text.strip().replace(",", "").replace("x", "*"), {"ceil": ceil})
+def test_rows_can_be_written_instead_of_the_page(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "report", lambda: found)
+    roofline.main(["--rows", str(tmp_path / "rows.json")])
+    assert json.loads((tmp_path / "rows.json").read_text()) == json.loads(json.dumps(found))

@@ -1,0 +1,103 @@
+"""The tables of docs/benchmarks*.md: medians of a report, of the rows that a reader compares first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bench.markdown import columns, measured_on, median, table
+from bench.measured import decoding
+from bench.measured.baselines import BASELINES
+from bench.measured.case import OURS
+from bench.measured.models import FULL, PREFILL
+from bench.measured.queueing import SDPA
+
+__all__ = ["tables"]
+
+Rows = Sequence[Mapping[str, Any]]
+BOTH_OF = "512/8"  # the layout whose backward is in the table
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """A table of every section that was measured, and a line about where."""
+    found = {name: make(report[name]) for name, make in _SECTIONS.items() if report.get(name)}
+    return {"measured on": measured_on(report), **found}
+
+
+def _slower(name: str) -> Callable[[Any], str]:
+    return lambda row: median(row["slower_than_ours"].get(name))
+
+
+def _share(name: str) -> Callable[[Any], str]:
+    return lambda row: median(row["of_limit"].get(name))
+
+
+def _attention(rows: Rows) -> str:
+    shown = [row for row in rows if row["pass"] == "forward" or (row["layout"], row["pass"]) == (BOTH_OF, "both")]
+    names = [name for name in BASELINES if name != "eager" and any(name in row["slower_than_ours"] for row in rows)]
+    return columns(
+        shown,
+        {name: name for name in ("layout", "rows", "heads", "pass")}
+        | {"of peak": _share(OURS)}
+        | {name: _slower(name) for name in names},
+        4,
+    )
+
+
+def _growth(rows: Rows) -> str:
+    sizes = sorted({row["rows"] for row in rows})[::2]
+    cells = {(row["layout"], row["name"], row["rows"]): row for row in rows}
+    series = dict.fromkeys((row["layout"], row["name"]) for row in rows)
+    lines = [
+        [layout, name, *(median(cells[layout, name, size].get("time"), 1) for size in sizes)] for layout, name in series
+    ]
+    for layout in dict.fromkeys(layout for layout, _ in series):
+        pairs = [cells[layout, OURS, size]["visible_pairs"] for size in sizes]
+        lines.append([layout, "visible pairs", *(f"{one / pairs[0]:,.1f}" for one in pairs)])
+    return table(["layout", "", *(f"{size:,}" for size in sizes)], lines, 2)
+
+
+def _decoding(rows: Rows) -> str:
+    names = [name for name in decoding.BASELINES if any(name in row["slower_than_ours"] for row in rows)]
+    sizes = {name: name for name in ("gist rows", "tail rows", "batch")}
+    return columns(rows, sizes | {"of copy": _share(OURS)} | {name: _slower(name) for name in names}, 0)
+
+
+def _models(rows: Rows) -> str:
+    return columns(
+        rows,
+        {name: name for name in ("model", "context", "batch", "gist bytes", "full bytes")}
+        | {"tokens per second": _slower(FULL)},
+    )
+
+
+def _memory(rows: Rows) -> str:
+    held = {(tuple(row["case"]), row["name"]): row.get("peak bytes") for row in rows}
+    lines = []
+    for (case, name), size in held.items():
+        if size is not None:
+            what = ", ".join(str(part) for part in case[1:-1])
+            lines.append([what, name, f"{size:,}", f"{size / max(held[case, OURS] or 0, 1):.1f}"])
+    return table(["call", "", "bytes", "of ours"], lines, 2)
+
+
+_SECTIONS: dict[str, Callable[[Rows], str]] = {
+    "attention": _attention,
+    "growth": _growth,
+    "compaction": lambda rows: columns(
+        rows, {"layout": "layout", "rows": "rows", "of copy": _share(OURS), "indexing": _slower("indexing")}
+    ),
+    "decoding": _decoding,
+    "queueing": lambda rows: columns(
+        rows, {"call": "call", "gistkern": lambda row: median(row[OURS], 0), "SDPA": lambda row: median(row[SDPA], 0)}
+    ),
+    "models": _models,
+    "compressing": lambda rows: columns(
+        rows,
+        {"model": "model", "tokens": "tokens"} | {name: _slower(name) for name in ("compress, one segment", PREFILL)},
+    ),
+    "layouts": lambda rows: columns(
+        rows, {"layout": "layout", "rows": "rows"} | {name: _slower(name) for name in ("dense mask", "block mask")}
+    ),
+    "memory": _memory,
+}
