@@ -11,10 +11,8 @@ declares, importing it takes the packages below; accelerate and peft it does not
     build/kvpress/bin/python examples/kvpress_baseline.py --model build/SmolLM2-135M-Instruct \\
         --dataset build/niah-en-prose.jsonl --limit 25 --rows 10 30 100 300 --output runs/kvpress
 
-(examples/smollm2.py writes the folder of the model.) The protocol is that of evaluation.py: each context is
-compressed before its question is seen, then the answer is decoded greedily from the rows that were kept; the question
-keeps its place behind the whole context. The output folder gets a file of answers per method and budget as they come,
-and report.json and report.md after every context: the same command goes on where a killed one was.
+The protocol is evaluation.py's, with so many rows per layer and head; the question keeps its place behind the whole
+context. The same command goes on where a killed one was.
 """
 
 from __future__ import annotations
@@ -34,35 +32,27 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from answers import AnswerFile
-from global_tasks import GlobalSample
-from metrics import judged, rows_of
+from passkey.answers import AnswerFile
 from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
+from passkey.metrics import judged, rows_of
 from passkey.niah import Sample, read_tokenizer
+from passkey.report import command_line, environment, show, write_json
 from passkey.samples import read_samples
-from results import command_line, environment, environment_line, table, write_json
 
-__all__ = ["METHODS", "Reader", "draw_samples", "main", "make_press", "page"]
+__all__ = ["METHODS", "Reader", "draw_samples", "main", "make_press"]
 
 FULL = "full"
 METHODS = {
-    "knorm": "KnormPress: keys of small norm",
-    "keydiff": "KeyDiffPress: keys unlike the mean key",
-    "streaming_llm": "StreamingLLMPress: the first 4 tokens and the last ones",
-    "tova": "TOVAPress: what the last token attends to",
-    "snapkv": "SnapKVPress: the last min(64, rows / 2) tokens and what they attend to",
-    "expected_attention": "ExpectedAttentionPress: the first 4 tokens and what queries to come should attend to",
-    "adakv": "AdaKVPress of ExpectedAttentionPress: the heads of a layer share its budget",
-    "kvzip": "KVzipPress: what repeating the context attends to; all layers and heads share the budget",
+    "knorm": "KnormPress",
+    "keydiff": "KeyDiffPress",
+    "streaming_llm": "StreamingLLMPress",
+    "tova": "TOVAPress",
+    "snapkv": "SnapKVPress",
+    "expected_attention": "ExpectedAttentionPress",
 }
-# these leave their rows in the cache and mask them, by a note on the model that the next prefill wipes
-# KVzip also takes the context's start for the chat template's and keeps but 4 rows of as many tokens
-MASKING = ("adakv", "kvzip")
-# two methods always keep 4 rows, SnapKV half of them
-FEWEST_ROWS = 8
+FEWEST_ROWS = 8  # two methods always keep 4 rows, SnapKV half of them
 
-# a method and its rows per layer and head
-Budget = tuple[str, int]
+Budget = tuple[str, int]  # a method and its rows per layer and head
 
 
 def make_press(method: str, rows: int, tokens: int) -> Any:
@@ -70,14 +60,9 @@ def make_press(method: str, rows: int, tokens: int) -> Any:
     kvpress = _kvpress()
     # kvpress keeps int(tokens * (1 - ratio)) rows: half a row more than wanted, so that rounding takes none away
     ratio = 1 - (rows + 0.5) / tokens
-    if method == "snapkv":
-        # its window is always kept: with the usual 64 tokens a smaller budget would have no row left to choose
-        return kvpress.SnapKVPress(ratio, window_size=min(64, rows // 2))
-    if method == "adakv":
-        return kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(ratio))
-    if method == "kvzip":
-        return kvpress.KVzipPress(1 - rows / tokens)  # counts the rows of all layers together: nothing to round
-    return getattr(kvpress, METHODS[method].split(":")[0])(ratio)
+    # SnapKV always keeps its window: with the usual 64 tokens a smaller budget would have no row left to choose
+    options = {"window_size": min(64, rows // 2)} if method == "snapkv" else {}
+    return getattr(kvpress, METHODS[method])(ratio, **options)
 
 
 def _kvpress() -> ModuleType:
@@ -89,15 +74,7 @@ def _kvpress() -> ModuleType:
 
 
 class Reader:
-    """Reads a context once for all methods that drop rows, and once for each budget of one that masks them.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        In the dtype to evaluate.
-    tokenizer : tokenizers.Tokenizer
-        Of the model.
-    """
+    """Reads a context once for all methods and budgets."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -106,35 +83,26 @@ class Reader:
     def read(self, sample: Sample, budgets: Sequence[Budget]) -> Iterator[tuple[Budget, str, int, int]]:
         """For each budget: what is said, the bytes of the rows it was read from, and those of the full cache.
 
-        Raises
-        ------
-        ValueError
-            If the sample was counted with another tokenizer, or a method does not keep to its budget.
+        ValueError if the sample was counted with another tokenizer, or a method does not keep to its budget.
         """
-        ids = self._encode(sample.context)
-        if ids.shape[1] != sample.tokens:
+        ids, tokens = self._encode(sample.context), sample.tokens
+        if ids.shape[1] != tokens:
             raise ValueError(
-                f"{sample.id} has {ids.shape[1]} tokens where its file says {sample.tokens}: "
+                f"{sample.id} has {ids.shape[1]} tokens where its file says {tokens}: "
                 "make the dataset with this model's tokenizer (niah.py --tokenizer)"
             )
-        caches = {budget: DynamicCache() for budget in budgets if budget[0] not in (FULL, *MASKING)}
-        whole = DynamicCache()
-        with _fan_out(caches, sample.tokens)(self.model):
+        caches, whole = {budget: DynamicCache() for budget in budgets if budget[0] != FULL}, DynamicCache()
+        with _fan_out(caches, tokens)(self.model):
             self.model.model(input_ids=ids, past_key_values=whole)
-        full_bytes = _bytes(whole)
         for budget, cache in caches.items():
             if {layer.keys.shape[2] for layer in cache.layers} != {budget[1]}:
                 raise ValueError(f"{budget[0]} did not keep {budget[1]} rows: kvpress 0.5.5 would have")
+        if (FULL, tokens) in budgets:
+            caches[FULL, tokens] = whole
+        full_bytes = _bytes(whole)
+        for budget, cache in caches.items():
             size = _bytes(cache)
             yield budget, self._ask(cache, sample), size, full_bytes
-        if (FULL, sample.tokens) in budgets:
-            yield (FULL, sample.tokens), self._ask(whole, sample), full_bytes, full_bytes
-        for budget in budgets:
-            if budget[0] in MASKING:
-                masked = DynamicCache()
-                with make_press(*budget, sample.tokens)(self.model):
-                    self.model.model(input_ids=ids, past_key_values=masked)
-                yield budget, self._ask(masked, sample), full_bytes * budget[1] // sample.tokens, full_bytes
 
     def _ask(self, cache: DynamicCache, sample: Sample) -> str:
         """Greedy answer, as long as the right one; `generate` would place it by the rows that are left."""
@@ -170,12 +138,9 @@ def _bytes(cache: DynamicCache) -> int:
 
 
 def draw_samples(path: Path, limit: int | None) -> list[Sample]:
-    """Passkey samples of a file of niah.py, `limit` of them spread over it, in an order that ends anywhere fairly.
-
-    Files are ordered by depth, so they are shuffled: a run that is stopped has met needles everywhere.
-    """
+    """Passkeys of a file, `limit` of them spread over it, shuffled: a run that is stopped has met all depths."""
     samples = read_samples(path)
-    if any(isinstance(sample, GlobalSample) for sample in samples):
+    if any(hasattr(sample, "task") for sample in samples):
         raise ValueError(f"{path}: expected passkeys, as niah.py writes them")
     if len({sample.tokens for sample in samples}) > 1:
         raise ValueError(f"{path}: expected samples of one length, so that a number of rows is one ratio")
@@ -190,17 +155,11 @@ def draw_samples(path: Path, limit: int | None) -> list[Sample]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=input_folder, required=True, help="folder of a transformers model and its tokenizer"
-    )
+    parser.add_argument("--model", type=input_folder, required=True, help="a transformers model and its tokenizer")
     parser.add_argument("--dataset", type=Path, required=True, help="JSON lines of niah.py, of one length")
     parser.add_argument("--limit", type=int, help="so many samples, spread evenly over the file")
-    parser.add_argument(
-        "--rows", type=at_least(1), nargs="+", default=[10], help="rows per layer and head that are kept"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", choices=(*METHODS, FULL), default=[*(m for m in METHODS if m not in MASKING), FULL]
-    )
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[10], help="kept per layer and head")
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, FULL), default=[*METHODS, FULL])
     parser.add_argument("--output", type=output_folder, required=True, help="folder for the answers and report.json")
     parser.add_argument("--threads", type=at_least(1), default=1)
     given = parser.parse_args(arguments)
@@ -220,13 +179,11 @@ def _run(given: argparse.Namespace, command: str) -> None:
     where = environment("kvpress", "torch", "transformers")
     by_digest = {_digest(json.dumps(asdict(sample), sort_keys=True).encode()): sample for sample in samples}
     weights = [_digest((given.model / name).read_bytes()) for name in ("model.safetensors", "tokenizer.json")]
-    files: dict[Budget, AnswerFile] = {}
-    who: dict[Budget, str] = {}
+    files = {}
     for method, rows in budgets:
-        settings = "" if method == FULL else repr(make_press(method, rows, tokens))
-        who[method, rows] = _digest(json.dumps([weights, where["versions"], method, rows, settings]).encode())
-        path = given.output / f"answers-{method}-{rows}.jsonl"
-        files[method, rows] = AnswerFile(path, who[method, rows], by_digest)
+        press = "" if method == FULL else repr(make_press(method, rows, tokens))
+        who = _digest(json.dumps([weights, where["versions"], method, rows, press]).encode())
+        files[method, rows] = AnswerFile(given.output / f"answers-{method}-{rows}.jsonl", who, by_digest)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     reader = Reader(model, read_tokenizer(given.model / "tokenizer.json"))
     about = {
@@ -235,52 +192,20 @@ def _run(given: argparse.Namespace, command: str) -> None:
         "model": {"name": given.model.name, "weights": weights[0], "dtype": "float32"},
         "dataset": {"name": given.dataset.name, "digest": _digest(given.dataset.read_bytes())},
         "environment": where,
-        "methods": {name: METHODS[name] for name in given.methods if name != FULL},
     }
     for digest, sample in tqdm(by_digest.items(), unit="context"):
         missing = [budget for budget, file in files.items() if digest not in file.done]
-        for budget, said, size, full_bytes in reader.read(sample, missing) if missing else ():
-            row_bytes = full_bytes // sample.tokens
-            files[budget].add([judged(sample, said, budget[1], size, row_bytes, model=who[budget], digest=digest)])
-        report = {**about, "rows": _rows(files)}
-        write_json(given.output / "report.json", report)
-        (given.output / "report.md").write_text(page(report), encoding="utf-8")
-
-
-def page(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    head = ("method", "rows kept", "ratio", "n", "exact match", "95 % interval", "digits", "wrong number", "abstained")
-    lines = [
-        (
-            "full cache" if row["method"] == FULL else report["methods"][row["method"]],
-            f"{row['gist_tokens']:,}",
-            f"{row['ratio']:.0f}x",
-            row["n"],
-            f"{row['exact']:.0%}",
-            f"{row['wilson_low']:.1%} to {row['wilson_high']:.1%}",
-            f"{row['digit']:.0%}",
-            f"{row['hallucinated']:.0%}",
-            f"{row['abstained']:.0%}",
-        )
-        for row in report["rows"]
-    ]
-    parts = [
-        f"# Eviction on the same questions: {report['model']['name']}",
-        f"Grade **measured**: `{report['command']}` on {environment_line(report['environment'])}.",
-        f"The model as it is, without adapters or training; {report['protocol']}. Rows are kept per layer and head. "
-        "Digits: a guess has 10 % of them. Metrics: docs/metrics.md.",
-        "\n".join(table(head, lines)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _rows(files: Mapping[Budget, AnswerFile]) -> list[dict[str, Any]]:
-    """Rows in the shape of every report (metrics.py), a method in front; too few samples for a table by depth."""
-    return [
-        {"method": method, "masked": method in MASKING, **{key: row[key] for key in row if key != "by_depth"}}
-        for (method, _), file in files.items()
-        for row in rows_of(list(file.done.values()))
-    ]
+        for budget, said, size, full in reader.read(sample, missing) if missing else ():
+            who, rows = files[budget].model, budget[1]
+            files[budget].add([judged(sample, said, rows, size, full // tokens, model=who, digest=digest)])
+        # in the shape of every report, a method in front; too few samples for a table by depth
+        rows = [
+            {"method": method, **{key: row[key] for key in row if key != "by_depth"}}
+            for (method, _), file in files.items()
+            for row in rows_of(list(file.done.values()))
+        ]
+        write_json(given.output / "report.json", {**about, "rows": rows})
+    print(show(rows))
 
 
 def _digest(content: bytes) -> str:

@@ -39,7 +39,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path | None, model: str, wanted: Iterable[str], overwrite: bool = False) -> None:
-        self.path, self.done = path, dict[str, Answer]()
+        self.path, self.model, self.done = path, model, dict[str, Answer]()
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
