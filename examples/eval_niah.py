@@ -1,4 +1,4 @@
-"""Evaluate any checkpoint on any datasets of niah.py and global_tasks.py, also while its training goes on.
+"""Evaluate any checkpoint on any datasets of niah.py, also while its training goes on.
 
     python examples/eval_niah.py --checkpoint runs/tiny --dataset niah-ko.jsonl counting-en.jsonl --output out/
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=input_folder, required=True, help="a checkpoint folder, or a run's folder")
     parser.add_argument("--model", help="of a recipe's adapter: folder or hub name of its base model, if not its own")
-    parser.add_argument("--dataset", type=Path, nargs="+", help="JSON lines of niah.py or global_tasks.py")
+    parser.add_argument("--dataset", type=Path, nargs="+", help="JSON lines of niah.py")
     parser.add_argument("--output", type=output_folder, required=True, help="folder for the answers and the report")
     parser.add_argument("--limit", type=at_least(1), help="evaluate so many samples of each dataset only")
     parser.add_argument(
@@ -94,9 +94,9 @@ def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
 
 def _evaluate(opened: Opened, datasets: list[list[Sample]], given: argparse.Namespace) -> None:
     from evaluation import BATCH, answer_samples, build_report, first_of
-    from global_tasks import GlobalSample
     from metrics import rows_of
     from opened import SWAPPED
+    from passkey.global_tasks import GlobalSample
     from report import write_report
 
     samples = first_of(datasets)

@@ -1,4 +1,4 @@
-"""Files of samples, as niah.py and global_tasks.py write them."""
+"""Files of samples, as niah.py writes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from global_tasks import GlobalSample
+from passkey.global_tasks import GlobalSample
 from passkey.niah import Sample
 
 __all__ = ["read_samples"]
@@ -26,7 +26,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
         try:
             samples.append(_sample(json.loads(line)))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is no sample of niah.py or global_tasks.py: {error}") from error
+            raise ValueError(f"{path}, line {number} is no sample of niah.py: {error}") from error
     if not samples:
         raise ValueError(f"{path} holds no samples")
     return samples

@@ -8,11 +8,11 @@ import torch
 
 import eval_niah
 import gistkern
-import global_tasks
 import throughput
 from checkpoints import Progress, load_model, save
 from evaluation import answer_samples, swap_test
 from models import tiny_llama
+from passkey import global_tasks
 from passkey.niah import dataset, train_tokenizer
 from passkey.readers import FullReader, GistReader
 from presets import preset

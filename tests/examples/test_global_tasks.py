@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-import global_tasks
-from global_tasks import TASK_WORDINGS, TASKS, GlobalTask, dataset
+import niah
+from passkey.global_tasks import TASKS, WORDINGS, GlobalTask, dataset
 from passkey.haystack import LANGUAGES
 from passkey.niah import Haystack, train_tokenizer
 from passkey.samples import read_samples
@@ -39,9 +39,9 @@ def haystack(tokenizer):
 def statements(task, language, wordings, text):
     """What the text says, read back with the task's templates: the words of each statement, in order."""
     words = LANGUAGES[language].words
-    wording = TASK_WORDINGS[task, language]
+    wording = WORDINGS[task][language]
     found = []
-    for template in wording.held_out if wordings == "held_out" else wording.statements:
+    for template in wording["held_out"] if wordings == "held_out" else wording["statements"]:
         pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
         for slot, choices in words.items():
             pattern = pattern.replace(f"{{{slot}}}", f"(?P<{slot}>{'|'.join(sorted(choices, key=len, reverse=True))})")
@@ -121,8 +121,8 @@ def test_training_never_sees_what_evaluation_asks(haystack, task, language):
         drawn = GlobalTask(task, haystack(language, held_out))
         sides.append({drawn.say() for _ in range(400)})
     assert not sides[0] & sides[1]
-    wording = TASK_WORDINGS[task, language]
-    assert not set(wording.statements) & set(wording.held_out)
+    wording = WORDINGS[task][language]
+    assert not set(wording["statements"]) & set(wording["held_out"])
 
 
 def test_same_seed_same_samples(tokenizer):
@@ -133,7 +133,7 @@ def test_same_seed_same_samples(tokenizer):
 
 def test_the_file_is_what_evaluation_reads(tokenizer, tmp_path, capsys):
     path = tmp_path / "ordering.jsonl"
-    global_tasks.main(["--task", "ordering", "--tokens", "300", "--samples", "3", "--seed", "5", "--out", str(path)])
+    niah.main(["--task", "ordering", "--tokens", "300", "--samples", "3", "--seed", "5", "--out", str(path)])
     assert read_samples(path) == list(dataset(tokenizer, "ordering", "en", 300, 3, seed=5))
     assert "3 ordering samples of 300 tokens" in capsys.readouterr().out
 
@@ -142,12 +142,13 @@ def test_the_file_is_what_evaluation_reads(tokenizer, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--task", "counting", "--tokens", "20"], "20 tokens are too few for the counting task"),
+        (["--task", "counting", "--keys", "2"], "--keys and --asked-by are for passkeys"),
         (["--task", "poetry"], "invalid choice: 'poetry'"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        global_tasks.main([*arguments, "--out", str(tmp_path / "x")])
+        niah.main([*arguments, "--out", str(tmp_path / "x")])
     assert message in capsys.readouterr().err
 
 

@@ -1,10 +1,7 @@
 """Questions whose answer needs the whole context: counting, majority and ordering, in English and Korean.
 
-    python examples/global_tasks.py --task counting --lang ko --tokens 2990 --samples 200 --out counting-ko.jsonl
-
-Statements are planted in the passkey haystack at random places, and like the needles they are deterministic, of
-an exact number of tokens, and split by a checksum: what evaluation reads, training never did. eval_niah.py reads
-the file.
+Statements (global_tasks.yaml) are planted in the passkey haystack at random places, and like the needles they are
+deterministic, of an exact number of tokens, and split by a checksum: what evaluation reads, training never did.
 """
 
 from __future__ import annotations
@@ -12,14 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import yaml
 from tokenizers import Tokenizer
 
-from passkey.command_line import errors_as_one_line
 from passkey.haystack import is_held_out
-from passkey.niah import Haystack, Sample, given_tokenizer, samples_parser, write_samples
+from passkey.niah import Haystack, Sample
 
-__all__ = ["TASKS", "GlobalSample", "GlobalTask", "dataset", "main"]
+__all__ = ["TASKS", "WORDINGS", "GlobalSample", "GlobalTask", "dataset"]
+
+# by task and language: statements, held_out statements and questions
+WORDINGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
 MOST = 9  # events of one kind: the count is one digit
 CANDIDATES = 4
@@ -37,100 +38,6 @@ class GlobalSample(Sample):
     task: str
     choices: tuple[str, ...]
     chance: float
-
-
-@dataclass(frozen=True)
-class Wording:
-    """Statements take the haystack's words by name; `held_out` ones are never used in training.
-
-    Each question ends where the answer follows.
-    """
-
-    statements: tuple[str, ...]
-    held_out: tuple[str, ...]
-    questions: tuple[str, ...]
-
-
-TASK_WORDINGS = {
-    ("counting", "en"): Wording(
-        (
-            "On {day} {name} rang the bell at the {place}.",
-            "{name} walked to the {place} on {day} and rang the bell.",
-            "It was {day} when {name} rang the bell at the {place}.",
-        ),
-        (
-            "The bell at the {place} was rung by {name} on {day}.",
-            "Someone saw {name} at the {place} on {day}, ringing the bell.",
-        ),
-        (" How many times was the bell at the {place} rung? It was rung this many times: ",),
-    ),
-    ("counting", "ko"): Wording(
-        (
-            "{day}에 {name}이 {place}의 종을 울렸습니다.",
-            "{name}은 {day}에 {place}에 가서 종을 울렸습니다.",
-            "{name}이 {place}의 종을 울린 것은 {day}이었습니다.",
-        ),
-        (
-            "{place}의 종이 {day}에 {name} 덕분에 소리를 냈습니다.",
-            "{day}에 {place}에서 종을 친 사람은 {name}입니다.",
-        ),
-        (" {place}의 종은 몇 번 울렸습니까? 울린 횟수는 ",),
-    ),
-    ("majority", "en"): Wording(
-        (
-            "{name} voted for the {things} on {day}.",
-            "On {day} {name} gave a vote to the {things}.",
-            "One more vote for the {things} came from {name} on {day}.",
-        ),
-        (
-            "The {things} received the vote of {name} on {day}.",
-            "Asked on {day}, {name} chose the {things} on the ballot.",
-        ),
-        (" What received the most votes? The most votes went to the ",),
-    ),
-    ("majority", "ko"): Wording(
-        (
-            "{name}은 {day}에 {things}에 투표했습니다.",
-            "{day}에 {name}의 한 표는 {things}에 갔습니다.",
-            "{things}에 {name}의 표가 {day}에 더해졌습니다.",
-        ),
-        (
-            "{day}에 물었더니 {name}은 투표용지에서 {things}를 골랐습니다.",
-            "{things}는 {day}에 {name}에게서 표를 받았습니다.",
-        ),
-        (" 무엇이 가장 많은 표를 받았습니까? 가장 많은 표를 받은 것은 ",),
-    ),
-    ("ordering", "en"): Wording(
-        (
-            "Then {name} set out for the {place} with {things}.",
-            "Now {name} set out with {colour} {things}.",
-            "After that {name} set out for the {place}, and {day} was still far.",
-        ),
-        (
-            "The next to leave for the {place} was {name}.",
-            "{name} took the {things} and departed.",
-        ),
-        (
-            " Who set out first, {a} or {b}? The first to set out was ",
-            " Who set out last, {a} or {b}? The last to set out was ",
-        ),
-    ),
-    ("ordering", "ko"): Wording(
-        (
-            "그리고 {name}이 {things}와 함께 {place}으로 출발했습니다.",
-            "이제 {name}이 {colour} {things}를 들고 출발했습니다.",
-            "그 뒤에 {name}이 {place}으로 출발했고 {day}은 아직 멀었습니다.",
-        ),
-        (
-            "다음으로 {place}을 향해 떠난 사람은 {name}입니다.",
-            "{name}이 {things}를 챙겨서 길을 나섰습니다.",
-        ),
-        (
-            " {a}과 {b} 중 누가 먼저 출발했습니까? 먼저 출발한 사람은 ",
-            " {a}과 {b} 중 누가 나중에 출발했습니까? 나중에 출발한 사람은 ",
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -160,8 +67,10 @@ class GlobalTask:
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}: expected one of {', '.join(TASKS)}")
         self.name, self.haystack = name, haystack
-        self.wording = TASK_WORDINGS[name, haystack.language.code]
-        self.templates = self.wording.held_out if haystack.wordings == "held_out" else self.wording.statements
+        wording = WORDINGS[name][haystack.language.code]
+        self.held_out: list[str] = wording["held_out"]
+        self.templates = self.held_out if haystack.wordings == "held_out" else wording["statements"]
+        self.questions: list[str] = wording["questions"]
         self.words = haystack.language.words
 
     def draw(self, tokens: int) -> tuple[list[int], GlobalSample]:
@@ -192,7 +101,7 @@ class GlobalTask:
             words = {slot: rng.choice(choices) for slot, choices in self.words.items()} | fixed
             template = rng.choice(self.templates)
             statement = template.format(**words)
-            if template in self.wording.held_out or is_held_out(statement) == self.haystack.held_out:
+            if template in self.held_out or is_held_out(statement) == self.haystack.held_out:
                 return statement
 
     def _spread(self, statements: list[str], tokens: int) -> tuple[list[int], str]:
@@ -229,7 +138,7 @@ def _counting(task: GlobalTask, rng: random.Random) -> _Plan:
         counts[rng.choice(others)] += 1
     statements = [task.say(place=place) for place, count in counts.items() for _ in range(count)]
     rng.shuffle(statements)
-    question = task.wording.questions[0].format(place=asked)
+    question = task.questions[0].format(place=asked)
     choices = tuple(str(count) for count in range(1, MOST + 1))
     facts = {place: str(count) for place, count in counts.items()}
     return _Plan(statements, question, str(counts[asked]), choices, 1 / MOST, facts)
@@ -244,7 +153,7 @@ def _majority(task: GlobalTask, rng: random.Random) -> _Plan:
     statements = [task.say(things=candidate) for candidate, count in votes.items() for _ in range(count)]
     rng.shuffle(statements)
     facts = {candidate: str(count) for candidate, count in votes.items()}
-    return _Plan(statements, task.wording.questions[0], winner, task.words["things"], 1 / CANDIDATES, facts)
+    return _Plan(statements, task.questions[0], winner, task.words["things"], 1 / CANDIDATES, facts)
 
 
 def _ordering(task: GlobalTask, rng: random.Random) -> _Plan:
@@ -252,7 +161,7 @@ def _ordering(task: GlobalTask, rng: random.Random) -> _Plan:
     travellers = rng.sample(task.words["name"], TRAVELLERS)
     pair = rng.sample(travellers, 2)
     which = rng.randrange(2)
-    question = task.wording.questions[which].format(a=pair[0], b=pair[1])
+    question = task.questions[which].format(a=pair[0], b=pair[1])
     answer = (min, max)[which](pair, key=travellers.index)
     facts = {traveller: str(place) for place, traveller in enumerate(travellers, start=1)}
     statements = [task.say(name=name) for name in travellers]
@@ -283,20 +192,3 @@ def dataset(
     for index in range(samples):
         _, sample = drawn.draw(tokens)
         yield replace(sample, id=f"{task}-{language}-{tokens}-{seed}-{index}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = samples_parser(__doc__)
-    parser.add_argument("--task", required=True, choices=sorted(TASKS))
-    given = parser.parse_args(arguments)
-    options = {name: getattr(given, name) for name in ("seed", "filler", "wordings")}
-    with errors_as_one_line(parser):
-        tokenizer = given_tokenizer(given.tokenizer)
-        samples = list(dataset(tokenizer, given.task, given.lang, given.tokens, given.samples, **options))
-        write_samples(samples, given.out)
-    print(f"{len(samples)} {given.task} samples of {given.tokens:,} tokens in {given.out}")
-
-
-if __name__ == "__main__":
-    main()
