@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from gistkern import compress
+from gistkern import GistCache, compress
 from passkey.niah import KEY_DIGITS
 
 __all__ = ["BATCHES", "Side", "decode_by_batch", "full_side", "gist_side", "paying_questions", "rounds"]
@@ -113,6 +113,12 @@ def paying_questions(gist: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[
     return (1 + math.ceil(behind / gained), None) if gained > 0 else (None, None)
 
 
+def _cache_bytes(cache: GistCache | DynamicCache) -> int:
+    if isinstance(cache, GistCache):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 @torch.no_grad()
 def decode_by_batch(sides: Mapping[str, Side], question: torch.Tensor, batches: Sequence[int]) -> list[dict[str, Any]]:
     """Decode tokens per second, all sequences of the batch together, each over its own copy of the cache.
@@ -122,7 +128,7 @@ def decode_by_batch(sides: Mapping[str, Side], question: torch.Tensor, batches: 
     """
     rows: list[dict[str, Any]] = []
     read = {name: side.prefill() for name, side in sides.items()}
-    largest = max(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for cache in read.values())
+    largest = max(_cache_bytes(cache) for cache in read.values())
     for batch in batches:
         if batch * largest > LARGEST_CACHE:
             rows.append({"batch": batch, "not_measured": f"the full caches would take {batch * largest:,} bytes"})

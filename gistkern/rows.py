@@ -7,6 +7,7 @@ what csrc/ and kernels/ do, and what backends without kernels use.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,12 +17,15 @@ from gistkern.layout.arguments import check_count
 __all__ = [
     "LARGEST",
     "KeyValueRows",
+    "check_gist_dtype",
     "compact",
     "compact_backward",
     "dense_rows",
     "dequantize",
+    "dequantize_rows",
     "gather_rows",
     "quantize",
+    "quantize_rows",
 ]
 
 # the largest magnitude each element type holds
@@ -120,6 +124,17 @@ class KeyValueRows:
         """Those of the four that exist."""
         return [tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None]
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> KeyValueRows:
+        """Rows of what `function` makes of keys, values and scales: it may not touch the last dimension of keys."""
+        return KeyValueRows(*map(function, self.tensors()))
+
+
+def check_gist_dtype(gist_dtype: torch.dtype | None, dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless gist rows of a model of `dtype` (None: of any) can be held so."""
+    if gist_dtype is None or gist_dtype in LARGEST or gist_dtype == dtype:
+        return
+    raise ValueError(f"gist_dtype must be torch.int8, torch.float8_e4m3fn or the model's {dtype}, got {gist_dtype}")
+
 
 def quantize(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Elements ``[..., D]`` of `dtype`, rounded to nearest even, and fp32 scales ``[...]``, 0 for a row of zeros."""
@@ -139,6 +154,19 @@ def dequantize(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtyp
     return (rows.float() * scale[..., None]).to(dtype)
 
 
+def quantize_rows(rows: KeyValueRows, dtype: torch.dtype) -> KeyValueRows:
+    """Rows as int8 or float8_e4m3fn with their scales."""
+    (key, key_scale), (value, value_scale) = quantize(rows.key, dtype), quantize(rows.value, dtype)
+    return KeyValueRows(key, value, key_scale, value_scale)
+
+
+def dequantize_rows(rows: KeyValueRows, dtype: torch.dtype) -> KeyValueRows:
+    """Rows as `dtype`, a float; the same object where they are."""
+    if rows.key.dtype == dtype:
+        return rows
+    return KeyValueRows(dequantize(rows.key, rows.key_scale, dtype), dequantize(rows.value, rows.value_scale, dtype))
+
+
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its last dimension contiguous: kernels read whole rows of D, every other stride is free."""
     if tensor.stride(-1) == 1:
@@ -149,7 +177,7 @@ def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows ``index`` (``[B, G]``, -1 for a filler that nobody sees) of ``[B, H, M, D]``; differentiable."""
+    """Rows ``index`` (``[B, G]``, -1 for a filler that nobody sees) of ``[B, H, M, D]`` (scales: ``[B, H, M]``)."""
     batch, heads = (torch.arange(size, device=rows.device) for size in rows.shape[:2])
     # indices of whole rows: torch.gather takes one for every element, and is 2 to 9 times slower on CPU
     return rows[batch[:, None, None], heads[None, :, None], index.clamp(min=0)[:, None]]

@@ -95,6 +95,8 @@ def _check(handle: GistHandle, full: LlamaForCausalLM) -> None:
 
 def cache_bytes(cache: GistCache | DynamicCache) -> int:
     """Bytes of all keys and values."""
+    if isinstance(cache, GistCache):
+        return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

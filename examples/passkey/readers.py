@@ -61,7 +61,7 @@ class GistReader:
         """Compress, then ask."""
         cache = self.compress(samples)
         rows = cache.gist_rows.tolist()
-        row_bytes = cache.nbytes // (len(samples) * cache.layers[0].keys.shape[2])
+        row_bytes = cache.nbytes // (len(samples) * cache.layers[0].gist.key.shape[2])
         said = self.ask(cache, samples)
         return [(text, count, count * row_bytes, row_bytes) for text, count in zip(said, rows, strict=True)]
 

@@ -3,75 +3,35 @@
 from __future__ import annotations
 
 import os
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from gistkern.cache import file
+from gistkern.cache.fingerprint import check_cache
+from gistkern.cache.layer import GistLayer, kept_rows
+from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState, CallPlan
+from gistkern.cache.pool import PoolIntervals, gathered, refuse_changes
+from gistkern.cache.reader import Reader, patched
+from gistkern.cache.signed import Signed
+from gistkern.cache.tail import TailRows
 from gistkern.cache.tokens_read import UNKNOWN, ContextRead, TokensRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
+from gistkern.layout import GistLayout
+from gistkern.rows import LARGEST, check_gist_dtype, dequantize_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-    from gistkern.cache.reader import Reader
-    from gistkern.cache.shared import SharedGistCache
-
-__all__ = ["GistCache", "GistLayer"]
+__all__ = ["GistCache"]
 
 _UNPATCHED = "a GistCache works with a patched model only: call gistkern.patch_llama(model) first"
 
 
-class GistLayer(DynamicLayer):
-    """Keys and values of one layer, ``[B, Hkv, gist + tail, D]``; which rows those are is the cache's to know."""
-
-    is_compileable = False
-
-    @classmethod
-    def holding(cls, keys: torch.Tensor, values: torch.Tensor) -> GistLayer:
-        """A layer that has these rows already."""
-        layer = cls()
-        layer.keys, layer.values = keys, values
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        return layer
-
-    def lazy_initialization(self, key_states, value_states=None):
-        """Empty rows; written here because what transformers' own sets and takes differs between versions."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states.new_empty(0), key_states.new_empty(0)
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, plan: CallPlan, **kwargs):
-        """Return all rows that this call may see; keep those that later calls may see."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states)
-        if key_states.dtype != self.dtype or key_states.device != self.device:
-            raise ValueError(
-                f"the cache holds {self.dtype} on {self.device}, the model computes {key_states.dtype} "
-                f"on {key_states.device}: compress with the model that reads the cache, or use cache.to(...)"
-            )
-        visible = []
-        for name, new in (("keys", key_states), ("values", value_states)):
-            stored = getattr(self, name)
-            rows = torch.cat([stored, new], dim=-2) if stored.numel() else new
-            if plan.arrange is not None:
-                rows = _take(rows, plan.arrange)
-            setattr(self, name, rows if plan.keep is None else _take(rows, plan.keep))
-            visible.append(rows)
-        return tuple(visible)
-
-
-def _take(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    index = columns.to(rows.device)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-    return rows.gather(2, index)
-
-
-class GistCache(Cache):
+class GistCache(Signed, Cache):
     """A KV cache of gist rows and an uncompressed tail, for a model patched by `gistkern.patch_llama`.
 
     `gistkern.compress` makes one; ``model.generate(question_ids, past_key_values=cache.clone())`` reads it;
@@ -84,7 +44,7 @@ class GistCache(Cache):
     Attributes
     ----------
     layers : list of GistLayer
-        Keys and values of each layer.
+        Gist rows and tail rows of each layer.
     state : CacheState
         Per-sample counts. None until the first call.
     positions : str
@@ -93,20 +53,20 @@ class GistCache(Cache):
         The tokens that were read after the compressed context.
     contexts : set of ContextRead
         Digests of the contexts that were compressed, of all samples.
+    first : Tensor or None
+        Of a shared cache (`shared`): int64 ``[B]``, where each sample's rows begin in the layers' pools.
     """
 
     layers: list[Any]
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GistLayer)
+        Cache.__init__(self, layer_class_to_replicate=GistLayer)
+        Signed.__init__(self)
         self.state: CacheState | None = None
-        self.positions: str | None = None
         self.read = TokensRead()
-        self.contexts: set[ContextRead] = set()
-        self._fingerprint: str | None = None
-        self._writer: tuple[weakref.ref[Reader], tuple[int, Hashable]] | None = None
-        self._readers: weakref.WeakKeyDictionary[Reader, tuple[int, Hashable]] = weakref.WeakKeyDictionary()
+        self.first: torch.Tensor | None = None
         self._plan: CallPlan | None = None
+        self._intervals: PoolIntervals | None = None
         self._ids: torch.Tensor | None = None
         self._touched = False
 
@@ -117,37 +77,66 @@ class GistCache(Cache):
         cache.__init__()  # type: ignore[misc]
         return cache  # type: ignore[return-value]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the models that know it: a copy is checked again by its fingerprint."""
-        state = dict(vars(self))
-        state["_fingerprint"] = self.fingerprint
-        return {name: value for name, value in state.items() if name not in ("_writer", "_readers")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _writer=None, _readers=weakref.WeakKeyDictionary())
-
     def __repr__(self) -> str:
         name = type(self).__name__
         if self.state is None:
             return f"{name}(empty)"
-        return (
-            f"{name}(batch={self.batch_size}, tokens={self.get_seq_length()}, gist rows={self.gist_rows.tolist()}, "
-            f"tail rows={self.tail_rows.tolist()}, {self.nbytes} bytes)"
-        )
+        rows = f"gist rows={self.gist_rows.tolist()}, tail rows={self.tail_rows.tolist()}"
+        return f"{name}(batch={self.batch_size}, tokens={self.get_seq_length()}, {rows}, {self.nbytes} bytes)"
 
-    # ---- one model call: begin, update layer by layer, commit
+    # ---- one model call: begin, update and attend layer by layer, commit
 
     def begin(self, plan: CallPlan, ids: torch.Tensor | None = None) -> None:
-        """Use `plan` for the updates of the model call that follows, which brings `ids` (None: embeddings).
+        """Use `plan` for the model call that follows, which brings `ids` (None: embeddings).
 
-        Raises RuntimeError if the call before it failed after some layers had been updated.
+        RuntimeError if the call before it failed after some layers had been updated, ValueError if the rows are shared
+        and the call would change them.
         """
         if self._plan is not None and self._touched:
             raise RuntimeError(
                 "an earlier model call failed half way through the layers and left this cache inconsistent: "
                 "go on from a clone made before it, or compress again"
             )
+        base = None
+        if self.first is not None:
+            refuse_changes(self._state(), plan)
+            base = self._base()
+        elif self.gist_dtype in LARGEST:
+            base = plan.layout.past * torch.arange(plan.layout.batch_size, device=plan.layout.device)[:, None]
+        self._intervals = None if base is None else PoolIntervals.of(plan.layout, base)
         self._plan, self._ids, self._touched = plan, ids, False
+
+    def _base(self) -> torch.Tensor:
+        """int64 ``[B, 1]``: from a sample's column to its row in the pool."""
+        assert self.first is not None
+        return (self.first - (self._state().gist_columns - self.gist_rows))[:, None]
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """The call's own rows, as they came: `attend` stores them. RuntimeError outside a patched model's call."""
+        if self._plan is None:
+            raise RuntimeError(_UNPATCHED)
+        self._touched = True
+        while len(self.layers) <= layer_idx:
+            self.layers.append(GistLayer())
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: GistLayout,
+        scale: float | None,
+        backend: str,
+    ) -> torch.Tensor:
+        """Attention of a layer's queries over what is stored and the call's own rows `k`, `v`, which are stored too.
+
+        `layout` is the plan's, on the layer's device; the rest is as for `gistkern.gist_attention`.
+        """
+        if self._plan is None:
+            raise RuntimeError(_UNPATCHED)
+        return self.layers[layer].attend(q, k, v, layout, self._plan, self._intervals, scale, backend)
 
     def commit(self) -> None:
         """End the model call: its plan's state becomes the cache's."""
@@ -159,56 +148,11 @@ class GistCache(Cache):
         if self._plan.has_padding:
             valid = layout.is_real()
         self.read.add(self._ids, valid)
-        self.state, self._plan, self._ids = self._plan.after, None, None
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Called by the attention layers. Raises RuntimeError outside a patched model's call."""
-        if self._plan is None:
-            raise RuntimeError(_UNPATCHED)
-        self._touched = True
-        while len(self.layers) <= layer_idx:
-            self.layers.append(GistLayer())
-        return self.layers[layer_idx].update(key_states, value_states, self._plan)
-
-    # ---- who wrote it, and who may read it
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Identity of the model that wrote the cache; None if nobody knows it."""
-        if self._fingerprint is None and self._writer is not None:
-            handle, weights = self._writer[0](), self._writer[1]
-            if handle is not None and handle.weights_in_use() == weights:
-                self._fingerprint = handle.fingerprint()
-        return self._fingerprint
-
-    @fingerprint.setter
-    def fingerprint(self, value: str | None) -> None:
-        self._fingerprint = value
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether a model wrote it (a cache that was filled by hand is nobody's)."""
-        return self._writer is not None or self._fingerprint is not None
-
-    def written_by(self, handle: Reader) -> None:
-        """A patched model begins to write. Its fingerprint costs a look at all weights, so it waits until needed."""
-        self.accept(handle)
-        self._writer = weakref.ref(handle), self._readers[handle]
-        self._fingerprint = None
-
-    def accept(self, handle: Reader) -> None:
-        """Remember that a model, with the weights and adapters it now uses, may read the cache."""
-        self._readers[handle] = handle.weights_in_use()
+        self.state, self._plan, self._ids, self._intervals = self._plan.after, None, None, None
 
     def knows(self, handle: Reader) -> bool:
-        """Whether `accept` was called for the model with the adapters it now uses.
-
-        And with its weights, if nothing has been asked yet: they take longer to go through than a decode step may.
-        """
-        known = self._readers.get(handle)
-        if known is None or (self.state is not None and self.state.tail_columns):
-            return known is not None and known[1] == handle.adapters_in_use()
-        return known == handle.weights_in_use()
+        """Whether a model may read the cache: asked of its weights at the first question only."""
+        return self.accepted(handle, anew=self.state is not None and not self.state.tail_columns)
 
     # ---- sizes
 
@@ -229,13 +173,31 @@ class GistCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored keys and values."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        """Bytes of the stored keys and values, and of their scales (not of the room that a tail grows into)."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model that reads the cache computes in; None before the first call."""
+        return next((layer.dtype for layer in self.layers), None)
+
+    @property
+    def gist_dtype(self) -> torch.dtype | None:
+        """What the gist rows are held in; None before the first call."""
+        return next((layer.gist.key.dtype for layer in self.layers if layer.filled), None)
+
+    def shape(self) -> set[tuple[int, int, int]]:
+        """Layers, key/value heads and width: one of each for all layers."""
+        rows = (layer.tail.key for layer in self.layers if layer.filled)
+        return {(len(self.layers), key.shape[1], key.shape[3]) for key in rows}
 
     def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[B, Hkv, G, D]`` of the compact rows of a layer; samples that own fewer have the last."""
-        columns = self._state().gist_columns
-        return self.layers[layer].keys[:, :, :columns], self.layers[layer].values[:, :, :columns]
+        """Keys and values ``[B, Hkv, G, D]`` of a layer's compact rows, as floats; each sample's are the last ones."""
+        columns, held = self._state().gist_columns, self.layers[layer]
+        dtype = held.dtype if held.gist.quantized else held.gist.key.dtype
+        own = self.first is None
+        rows = dequantize_rows(held.gist, dtype) if own else gathered(held.gist, self._base(), columns, dtype)
+        return rows.key, rows.value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens read so far by the longest sample."""
@@ -265,66 +227,80 @@ class GistCache(Cache):
     # ---- whole-cache operations
 
     def clone(self) -> GistCache:
-        """An independent copy, so that one compressed context answers several questions."""
+        """An independent copy, so that one compressed context answers several questions. Shared rows stay shared."""
         copy = self._alike()
-        copy.layers = [_copy_layer(layer, torch.clone) for layer in self.layers]
+        copy.layers = [layer.map(torch.clone, gists=self.first is None) for layer in self.layers]
         return copy
 
     def _alike(self) -> GistCache:
         """A cache of the same state and origin, without layers."""
         copy = type(self)()
         copy.take_origin(self)
-        copy.state, copy.read = self.state, TokensRead(self.read.ids())
+        copy.state, copy.first, copy.read = self.state, self.first, TokensRead(self.read.ids())
         return copy
 
-    def take_origin(self, other: GistCache) -> None:
-        """What was compressed, how and by whom, from another cache."""
-        self.positions, self.contexts = other.positions, set(other.contexts)
-        self._fingerprint, self._writer = other._fingerprint, other._writer
-        self._readers = weakref.WeakKeyDictionary(other._readers)
-
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+        *,
+        gist_dtype: torch.dtype | None = None,
     ) -> GistCache:
         """The cache on another device or in another dtype: a copy, or itself where nothing changes, as of a tensor.
 
         Within a model's call it is always itself: each layer's rows are where that layer is.
+
+        Parameters
+        ----------
+        device, non_blocking
+            As of a tensor.
+        dtype : torch.dtype, optional
+            That of the model which reads the cache. ValueError for one that no model computes in.
+        gist_dtype : torch.dtype, optional
+            What gist rows are held in: int8 or float8_e4m3fn, with an fp32 scale for each row and head
+            (docs/cache.md), or the model's dtype. Quantized rows stay so unless another type is asked for.
         """
         place = None if device is None else torch.empty(0, device=device).device  # of "cuda": its current one
-        same = all(t.device == (place or t.device) and t.dtype == (dtype or t.dtype) for t in self._tensors())
-        if same or self._plan is not None:
+        if dtype is not None and dtype not in file.FLOATS:
+            raise ValueError(f"dtype is what the model computes in, a float of 2 bytes or more, got {dtype}")
+        check_gist_dtype(gist_dtype, dtype or self.dtype)
+        if self._plan is not None:
+            return self
+        layers = [layer.to(place, dtype, gist_dtype, non_blocking) for layer in self.layers]
+        if all(one is other for one, other in zip(layers, self.layers, strict=True)):
             return self
         copy = self._alike()
-        copy.layers = [
-            _copy_layer(layer, lambda t: t.to(device=device, dtype=dtype, non_blocking=non_blocking))
-            for layer in self.layers
-        ]
-        copy.read = copy.read.to(device)
+        copy.layers, copy.read = layers, copy.read.to(device)
         if device is not None and copy.state is not None:
-            moved: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(copy.state).items()}
-            copy.state = CacheState(**moved)
+            copy.state = copy.state.on(device)
+            copy.first = None if copy.first is None else copy.first.to(device)
         return copy
 
-    def _tensors(self) -> list[torch.Tensor]:
-        """Keys and values of all layers."""
-        return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+    def shared(self) -> GistCache:
+        """A copy whose gist rows stand once in memory, however many questions, answers or beams read them.
 
-    def shared(self) -> SharedGistCache:
-        """A copy whose rows stand once in memory, however many questions, answers or beams read them.
-
-        Raises
-        ------
-        ValueError
-            If the cache is empty or has a tail.
+        Samples that are repeated or selected, and clones, bring tails of their own and no rows (docs/cache.md). The
+        rows stay as they are: gist tokens after the context, `reset` and `save` are for a cache of its own. ValueError
+        if the cache is empty or has a tail.
         """
-        from gistkern.cache.shared import share
-
-        return share(self)
+        if self.first is not None:
+            return self.clone()
+        state = self.without_tail("share it before asking")
+        owned, copy = state.owned_gists(), self._alike()
+        copy.first = state.gist_rows.cumsum(0) - state.gist_rows
+        for layer in self.layers:
+            rows = layer.gist.map(lambda t: t.transpose(1, 2)[owned.to(t.device)])
+            # not a view: it would keep the original's rows in memory
+            copy.layers.append(GistLayer.holding(rows, layer.tail.map(torch.clone), layer.dtype))
+        return copy
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything. ValueError for shared rows, which belong to all that share them."""
+        if self.first is not None:
+            raise ValueError("a shared cache is not reset: take a fresh clone, or share another cache")
         self.layers, self.state, self._plan = [], None, None
-        self.take_origin(GistCache())
+        self.take_origin(Signed())
         self.read = TokensRead()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -345,36 +321,53 @@ class GistCache(Cache):
         self.state = self._state().crop(-tokens_to_remove)
         self.read = self.read.crop(-tokens_to_remove)
         for layer in self.layers:
-            layer.keys = layer.keys[..., :tokens_to_remove, :]
-            layer.values = layer.values[..., :tokens_to_remove, :]
+            layer.tail.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep samples `beam_idx`, in that order (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep samples `indices`, in that order."""
+        """Keep samples `indices`, in that order; shared rows are not moved."""
         self.state, self.read = self._state().select(indices), self.read.select(indices)
-        for layer in self.layers:
-            layer.keys, layer.values = (t[indices.to(t.device)] for t in (layer.keys, layer.values))
+        if self.first is not None:
+            self.first = self.first[indices.to(self.first.device)]
+        own = self.first is None
+        self.layers = [layer.map(lambda t: t[indices.to(t.device)], gists=own) for layer in self.layers]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample `repeats` times, as `generate` repeats its inputs."""
         index = torch.arange(self.batch_size, device=self._state().seen.device)
         self.batch_select_indices(index.repeat_interleave(repeats))
 
-    def take_columns(self, columns: torch.Tensor) -> None:
-        """Replace the stored columns by those listed per sample (int64 ``[B, gist + tail columns]``)."""
+    def take_gists(self, columns: torch.Tensor) -> None:
+        """Replace the gist rows by those listed per sample (int64 ``[B, gist columns]``)."""
         for layer in self.layers:
-            layer.keys, layer.values = _take(layer.keys, columns), _take(layer.values, columns)
+            layer.gist = kept_rows(layer.gist, columns)
 
     # ---- disk
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to one safetensors file, replacing it in one step."""
-        from gistkern.cache.file import save
-
-        save(self, path)
+        """Write the cache to one safetensors file, replacing it in one step. ValueError for a shared cache."""
+        state = self._state()
+        if self.first is not None:
+            raise ValueError("a shared cache is not saved: save the cache that shared() was called on")
+        if self.fingerprint is None and self.is_signed:
+            raise ValueError(
+                "the model that wrote the cache is gone, or its weights were changed since, and a file names its "
+                "model: save before, or compress again"
+            )
+        read = self.read.ids()
+        found = file.CacheFile(
+            positions=self.positions,
+            fingerprint=self.fingerprint,
+            contexts=sorted(map(str, self.contexts)),
+            dtype=self.layers[0].dtype,
+            state=vars(state),
+            read=torch.empty(len(state.seen), 0, dtype=torch.int64) if read is None else read,
+            layers=[(layer.gist, layer.tail.rows()) for layer in self.layers],
+        )
+        file.save(found, path)
 
     @classmethod
     def load(
@@ -390,10 +383,16 @@ class GistCache(Cache):
         ValueError
             If the file is torn, is no gist cache, or was written by another model, position scheme or dtype.
         """
-        from gistkern.cache.file import load
-
-        return load(path, model, device)
-
-
-def _copy_layer(layer: GistLayer, function) -> GistLayer:
-    return GistLayer.holding(function(layer.keys), function(layer.values)) if layer.is_initialized else GistLayer()
+        device = file.check_device(device) if model is None else input_device(patched(model).inner)
+        found = file.load(path)
+        cache = cls()
+        cache.positions, cache.fingerprint = found.positions, found.fingerprint
+        cache.contexts = set(map(ContextRead.parse, found.contexts))
+        cache.state = CacheState(**found.state).on(device)
+        cache.read = TokensRead(found.read.to(device, torch.int64))
+        for gist, tail in found.layers:
+            rows = TailRows(tail.key.to(device), tail.value.to(device))
+            cache.layers.append(GistLayer.holding(gist.map(lambda t: t.to(device)), rows, found.dtype))
+        if model is not None:
+            check_cache(cache, model)
+        return cache

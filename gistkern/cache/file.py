@@ -1,7 +1,7 @@
 """A compressed context on disk: one safetensors file with its settings, checksum and model fingerprint.
 
-A checksum says that a file is what somebody wrote, not that it makes sense: `load` holds every number against the
-tensors before a cache is made of them.
+Rows and a header, and nothing of the cache that they are of. A checksum says that a file is what somebody wrote, not
+that it makes sense: `load` holds every number against the tensors before it gives them away.
 """
 
 from __future__ import annotations
@@ -11,26 +11,22 @@ import json
 import os
 import reprlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from gistkern.cache.cache import GistCache, GistLayer
-from gistkern.cache.offload import input_device
-from gistkern.cache.plan import CacheState
-from gistkern.cache.reader import patched
-from gistkern.cache.tokens_read import PADDING, UNKNOWN, ContextRead, TokensRead
+from gistkern.cache.tokens_read import PADDING, UNKNOWN, ContextRead
 from gistkern.files import field_of, parse_json, read_bytes, replacing
 from gistkern.layout.positions import SCHEMES
+from gistkern.rows import LARGEST, KeyValueRows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+__all__ = ["FLOATS", "CacheFile", "check_device", "finite", "load", "save"]
 
-__all__ = ["check_device", "finite", "load", "save"]
-
-_FORMAT = "gistkern-cache-1"
+_FORMAT, _FORMER = "gistkern-cache-2", "gistkern-cache-1"
 # a field of CacheState is a line here: tensors (int64 [B], or bool of B by so many columns), numbers with their type
 _STATE_TENSORS = {"seen": "", "gist_rows": "", "tail_rows": "", "tail_position": "", "tail_is_gist": "tail_columns"}
 _STATE_NUMBERS: dict[str, type] = {
@@ -41,15 +37,11 @@ _STATE_NUMBERS: dict[str, type] = {
     "tail_has_gists": bool,
     "moving": bool,
 }
+_SCALES = ("gist_key_scale", "gist_value_scale")
 _OVERFLOW = "the model overflowed, compute in bfloat16 or float32"
 _MOST = 2**31 - 1  # positions and columns are int32 in a layout
-_ROW_DTYPES = {
-    getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "int8"),
-        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    )
-}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that models compute in
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 # a number is inf or NaN where all bits of its exponent are set
@@ -61,27 +53,40 @@ _EXPONENT = {
 }
 
 
-def save(cache: GistCache, path: str | os.PathLike) -> None:
-    """See `GistCache.save`."""
-    state = cache._state()
-    if cache.fingerprint is None and cache.is_signed:
-        raise ValueError(
-            "the model that wrote the cache is gone, or its weights were changed since, and a file names its model: "
-            "save before, or compress again"
-        )
-    tensors = {f"state.{name}": getattr(state, name) for name in _STATE_TENSORS}
-    read = cache.read.ids()
-    tensors["read"] = torch.empty(len(state.seen), 0, dtype=torch.int32) if read is None else read.int()
-    for index, layer in enumerate(cache.layers):
-        tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+@dataclass(frozen=True)
+class CacheFile:
+    """What a file holds.
+
+    `dtype` is what the model computes in; a layer is its gist rows ``[B, Hkv, G, D]``, perhaps quantized, and its tail
+    rows ``[B, Hkv, T, D]``; `read` the ids that were read after the context, int64 ``[B, columns]``; `state` the fields
+    of a CacheState.
+    """
+
+    positions: str | None
+    fingerprint: str | None
+    contexts: Sequence[str]
+    dtype: torch.dtype
+    state: Mapping[str, Any]
+    read: torch.Tensor
+    layers: Sequence[tuple[KeyValueRows, KeyValueRows]]
+
+
+def save(found: CacheFile, path: str | os.PathLike) -> None:
+    """Write a file, replacing it in one step; a warning where it holds what `load` refuses."""
+    tensors = {f"state.{name}": found.state[name] for name in _STATE_TENSORS}
+    tensors["read"] = found.read.int()
+    for index, (gist, tail) in enumerate(found.layers):
+        rows = {**_named("gist", gist), **_named("tail", tail)}
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in rows.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header: dict[str, Any] = {
         "format": _FORMAT,
-        "positions": cache.positions,
-        "fingerprint": cache.fingerprint,
-        "contexts": sorted(map(str, cache.contexts)),
-        "layers": len(cache.layers),
-        "state": {name: getattr(state, name) for name in _STATE_NUMBERS},
+        "positions": found.positions,
+        "fingerprint": found.fingerprint,
+        "contexts": list(found.contexts),
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "layers": len(found.layers),
+        "state": {name: found.state[name] for name in _STATE_NUMBERS},
     }
     for name, tensor in tensors.items():
         if name.startswith("layers.") and not finite(tensor):
@@ -92,28 +97,30 @@ def save(cache: GistCache, path: str | os.PathLike) -> None:
         safetensors.save_file(tensors, draft, metadata={"gistkern": json.dumps(header)})
 
 
-def load(path: str | os.PathLike, model: PreTrainedModel | None, device: torch.device | str) -> GistCache:
-    """See `GistCache.load`."""
-    device = check_device(device) if model is None else input_device(patched(model).inner)
+def _named(buffer: str, rows: KeyValueRows) -> dict[str, torch.Tensor]:
+    return {f"{buffer}_{name}": tensor for name, tensor in vars(rows).items() if tensor is not None}
+
+
+def load(path: str | os.PathLike) -> CacheFile:
+    """Read a file on the CPU. ValueError, naming file and field, if it is torn, foreign or makes no sense."""
     header, tensors = _read(path)
     _check(header, tensors, f"{path} was not written by GistCache.save")
-    cache = GistCache()
-    cache.positions, cache.fingerprint = header["positions"], header["fingerprint"]
     state: dict[str, Any] = {
-        name: tensors[f"state.{name}"].to(device, torch.bool if columns else torch.int64)
+        name: tensors[f"state.{name}"].to(torch.bool if columns else torch.int64)
         for name, columns in _STATE_TENSORS.items()
     }
-    cache.state = CacheState(**state, **header["state"])
-    for index in range(header["layers"]):
-        keys, values = (tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values"))
-        cache.layers.append(GistLayer.holding(keys, values))
-    cache.read = TokensRead(tensors["read"].to(device, torch.int64))
-    cache.contexts = set(map(ContextRead.parse, header["contexts"]))
-    if model is not None:
-        from gistkern.cache.fingerprint import check_cache
 
-        check_cache(cache, model)
-    return cache
+    def rows(index: int, buffer: str) -> KeyValueRows:
+        names = (f"layers.{index}.{buffer}_{name}" for name in ("key", "value", "key_scale", "value_scale"))
+        return KeyValueRows(*(tensors.get(name) for name in names))  # type: ignore[arg-type]
+
+    return CacheFile(
+        **{name: header[name] for name in ("positions", "fingerprint", "contexts")},
+        dtype=_NAMES[header["dtype"]],
+        state={**state, **header["state"]},
+        read=tensors["read"].to(torch.int64),
+        layers=[(rows(index, "gist"), rows(index, "tail")) for index in range(header["layers"])],
+    )
 
 
 def check_device(given: torch.device | str) -> torch.device:
@@ -141,6 +148,10 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
     size = int.from_bytes(content[:8], "little")
     about = parse_json(content[8 : 8 + size], f"the header of {path}").get("__metadata__") or {}  # may be null
     header = parse_json(about.get("gistkern", "{}"), f"the header of {path}")
+    if header.get("format") == _FORMER:
+        raise ValueError(
+            f"{path} is of format {_FORMER!r}, which this version does not read: compress the context again"
+        )
     if header.get("format") != _FORMAT:
         found = reprlib.repr(header.get("format"))
         raise ValueError(f"{path} is not a gist cache of format {_FORMAT!r} (found {found})")
@@ -168,7 +179,7 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
             ]
             raise ValueError(f"{where}: of the {field} {', '.join(sorted(said)[:5])}")
 
-    same_names(set(header), {"format", "positions", "fingerprint", "contexts", "layers", "state"}, "fields")
+    same_names(set(header), {"format", "positions", "fingerprint", "contexts", "dtype", "layers", "state"}, "fields")
     state, count = field_of(header, "state", dict, where), field_of(header, "layers", int, where)
     same_names(set(state), set(_STATE_NUMBERS), "numbers of its state")
     require(header["positions"] in SCHEMES, "positions", f"one of {list(SCHEMES)}", header["positions"])
@@ -184,20 +195,30 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
         value = field_of(state, name, kind, where)
         require(0 <= value <= _MOST, name, f"between 0 and {_MOST}", value)
 
+    dtype = header["dtype"]
+    require(type(dtype) is str and dtype in _NAMES, "dtype", f"one of {list(_NAMES)}", dtype)
     require(0 < count <= len(tensors), "layers", "the number of its layers", count)
-    rows = [f"layers.{index}.{name}" for index in range(count) for name in ("keys", "values")]
-    same_names(set(tensors), {*rows, "read", *(f"state.{name}" for name in _STATE_TENSORS)}, "tensors")
-    first = tensors[rows[0]]
-    require(first.dim() == 4 and min(first.shape[1::2]) > 0, rows[0], "[B, Hkv, rows, D]", tuple(first.shape))
+    first = tensors.get("layers.0.gist_key")
+    if first is None:
+        raise ValueError(f"{where}: of the tensors layers.0.gist_key is missing")
+    quantized = first.dtype in LARGEST
+    parts = ["gist_key", "gist_value", "tail_key", "tail_value", *(_SCALES if quantized else ())]
+    names = {f"layers.{index}.{part}": part for index in range(count) for part in parts}
+    same_names(set(tensors), {*names, "read", *(f"state.{name}" for name in _STATE_TENSORS)}, "tensors")
+    require(
+        first.dim() == 4 and min(first.shape[1::2]) > 0, "layers.0.gist_key", "[B, Hkv, rows, D]", tuple(first.shape)
+    )
     samples = len(first)
-    wanted = (samples, first.shape[1], state["gist_columns"] + state["tail_columns"], first.shape[3])
-    for name in rows:
-        require(tensors[name].shape == wanted, name, f"of shape {wanted}", tuple(tensors[name].shape))
-        # compressed under autocast keys are wider than values
-        alike = "layers.0." + name.rpartition(".")[2]
-        require(tensors[name].dtype in _ROW_DTYPES, name, "numbers a model computes in", tensors[name].dtype)
-        require(tensors[name].dtype == tensors[alike].dtype, name, f"{tensors[alike].dtype}", tensors[name].dtype)
-        require(finite(tensors[name]), name, f"finite ({_OVERFLOW})", "inf or NaN")
+    for name, part in names.items():
+        tensor, columns = tensors[name], state[f"{part[:4]}_columns"]
+        wanted: tuple[int, ...] = (samples, first.shape[1], columns, first.shape[3])[: 3 if part in _SCALES else 4]
+        require(tensor.shape == wanted, name, f"of shape {wanted}", tuple(tensor.shape))
+        alike = tensors[f"layers.0.{part[:4]}_key"].dtype
+        held = {torch.float32} if part in _SCALES else {*FLOATS, *LARGEST} if part[:4] == "gist" else {*FLOATS}
+        require(tensor.dtype in held, name, "numbers a model computes in", tensor.dtype)
+        require(part in _SCALES or tensor.dtype == alike, name, f"{alike}", tensor.dtype)
+        require(finite(tensor), name, f"finite ({_OVERFLOW})", "inf or NaN")
+        require(part not in _SCALES or (tensor >= 0).all(), name, "no scale below 0", tensor)
 
     read = tensors["read"]
     require(read.dtype == torch.int32, "read", "torch.int32", read.dtype)

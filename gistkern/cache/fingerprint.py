@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,14 +17,33 @@ from gistkern.cache.reader import Reader, patched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gistkern.cache.cache import GistCache
-
 __all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "weights_in_use"]
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
 _SHAPING = ("model_type", "hidden_act", "rms_norm_eps", "rope_parameters")  # of a config, beside the shapes of weights
 # fingerprints that a model was found to have, and of which of its weights that is true
 _verified: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
+
+
+class Written(Protocol):
+    """What is asked of a cache (`gistkern.GistCache`)."""
+
+    positions: str | None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Identity of the model that wrote it."""
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a model wrote it."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What that model computes in."""
+
+    def shape(self) -> set[tuple[int, int, int]]:
+        """Layers, key/value heads and width."""
 
 
 def fingerprint(inner: nn.Module) -> str:
@@ -100,7 +119,7 @@ def _idle_adapters(inner: nn.Module) -> set[str]:
     return loaded - active
 
 
-def check_scheme(cache: GistCache, handle: Reader) -> None:
+def check_scheme(cache: Written, handle: Reader) -> None:
     """Raise ValueError if the cache was written under another position scheme than the handle's."""
     if cache.positions not in (None, handle.positions):
         raise ValueError(
@@ -109,14 +128,13 @@ def check_scheme(cache: GistCache, handle: Reader) -> None:
         )
 
 
-def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
+def check_cache(cache: Written, model: PreTrainedModel) -> None:
     """Raise ValueError unless `model` (patched) wrote `cache`."""
     handle = patched(model)
     check_scheme(cache, handle)
     _check_shape(cache, handle)
-    dtype = cache.layers[0].dtype if cache.layers else None
-    if dtype not in (None, model.dtype):
-        raise ValueError(f"the cache holds {dtype}, the model {model.dtype}: load the model in {dtype}")
+    if cache.dtype not in (None, model.dtype):
+        raise ValueError(f"the cache holds {cache.dtype}, the model {model.dtype}: load the model in {cache.dtype}")
     written = cache.fingerprint
     if written is None:
         if cache.is_signed:
@@ -133,12 +151,11 @@ def check_cache(cache: GistCache, model: PreTrainedModel) -> None:
     _verified[handle.inner] = in_use, written
 
 
-def _check_shape(cache: GistCache, handle: Reader) -> None:
+def _check_shape(cache: Written, handle: Reader) -> None:
     config = handle.inner.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = [layer.keys for layer in cache.layers if layer.is_initialized]
-    found = {(len(cache.layers), key.shape[1], key.shape[3]) for key in keys}
+    found = cache.shape()
     wanted = (config.num_hidden_layers, heads, width)
     if found - {wanted}:
         said = (f"{layers} layers of {heads} key/value heads of {width}" for layers, heads, width in (*found, wanted))

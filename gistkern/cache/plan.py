@@ -1,12 +1,14 @@
 """What one model call sees of a cache and what the cache keeps of it, worked out once for all layers.
 
-Columns of a cache layer are ``[gist rows | tail rows]``, each part right-aligned per sample; a call appends
-its N new rows. `CallPlan` says how those columns are re-ordered for the call and which of them stay.
+A cache layer holds gist rows and tail rows in two buffers, each right-aligned per sample. A call reads the compact
+rows (the gist rows, and those that it gathers) and the local rows (the tail, and the N rows that it brings). `CallPlan`
+says how the local rows are re-ordered for the call, and which of both stay.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +17,10 @@ from gistkern.layout.checks import check_kept
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows, from_roles
 
-__all__ = ["CacheState", "CallPlan", "plan_call", "plan_layout"]
+__all__ = ["CacheState", "CallPlan", "Kept", "plan_call", "plan_layout"]
+
+# of a buffer's columns: all, the same run for every sample, or int64 [B, columns] that list each sample's
+Kept = slice | torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ class CacheState:
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return cls(zeros, zeros, zeros, zeros, zeros.bool()[:, None][:, :0], 0, 0, 0)
 
+    def owned_gists(self) -> torch.Tensor:
+        """bool ``[B, gist_columns]``: which gist columns a sample owns."""
+        column = torch.arange(self.gist_columns, device=self.seen.device)
+        return column >= self.gist_columns - self.gist_rows[:, None]
+
+    def on(self, device: torch.device | str) -> CacheState:
+        """The same counts on a device."""
+        moved: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        return CacheState(**moved)
+
     def select(self, index: torch.Tensor) -> CacheState:
         """The state of samples `index`, in that order (beams, batch selection)."""
         fields = ("seen", "gist_rows", "tail_rows", "tail_position", "tail_is_gist")
@@ -73,17 +88,18 @@ class CacheState:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """One call: `layout` for the attention, column indices for the cache, the state after the call.
+    """One call: `layout` for the attention, what the cache keeps of its rows, the state after the call.
 
-    `arrange` (int64 ``[B, G + T + N]`` or None) re-orders the columns before they are seen; `keep` (int64
-    ``[B, G' + T']`` or None for all) lists the columns, of those, that stay. Without `has_padding` every row is real.
+    `arrange` (int64 ``[B, T + N]`` or None) re-orders the local rows before they are seen; `keep_gists` and `keep_tail`
+    say which compact rows and which local rows, of those, stay. Without `has_padding` every row is real.
     """
 
     layout: GistLayout
     position_ids: torch.Tensor
     after: CacheState
     arrange: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
+    keep_gists: Kept = None
+    keep_tail: Kept = None
     has_padding: bool = True
 
 
@@ -141,8 +157,8 @@ def plan_call(
     index = torch.arange(whole.num_rows, device=is_gist.device)
     before_tail = all_valid & (index < whole.keep_local[:, None])
     passed = before_tail & all_gist if scheme == "gist_first" else before_tail
-    after, keep = _finish(state, layout, all_valid, all_gist, state.tail_position + passed.sum(1))
-    return CallPlan(layout, position_ids, after, arrange, keep, has_padding=valid is not None)
+    after, keep_gists, keep_tail = _finish(state, layout, all_valid, all_gist, state.tail_position + passed.sum(1))
+    return CallPlan(layout, position_ids, after, arrange, keep_gists, keep_tail, has_padding=valid is not None)
 
 
 def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tensor, is_gist: torch.Tensor) -> CallPlan:
@@ -156,12 +172,13 @@ def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tenso
     real = layout.is_real()
     all_gist = torch.cat([state.tail_is_gist, is_gist & real], 1)
     all_valid = torch.cat([_tail_is_valid(state), real], 1)
-    after, keep = _finish(state, layout, all_valid, all_gist, state.tail_position)
+    after, keep_gists, keep_tail = _finish(state, layout, all_valid, all_gist, state.tail_position)
     tail_position = _tail_position(state, layout, position_ids, real)
     # where the window has moved on from the last row, new rows need a layout of the same kind
     last_start = layout.local_begin.masked_fill(~real, -1).amax(1)
     moving = bool(((after.tail_rows > 0) & (layout.keep_local > last_start)).any())
-    return CallPlan(layout, position_ids, replace(after, tail_position=tail_position, moving=moving), None, keep)
+    after = replace(after, tail_position=tail_position, moving=moving)
+    return CallPlan(layout, position_ids, after, None, keep_gists, keep_tail)
 
 
 def _tail_position(
@@ -204,7 +221,7 @@ def _join_tail(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Put the tail right in front of each sample's first real new token.
 
-    Returns by how much it moves, the column order (None if nothing moves), and valid and is_gist over
+    Returns by how much it moves, the order of the local rows (None if nothing moves), and valid and is_gist over
     ``[tail | new]``.
     """
     tail, device = state.tail_columns, is_gist.device
@@ -218,9 +235,7 @@ def _join_tail(
     # tail columns move right over the sample's left padding, which moves to the front
     moved = column < (tail + left)[:, None]
     order = torch.where(moved, (column - left[:, None]) % (tail + left)[:, None], column)
-    gist = torch.arange(state.gist_columns, device=device).expand(len(left), -1)
-    arrange = torch.cat([gist, order + state.gist_columns], 1)
-    return left, arrange, all_valid.gather(1, order), all_gist.gather(1, order)
+    return left, order, all_valid.gather(1, order), all_gist.gather(1, order)
 
 
 def _tail_is_valid(state: CacheState) -> torch.Tensor:
@@ -235,35 +250,47 @@ def _finish(
     all_valid: torch.Tensor,
     all_gist: torch.Tensor,
     tail_position: torch.Tensor,
-) -> tuple[CacheState, torch.Tensor]:
-    """The state after the call and the columns of ``[past | tail | new]`` that stay, from `keep_*`."""
+) -> tuple[CacheState, Kept, Kept]:
+    """The state after the call, and which compact rows and which local rows stay, from `keep_*`."""
     index = torch.arange(1, all_valid.shape[1] + 1, device=all_valid.device)
     tail_end = (index * all_valid).amax(1)  # just behind the last real token
     tail_rows = (tail_end - layout.keep_local).clamp(min=0)
     gist_rows = layout.keep_end - layout.keep_begin
     # all valid columns less the old tail: a re-ordered call mixes the two
     seen = state.seen + all_valid.sum(1) - state.tail_rows
-    gist_columns, tail_columns, length = torch.stack([gist_rows.max(), tail_rows.max(), seen.max()]).tolist()
+    open_gists = all_gist & all_valid & (index > layout.keep_local[:, None])
+    most = torch.stack([gist_rows, tail_rows, seen, open_gists.sum(1), layout.keep_end, -layout.keep_end, -tail_end])
+    gist_columns, tail_columns, length, gists, end, least_end, least_tail_end = most.amax(1).tolist()
 
-    compact = _aligned(layout.keep_begin, gist_rows, gist_columns).clamp(min=0)
-    column = torch.arange(layout.past, device=seen.device).expand(len(seen), -1)
-    source = torch.cat([column, layout.gather.clamp(min=0) + layout.past], 1)
-    gist = source.gather(1, compact)
-    tail = _aligned(tail_end - tail_rows, tail_rows, tail_columns)
-    tail_is_gist = all_gist.gather(1, tail.clamp(min=0)) & (tail >= 0)
+    keep_gists = _kept(
+        layout.keep_begin, gist_rows, gist_columns, end if end == -least_end else None, layout.num_compact
+    )
+    local = all_valid.shape[1]
+    tail_begin = tail_end - tail_rows
+    keep_tail = _kept(tail_begin, tail_rows, tail_columns, local if local == -least_tail_end else None, local)
+    tail = _aligned(tail_begin, tail_rows, tail_columns)
     after = CacheState(
         seen,
         gist_rows,
         tail_rows,
         tail_position,
-        tail_is_gist,
+        all_gist.gather(1, tail.clamp(min=0)) & (tail >= 0),
         gist_columns,
         tail_columns,
         length,
         fed=state.fed + layout.num_rows,
-        tail_has_gists=bool(tail_is_gist.any()),
+        tail_has_gists=gists > 0,
     )
-    return after, torch.cat([gist, tail.clamp(min=0) + layout.past], 1)
+    return after, keep_gists, keep_tail
+
+
+def _kept(begin: torch.Tensor, count: torch.Tensor, width: int, end: int | None, columns: int) -> Kept:
+    """``begin .. begin + count - 1`` of the `columns` columns, right-aligned; a slice where they `end` alike."""
+    if not width:
+        return slice(columns, columns)
+    if end is None:
+        return _aligned(begin, count, width).clamp(min=0)
+    return None if (width, end) == (columns, columns) else slice(end - width, end)
 
 
 def _aligned(begin: torch.Tensor, count: torch.Tensor, width: int) -> torch.Tensor:

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gistkern.cache.cache import GistCache, GistLayer
+from gistkern.cache.cache import GistCache
+from gistkern.cache.layer import GistLayer
 from gistkern.cache.plan import CacheState
+from gistkern.cache.tail import TailRows
 from gistkern.cache.tokens_read import ContextRead
+from gistkern.rows import KeyValueRows
 
 __all__ = ["CompressedDocument", "bytes_of", "from_cache", "to_cache"]
 
@@ -38,7 +41,7 @@ class CompressedDocument:
 def from_cache(cache: GistCache) -> list[CompressedDocument]:
     """The samples of a cache that `gistkern.compress` made."""
     state = cache.without_tail("only compressed documents are stored")
-    layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]  # [2, B, Hkv, G, D]
+    layers = [torch.stack(cache.compact(index)) for index in range(len(cache.layers))]  # [2, B, Hkv, G, D]
     rows = torch.stack(layers).permute(2, 4, 0, 1, 3, 5).cpu()  # [B, G, layers, 2, Hkv, D]
     return [
         CompressedDocument(rows[sample, state.gist_columns - own :].contiguous(), seen, position)
@@ -55,26 +58,43 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def to_cache(
-    documents: Sequence[CompressedDocument], positions: str, fingerprint: str, device: torch.device | str = "cpu"
+    documents: Sequence[CompressedDocument],
+    positions: str,
+    fingerprint: str,
+    device: torch.device | str = "cpu",
+    asked: Sequence[int] | None = None,
 ) -> GistCache:
-    """A ragged batch, right-aligned as a cache stores it; the first model that reads it is checked.
+    """A ragged batch of documents; the first model that reads it is checked.
+
+    Parameters
+    ----------
+    documents : sequence of CompressedDocument
+        One per sample, or with `asked` each once.
+    positions, fingerprint : str
+        Of the model that compressed them.
+    device : torch.device or str
+        Where to.
+    asked : sequence of int, optional
+        Each sample's document. The documents' rows then stand once, one document behind the other, and are shared
+        (`GistCache.shared`); otherwise they are right-aligned, as a cache stores rows of its own.
 
     Raises
     ------
     ValueError
         If the documents' rows are not of one model.
     """
-    own = [len(document.rows) for document in documents]
     first = documents[0].rows
     kinds = {(document.rows.shape[1:], document.rows.dtype) for document in documents}
     if len(kinds) > 1:
         said = " and ".join(f"{dtype} of [rows, {', '.join(map(str, shape))}]" for shape, dtype in kinds)
         raise ValueError(f"the documents were not written by one model: {said}")
+    samples = documents if asked is None else [documents[place] for place in asked]
+    own = [len(document.rows) for document in samples]
     numbers: dict[str, list[int]] = {
-        "seen": [document.seen for document in documents],
+        "seen": [document.seen for document in samples],
         "gist_rows": own,
-        "tail_rows": [0] * len(documents),
-        "tail_position": [document.tail_position for document in documents],
+        "tail_rows": [0] * len(samples),
+        "tail_position": [document.tail_position for document in samples],
     }
     cache = GistCache()
     cache.positions, cache.fingerprint = positions, fingerprint
@@ -82,19 +102,34 @@ def to_cache(
     own_numbers: dict[str, Any] = {name: torch.tensor(values, device=device) for name, values in numbers.items()}
     cache.state = CacheState(
         **own_numbers,
-        tail_is_gist=torch.zeros(len(documents), 0, dtype=torch.bool, device=device),
+        tail_is_gist=torch.zeros(len(samples), 0, dtype=torch.bool, device=device),
         gist_columns=max(own),
         tail_columns=0,
         length=max(numbers["seen"]),
     )
     # [R, layers, 2, Hkv, bytes of D]
     pieces = [bytes_of(one.rows).reshape(*one.rows.shape[:4], -1) for one in documents]
+    if asked is not None:
+        begins = np.cumsum([0, *map(len, pieces)])
+        cache.first = torch.tensor(begins[list(asked)], device=device)
     for index in range(first.shape[1]):
-        layer = []
-        for kind in range(2):
-            rows = np.zeros((len(pieces), first.shape[3], max(own), pieces[0].shape[4]), dtype=np.uint8)
-            for sample, piece in enumerate(pieces):
-                rows[sample, :, max(own) - own[sample] :] = piece[:, index, kind].swapaxes(0, 1)
-            layer.append(torch.from_numpy(rows).view(first.dtype).to(device))
-        cache.layers.append(GistLayer.holding(*layer))
+        both = (_joined if asked is not None else _aligned)([piece[:, index] for piece in pieces])
+        gist = KeyValueRows(*(torch.from_numpy(rows).view(first.dtype).to(device) for rows in both))
+        tails = (gist.key.new_empty(len(samples), first.shape[3], 0, first.shape[4]) for _ in range(2))
+        cache.layers.append(GistLayer.holding(gist, TailRows(*tails), first.dtype))
     return cache
+
+
+def _joined(pieces: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Keys and values ``[R, Hkv, bytes of D]`` of pieces ``[r, 2, Hkv, bytes of D]``, one behind the other."""
+    return tuple(np.concatenate([piece[:, kind] for piece in pieces]) for kind in range(2))
+
+
+def _aligned(pieces: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Keys and values ``[B, Hkv, G, bytes of D]`` of pieces ``[r, 2, Hkv, bytes of D]``, each in the last columns."""
+    columns, (_, _, heads, width) = max(map(len, pieces)), pieces[0].shape
+    both = tuple(np.zeros((len(pieces), heads, columns, width), dtype=np.uint8) for _ in range(2))
+    for sample, piece in enumerate(pieces):
+        for kind, rows in enumerate(both):
+            rows[sample, :, columns - len(piece) :] = piece[:, kind].swapaxes(0, 1)
+    return both

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import reprlib
@@ -65,7 +64,6 @@ class GistStore:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
         check_device(device)
-        self._pid = os.getpid()
         self._settings = _settings(self.folder)
         # it holds no lock while it opens a file, so a child forked meanwhile does not wait for one
         self._shard = functools.lru_cache(_OPEN_FILES)(self._opened)
@@ -125,14 +123,14 @@ class GistStore:
         read = {name: self._read(name) for name in dict.fromkeys(names)}
         if not read:
             raise ValueError("no names: a batch has at least one document")
-        documents = [read[name] for name in (read if shared else names)]
-        cache = to_cache(documents, self._settings["positions"], self._settings["fingerprint"], device=self.device)
-        if shared:
-            place = {name: index for index, name in enumerate(read)}
-            with _own_threads(self._pid):
-                cache = cache.shared()
-                cache.batch_select_indices(torch.tensor([place[name] for name in names]))
-        return cache
+        place = {name: index for index, name in enumerate(read)}
+        return to_cache(
+            [read[name] for name in (read if shared else names)],
+            self._settings["positions"],
+            self._settings["fingerprint"],
+            self.device,
+            asked=[place[name] for name in names] if shared else None,
+        )
 
     def _read(self, name: str) -> CompressedDocument:
         place = self._find(name)
@@ -202,20 +200,6 @@ class GistStore:
                 self._add(known, name, chunk)
                 found[name] = chunk, place
         return found
-
-
-@contextlib.contextmanager
-def _own_threads(pid: int) -> Iterator[None]:
-    """In a child forked from process `pid` let torch work with one thread: the others are the parent's."""
-    threads = torch.get_num_threads()
-    if os.getpid() == pid or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _number(path: Path) -> int:

@@ -12,7 +12,6 @@ from transformers.utils import ModelOutput
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
-from gistkern.cache.shared import SharedGistCache
 from gistkern.cache.versions import CACHE, named
 from gistkern.distributed.collectives import check_same, whole_loss
 from gistkern.hf.caching import Carried, cache_of, check_history
@@ -28,6 +27,7 @@ from gistkern.hf.documents import broadcast_positions, check_positions, packed_d
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.layout.arguments import check_padding
+from gistkern.ops.attention import attend
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
@@ -44,11 +44,21 @@ class GistCall:
 
     layout: GistLayout
     backend: str
-    parallel: Parallel | None = None
-    shared: SharedGistCache | None = None
+    others: GistCache | Parallel | None = None  # who knows the rows that are not the call's own
     elsewhere: dict[torch.device, GistLayout] = field(default_factory=dict)
 
-    def layout_on(self, device: torch.device) -> GistLayout:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
+        if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        layout = self._layout_on(q.device)
+        if self.others is not None:
+            return self.others.attend(layer, q, k, v, layout, scale, self.backend)
+        return attend(q, k, v, layout, scale=scale, backend=self.backend)[0]
+
+    def _layout_on(self, device: torch.device) -> GistLayout:
         """The layout on a layer's device: accelerate may have put layers on several."""
         if self.layout.device == device:
             return self.layout
@@ -111,7 +121,7 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         # with a mask present transformers does not guess packed documents from the positions
         attention_mask=plan.layout.is_real(),
         use_cache=cache is not None,
-        gist_call=GistCall(plan.layout, handle.backend, shared=cache if isinstance(cache, SharedGistCache) else None),
+        gist_call=GistCall(plan.layout, handle.backend, cache),
     )
     arguments[CACHE] = cache
     return (), arguments

@@ -176,7 +176,7 @@ def _sinks_last(cache: GistCache, state: CacheState, sinks: torch.Tensor) -> Non
     column = torch.arange(state.gist_columns, device=state.seen.device)
     first = (state.gist_columns - state.gist_rows)[:, None]
     source = torch.where(column >= first, first + (column - first + sinks[:, None]) % state.gist_rows[:, None], column)
-    cache.take_columns(source)
+    cache.take_gists(source)
 
 
 def _run(

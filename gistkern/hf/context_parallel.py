@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from gistkern.distributed import ContextShard, split_layout
+from gistkern.distributed.attention import parallel_attention
 from gistkern.distributed.collectives import Group, gather_ranks
 from gistkern.distributed.shards import exchange
 
@@ -43,6 +44,19 @@ class Parallel:
     shard: ContextShard
     group: Group
     kept: torch.Tensor | None = None
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: GistLayout,
+        scale: float | None,
+        backend: str,
+    ) -> torch.Tensor:
+        """Attention of the shard's rows, which see other ranks' gist rows; `layout` is the shard's."""
+        return parallel_attention(q, k, v, self.shard, self.group, scale=scale, backend=backend)
 
 
 def group_of(given: Group | DeviceMesh) -> Group:

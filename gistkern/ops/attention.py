@@ -10,7 +10,7 @@ from gistkern.layout.checks import check_once
 from gistkern.ops import library
 from gistkern.ops.checks import check_scale, refuse_forward_mode
 
-__all__ = ["gist_attention"]
+__all__ = ["attend", "gist_attention"]
 
 
 def gist_attention(
@@ -65,6 +65,29 @@ def gist_attention(
     >>> gist_attention(q, k, k, layout).shape
     torch.Size([1, 4, 11, 16])
     """
+    out, lse, _, _ = attend(q, k, v, layout, past_key=past_key, past_value=past_value, scale=scale, backend=backend)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: GistLayout,
+    *,
+    past_key: torch.Tensor | None = None,
+    past_value: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gist_attention` that also hands back what it compacted.
+
+    Returns
+    -------
+    (Tensor, Tensor, Tensor, Tensor)
+        Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values that attention has read: what a cache
+        stores. They are `past_key` and `past_value` themselves where the call gathers none.
+    """
     _check_tensors(q, k, v, layout, past_key, past_value)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_scale(scale)
@@ -89,7 +112,7 @@ def gist_attention(
         scale,
         name,
     )
-    return (out, lse) if return_lse else out
+    return out, lse, gist_k, gist_v
 
 
 def _check_tensors(

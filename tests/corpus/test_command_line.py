@@ -60,7 +60,7 @@ def test_the_command_line(given, capsys):
     assert list(store) == ["x", "7"]
     expected = compress(patched().model, torch.tensor([[1, 2, 3]]))
     for layer, wanted in zip(store["x"].layers, expected.layers, strict=True):
-        torch.testing.assert_close(layer.keys, wanted.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.gist.key, wanted.gist.key, rtol=1e-4, atol=1e-5)
     assert json.loads((store.folder / "corpus.json").read_text())["segment_length"] is None
 
 

@@ -42,7 +42,7 @@ def store(handle, corpus, tmp_path):
 
 def rows(cache, sample=0):
     own = int(cache.gist_rows[sample])
-    return torch.stack([torch.stack([layer.keys, layer.values])[:, sample, :, -own:] for layer in cache.layers])
+    return torch.stack([torch.stack([layer.gist.key, layer.gist.value])[:, sample, :, -own:] for layer in cache.layers])
 
 
 @pytest.mark.parametrize("segments", [{}, {"segment_length": 16}, {"segment_length": 16, "segment_overlap": 4}])

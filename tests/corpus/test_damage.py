@@ -43,7 +43,10 @@ def read(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opened = GistStore(folder)
-        return {name: torch.cat([torch.cat([one.keys, one.values]) for one in opened[name].layers]) for name in opened}
+        return {
+            name: torch.cat([torch.cat([one.gist.key, one.gist.value]) for one in opened[name].layers])
+            for name in opened
+        }
 
 
 def equal(one, other):
@@ -299,7 +302,7 @@ def test_a_child_forked_while_threads_read(store, corpus):
     """No lock of a thread that the child has not got, no place in a file that two processes move."""
     torch.randn(600, 600).clone() @ torch.randn(600, 600)  # torch's threads are the parent's: a child hangs in them
     names = list(corpus) * 20
-    expected = store.batch(names).layers[1].keys
+    expected = store.batch(names).layers[1].gist.key
     opened = GistStore(store.folder)
     over = threading.Event()
 
@@ -314,7 +317,7 @@ def test_a_child_forked_while_threads_read(store, corpus):
         for _ in range(4):
             child = os.fork()
             if not child:
-                os._exit(0 if (opened.batch(names).layers[1].keys.numpy() == expected.numpy()).all() else 1)
+                os._exit(0 if (opened.batch(names).layers[1].gist.key.numpy() == expected.numpy()).all() else 1)
             assert _ended(child) == 0
     finally:
         over.set()

@@ -116,7 +116,7 @@ def test_what_changes_between_two_readings_is_refused(handle, tmp_path):
 def test_ids_of_every_kind(handle, tmp_path, ids):
     store = compress_corpus(handle.model, {"a": ids, "b": [1, 2]}, tmp_path, **SMALL)
     one, other = store["a"].layers[1], store["b"].layers[1]
-    assert torch.equal(one.keys, other.keys)
+    assert torch.equal(one.gist.key, other.gist.key)
 
 
 def test_names_that_are_not_there(handle, tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_texts_begin_as_the_tokenizer_begins_documents(handle, tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
     store = compress_corpus(handle.model, {"x": "a b", "y": "<s> a b"}, tmp_path, tokenizer, **SMALL)
     expected = compress(handle.model, torch.tensor([[0, 2, 3]] * 2))
-    torch.testing.assert_close(store.batch(["x", "y"]).layers[1].keys, expected.layers[1].keys)
+    torch.testing.assert_close(store.batch(["x", "y"]).layers[1].gist.key, expected.layers[1].gist.key)
     assert store["y"].get_seq_length() == store["x"].get_seq_length() == 3 + 3
     tokenizer.add_bos_token = False
     with pytest.raises(ValueError, match=r"was begun with context_prefix \[0\], not \[\]"):

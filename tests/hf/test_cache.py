@@ -38,7 +38,7 @@ def test_full_cache_never_exists(patched):
 
     def look(module, args, kwargs):
         cache = cache_seen["cache"] = kwargs[CACHE]
-        sizes.append([layer.keys.shape[2] for layer in cache.layers])
+        sizes.append([layer.gist.key.shape[2] + layer.tail.key.shape[2] for layer in cache.layers])
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.layers]
     gistkern.compress(model, random_ids(1, 200))
@@ -91,7 +91,7 @@ def test_clone_is_independent(patched):
     cache = gistkern.compress(model, random_ids(1, 20))
     copy = cache.clone()
     expected = logits(model, cache.clone())
-    copy.layers[0].keys.zero_()
+    copy.layers[0].gist.key.zero_()
     logits(model, copy)
     assert torch.equal(logits(model, cache), expected)
 
@@ -109,7 +109,7 @@ def test_reset_forgets(patched):
 def test_cache_of_another_dtype_is_refused(patched):
     model, _ = patched
     cache = gistkern.compress(model, random_ids(1, 20)).to(dtype=torch.float32)
-    assert cache.layers[0].keys.dtype == torch.float32
+    assert cache.layers[0].gist.key.dtype == torch.float32
     with pytest.raises(ValueError, match=r"the cache holds torch.float32 on cpu, the model computes torch.float64"):
         logits(model, cache)
 
@@ -142,7 +142,7 @@ def test_float32_and_bfloat16_models():
         model = make_model(dtype=dtype)
         with gistkern.patch_llama(model, num_gist_tokens=2), torch.no_grad():
             cache = gistkern.compress(model, random_ids(1, 30), segment_length=8)
-            assert cache.layers[0].keys.dtype == dtype
+            assert cache.layers[0].gist.key.dtype == dtype
             assert model(random_ids(1, 4), past_key_values=cache).logits.isfinite().all()
 
 

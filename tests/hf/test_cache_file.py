@@ -127,7 +127,7 @@ def test_changed_header(saved):
 
 def test_foreign_safetensors(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="is not a gist cache of format 'gistkern-cache-1'"):
+    with pytest.raises(ValueError, match="is not a gist cache of format 'gistkern-cache-2'"):
         gistkern.GistCache.load(tmp_path / "x.safetensors")
 
 
@@ -194,8 +194,8 @@ HOSTILE = {
     ),
     "tail_is_gist must be of rows": ({"state.tail_is_gist": ~BOOLS, "state.tail_rows": TWO}, {}),
     "tail_has_gists must be true": ({"state.tail_is_gist": ~BOOLS}, {}),
-    "layers.0.keys must be of shape": ({}, {"state": {"gist_columns": 5}}),
-    "layers.0.keys must be .B, Hkv": ({"layers.0.keys": torch.zeros(2, 2, 7)}, {}),
+    "layers.0.gist_key must be of shape": ({}, {"state": {"gist_columns": 5}}),
+    "layers.0.gist_key must be .B, Hkv": ({"layers.0.gist_key": torch.zeros(2, 2, 4)}, {}),
     "gist_columns must be between": ({}, {"state": {"gist_columns": -4}}),
     "tail_columns must be between": ({}, {"state": {"tail_columns": 10**30}}),
     "tail_columns must be int, found True": ({}, {"state": {"tail_columns": True}}),
@@ -212,16 +212,26 @@ HOSTILE = {
     "fingerprint must be a digest": ({}, {"fingerprint": 7}),
     "layers must be int": ({}, {"layers": "3"}),
     "layers must be the number": ({}, {"layers": 10**9}),
-    "layers.2.keys' is new": ({}, {"layers": 2}),
-    "layers.1.values is missing": ({"layers.1.values": None}, {}),
+    "layers.2.gist_key' is new": ({}, {"layers": 2}),
+    "layers.1.gist_value is missing": ({"layers.1.gist_value": None}, {}),
     "'state.extra' is new": ({"state.extra": TWO}, {}),
-    "layers.1.values must be of shape": ({"layers.1.values": torch.zeros(2, 2, 6, 16, dtype=torch.float64)}, {}),
-    "layers.2.keys must be torch.float64": ({"layers.2.keys": torch.zeros(2, 2, 7, 16)}, {}),
-    "layers.0.values must be numbers": (
-        {f"layers.{i}.values": torch.zeros(2, 2, 7, 16, dtype=torch.int64) for i in range(3)},
+    "layers.1.gist_value must be of shape": (
+        {"layers.1.gist_value": torch.zeros(2, 2, 3, 16, dtype=torch.float64)},
         {},
     ),
-    "layers.1.keys must be finite": ({"layers.1.keys": torch.full((2, 2, 7, 16), torch.inf, dtype=torch.float64)}, {}),
+    "layers.1.tail_key must be of shape": ({"layers.1.tail_key": torch.zeros(2, 2, 4, 16, dtype=torch.float64)}, {}),
+    "layers.2.gist_key must be torch.float64": ({"layers.2.gist_key": torch.zeros(2, 2, 4, 16)}, {}),
+    "layers.0.tail_value must be torch.float64": ({"layers.0.tail_value": torch.zeros(2, 2, 3, 16)}, {}),
+    "layers.0.gist_value must be numbers": (
+        {f"layers.{i}.gist_value": torch.zeros(2, 2, 4, 16, dtype=torch.int64) for i in range(3)},
+        {},
+    ),
+    "layers.1.gist_key must be finite": (
+        {"layers.1.gist_key": torch.full((2, 2, 4, 16), torch.inf, dtype=torch.float64)},
+        {},
+    ),
+    "dtype must be one of": ({}, {"dtype": "int8"}),
+    "dtype is missing": ({}, {"dtype": None}),
 }
 
 
@@ -323,7 +333,7 @@ def _moving(model, handle):
 def _autocast(model, handle):
     with torch.autocast("cpu", torch.bfloat16):
         cache = gistkern.compress(model.float(), random_ids(2, 9))
-    assert cache.layers[0].keys.dtype != cache.layers[0].values.dtype
+    assert cache.layers[0].gist.key.dtype != cache.layers[0].dtype
     return cache
 
 
@@ -335,7 +345,13 @@ STATES = {
     "no samples": lambda model, handle: _selected(gistkern.compress(model, random_ids(2, 9)), []),
     **{
         str(dtype): lambda model, handle, dtype=dtype: gistkern.compress(model, random_ids(2, 9)).to(dtype=dtype)
-        for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+        for dtype in (torch.float16, torch.bfloat16)
+    },
+    **{
+        f"gist rows in {dtype}": lambda model, handle, dtype=dtype: gistkern.compress(model, random_ids(2, 9)).to(
+            gist_dtype=dtype
+        )
+        for dtype in (torch.int8, torch.float8_e4m3fn)
     },
 }
 
@@ -354,15 +370,16 @@ def test_every_state_that_is_saved_loads(patched, tmp_path, state):
         found = getattr(loaded.state, name)
         assert torch.equal(found, value) if torch.is_tensor(value) else found == value, name
     for one, other in zip(cache.layers, loaded.layers, strict=True):
-        assert one.keys.dtype == other.keys.dtype
-        assert torch.equal(one.keys.float(), other.keys.float())
-        assert torch.equal(one.values.float(), other.values.float())
+        assert one.dtype == other.dtype
+        for held, found in zip(one.tensors(), other.tensors(), strict=True):
+            assert held.dtype == found.dtype
+            assert torch.equal(held.float(), found.float())
 
 
 def test_an_overflow_is_said_at_once(saved):
     cache, path = saved
-    cache.layers[1].values[0, 0, 0, 0] = torch.inf
-    with pytest.warns(UserWarning, match="layers.1.values holds inf or NaN"):
+    cache.layers[1].gist.value[0, 0, 0, 0] = torch.inf
+    with pytest.warns(UserWarning, match="layers.1.gist_value holds inf or NaN"):
         cache.save(path)
 
 

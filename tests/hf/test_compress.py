@@ -64,7 +64,7 @@ def test_training_mode_and_gradients_are_left_as_they_were(model):
         cache = gistkern.compress(model, random_ids(1, 9))
         assert model.training
         assert not model.model.layers[0].training
-        assert not cache.layers[0].keys.requires_grad
+        assert not cache.layers[0].gist.key.requires_grad
 
 
 def test_a_thousand_times_longer_context_needs_no_more_rows():

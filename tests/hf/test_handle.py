@@ -91,7 +91,7 @@ def test_a_copy_is_patched_by_itself(model, copied):
         parameter += 0.1
     assert not torch.equal(other(ids).logits, expected)
     assert not torch.equal(
-        gistkern.compress(other, ids[:, :9]).layers[0].keys, gistkern.compress(model, ids[:, :9]).layers[0].keys
+        gistkern.compress(other, ids[:, :9]).layers[0].gist.key, gistkern.compress(model, ids[:, :9]).layers[0].gist.key
     )
     other.generate(ids[:, :9], max_new_tokens=2)
     other.gistkern_handle.unpatch()

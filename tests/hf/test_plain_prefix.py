@@ -108,7 +108,7 @@ def test_the_turn_is_what_makes_it_so():
     cache, question = compress(gist, random_ids(1, LENGTH)), random_ids(1, 7, seed=2)
     raw = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        raw.update(layer.keys.clone(), layer.values.clone(), index)
+        raw.update(layer.gist.key.clone(), layer.gist.value.clone(), index)
     found = plain(question, past_key_values=raw).logits
     assert (found - gist(question, past_key_values=cache).logits).abs().max() > 1e-2
 
@@ -117,11 +117,11 @@ def test_the_turn_is_what_makes_it_so():
 def test_the_cache_is_left_as_it_was():
     gist, plain = models()
     cache = compress(gist, random_ids(1, LENGTH))
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    before = [(layer.gist.key.clone(), layer.gist.value.clone()) for layer in cache.layers]
     plain(random_ids(1, 7), past_key_values=plain_prefix(cache, plain.config))
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys)
-        assert torch.equal(layer.values, values)
+        assert torch.equal(layer.gist.key, keys)
+        assert torch.equal(layer.gist.value, values)
 
 
 @torch.no_grad()

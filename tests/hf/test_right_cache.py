@@ -349,10 +349,10 @@ def test_a_context_in_the_shapes_of_tokenizers(patched):
         lists,
     ):
         found = gistkern.compress(model, given)
-        assert torch.equal(found.layers[-1].keys, expected.layers[-1].keys)
+        assert torch.equal(found.layers[-1].gist.key, expected.layers[-1].gist.key)
     alone = gistkern.compress(model, ids[:1])
     for given in (lists[0], {"input_ids": lists[0], "attention_mask": [1] * 9}):  # tokenizer(text)
-        assert torch.equal(gistkern.compress(model, given).layers[-1].keys, alone.layers[-1].keys)
+        assert torch.equal(gistkern.compress(model, given).layers[-1].gist.key, alone.layers[-1].gist.key)
 
 
 @pytest.mark.parametrize(
@@ -385,13 +385,13 @@ def test_a_context_that_is_none(patched, given, error, message):
 def test_threads_compress_with_a_model_in_training(patched):
     model, _ = patched
     context = random_ids(1, 30)
-    expected = gistkern.compress(model, context).layers[-1].keys
+    expected = gistkern.compress(model, context).layers[-1].gist.key
     model.train()
     model.model.layers[1].eval()
     before = {module: module.training for module in model.modules()}
     found = []
     for _ in range(5):
-        run = lambda: found.extend(gistkern.compress(model, context).layers[-1].keys for _ in range(2))  # noqa: E731
+        run = lambda: found.extend(gistkern.compress(model, context).layers[-1].gist.key for _ in range(2))  # noqa: E731
         threads = [threading.Thread(target=run) for _ in range(3)]
         for thread in threads:
             thread.start()

@@ -1,0 +1,97 @@
+"""Gist rows read where they stand: a pool that samples share, and rows that are quantized.
+
+The kernels under `gistkern.gist_decode` take rows ``[R, Hkv, D]`` and an interval of them for each sequence. Rows that
+stand once for several samples are such a pool; so are a sample's own, ``[B, Hkv, G, D]``, if they lie row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gistkern.cache.plan import CacheState, CallPlan
+from gistkern.kernels.schedule import DECODE_ROWS
+from gistkern.layout import GistLayout
+from gistkern.ops.decode import gist_decode
+from gistkern.rows import KeyValueRows, dequantize_rows
+
+__all__ = ["PoolIntervals", "decodes", "gathered", "pooled", "refuse_changes", "row_by_row"]
+
+
+@dataclass(frozen=True)
+class PoolIntervals:
+    """What the rows of a call see of a pool.
+
+    Parameters
+    ----------
+    base : Tensor
+        int64 ``[B, 1]``: what is added to a sample's column to find its row in the pool.
+    begin, end : Tensor
+        int32 ``[B, N]``: the pool's rows ``[begin, end)``.
+    """
+
+    base: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: GistLayout, base: torch.Tensor) -> PoolIntervals:
+        """Of a call's layout, whose intervals are over each sample's columns."""
+        return cls(base, *((column + base).int() for column in (layout.gist_begin, layout.gist_end)))
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        pool: KeyValueRows,
+        local: KeyValueRows,
+        layout: GistLayout,
+        scale: float | None,
+        backend: str,
+    ) -> torch.Tensor:
+        """Attention of up to 8 query rows over the pool and the local rows ``[B, Hkv, M, D]``."""
+        out, _ = gist_decode(
+            q,
+            pool,
+            local,
+            gist_begin=self.begin.to(q.device),
+            gist_end=self.end.to(q.device),
+            local_begin=layout.local_begin,
+            gist_capacity=layout.past,
+            scale=scale,
+            backend=backend,
+        )
+        return out
+
+
+def decodes(q: torch.Tensor, learns: bool) -> bool:
+    """Whether `gist_decode` takes the call; the others need the rows of each sample side by side."""
+    return q.shape[2] <= DECODE_ROWS and q.dtype != torch.float64 and not learns
+
+
+def gathered(pool: KeyValueRows, base: torch.Tensor, columns: int, dtype: torch.dtype) -> KeyValueRows:
+    """Each sample's rows ``[B, Hkv, G, D]`` copied out of a pool; columns that it does not own hold rows of others."""
+    place = (torch.arange(columns, device=base.device) + base).clamp(min=0).to(pool.key.device)
+    return dequantize_rows(pool.map(lambda t: t[place].transpose(1, 2)), dtype)
+
+
+def pooled(rows: KeyValueRows) -> KeyValueRows:
+    """Rows ``[B, Hkv, G, D]`` that lie row by row as a pool ``[B * G, Hkv, D]``: the same memory."""
+    return rows.map(lambda t: t.transpose(1, 2).flatten(0, 1))
+
+
+def row_by_row(rows: KeyValueRows) -> KeyValueRows:
+    """Rows ``[B, Hkv, G, D]`` in the order of memory that `pooled` needs; copied unless they are."""
+    return rows.map(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+def refuse_changes(state: CacheState, plan: CallPlan) -> None:
+    """Raise ValueError if a call would add to the rows that samples share, or drop some."""
+    layout = plan.layout
+    if (layout.gather.shape[1] or plan.after.tail_has_gists) and bool(layout.is_gist.any()):
+        raise ValueError(
+            "a shared cache cannot take gist tokens after its context: pass a cache of its own, "
+            "GistStore.batch(names) or the one that shared() was called on"
+        )
+    if plan.after.gist_rows is not state.gist_rows and not torch.equal(plan.after.gist_rows, state.gist_rows):
+        raise ValueError("a shared cache keeps all rows of its context: this gist_layout would drop or add some")
