@@ -32,10 +32,10 @@ from evaluation import answer_samples
 from gistkern import GistHandle
 from gistkern.training import Curriculum, GistDataCollator
 from metrics import digit_accuracy, parsed, rows_of, wilson
-from optimizer import Optimizers
 from passkey.command_line import at_least, errors_as_one_line, output_file, output_folder
 from passkey.haystack import LANGUAGES
 from passkey.niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
+from passkey.optimizer import AskedRate, MuonAdamW, grouped
 from passkey.readers import GistReader
 from results import environment, read_json, write_json
 
@@ -50,7 +50,9 @@ def train(configuration: Configuration, budget: Budget, seed: int) -> tuple[Gist
     """A model trained on the budget, and how that went."""
     handle = configuration.build(seed)
     model = handle.model.train()
-    optimizers = Optimizers(model, budget.muon_factor, budget.adamw_factor, budget.adamw_betas)
+    groups = grouped(model.named_parameters(), 1.0, budget.muon_factor, budget.adamw_factor)
+    optimizer = MuonAdamW(groups, betas=budget.adamw_betas, weight_decay=0.01)
+    schedule = AskedRate(optimizer, lambda: _learning_rate(budget, curriculum.step, rows / budget.rows, len(answers)))
     collate = GistDataCollator(0, handle, **configuration.compression)
     haystack = _training_haystack(budget.language, seed)
     # the budget ends the run, never the last stage's steps
@@ -71,7 +73,9 @@ def train(configuration: Configuration, budget: Budget, seed: int) -> tuple[Gist
             logits = output.logits[:, :-1]
             F.cross_entropy(logits.flatten(0, 1), answers.flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizers.step(_learning_rate(budget, curriculum.step, rows / budget.rows, len(answers)))
+            schedule.ask()
+            optimizer.step()
+            optimizer.zero_grad()
             curriculum.update((logits.argmax(-1) == answers).float().mean().item())
             rows += labels.numel()
             contexts += len(answers)

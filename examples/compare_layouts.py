@@ -15,8 +15,9 @@ import torch
 
 from gistkern import GistHandle, patch_llama
 from gistkern.training import GistDataCollator, Stage
-from models import tiny_llama
+from passkey.models import random_llama
 from passkey.niah import Haystack
+from passkey.settings import preset_file, read_settings
 
 __all__ = ["BUDGETS", "CAPACITY", "GIST_COUNTS", "GRID", "LAYOUTS", "Budget", "Configuration", "draw_batch", "feature"]
 
@@ -140,7 +141,7 @@ class Configuration:
     def build(self, seed: int) -> GistHandle:
         """The tiny model before its training, patched."""
         return patch_llama(
-            tiny_llama(seed),
+            random_llama(read_settings(preset_file("tiny"), seed)),
             num_gist_tokens=self.gists,
             num_segment_gist_tokens=SEGMENT_GISTS if self.layout == "hierarchical" else 0,
             positions=self.positions,

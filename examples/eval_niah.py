@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
 
 if TYPE_CHECKING:
-    from opened import Opened
     from passkey.niah import Sample
+    from passkey.trained import Trained
 
 __all__ = ["main"]
 
@@ -58,29 +58,17 @@ def main(arguments: list[str] | None = None) -> None:
 
         from evaluation import evaluate_run
         from passkey.samples import read_samples
+        from passkey.trained import open_trained
 
         torch.set_num_threads(given.threads)
         if given.dataset is None:
             _refuse_options_of_datasets(given)
         datasets = [read_samples(path, given.limit) for path in given.dataset or ()]
-        opened = _open(_snapshot(given.checkpoint, Path(folder)), given.checkpoint, given.model)
+        trained = open_trained(_snapshot(given.checkpoint, Path(folder)), given.model)
         if given.dataset is None:
-            evaluate_run(opened, given.output, full=given.full, overwrite=given.overwrite)
+            evaluate_run(trained, given.output, full=given.full, overwrite=given.overwrite)
         else:
-            _evaluate(opened, datasets, given)
-
-
-def _open(snapshot: Path, path: Path, model: str | None) -> Opened:
-    from checkpoints import recipe_of
-    from opened import open_preset
-
-    if recipe_of(path) is None:
-        if model is not None:
-            raise ValueError(f"--model is for adapters of a recipe, {path} is of a preset")
-        return open_preset(snapshot)
-    from llama3 import open_trained  # brings the Trainer
-
-    return open_trained(snapshot, model, recipe_of(path))
+            _evaluate(trained, datasets, given)
 
 
 def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
@@ -92,24 +80,24 @@ def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
             )
 
 
-def _evaluate(opened: Opened, datasets: list[list[Sample]], given: argparse.Namespace) -> None:
+def _evaluate(trained: Trained, datasets: list[list[Sample]], given: argparse.Namespace) -> None:
     from evaluation import BATCH, answer_samples, build_report, first_of
     from metrics import rows_of
-    from opened import SWAPPED
     from passkey.global_tasks import GlobalSample
+    from passkey.trained import SWAPPED
     from report import write_report
 
     samples = first_of(datasets)
-    reader = opened.reader(given.new_tokens)
+    reader = trained.reader(given.new_tokens)
     options = {"batch": given.batch or BATCH, "overwrite": given.overwrite}
     answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
     passkeys = [sample for sample in samples if not isinstance(sample, GlobalSample)]
     probe = sorted(passkeys, key=lambda sample: -sample.tokens)[:SWAPPED]
-    report = build_report(opened, reader, answers, probe, _measured(opened, samples) if given.measure else None)
+    report = build_report(trained, reader, answers, probe, _measured(trained, samples) if given.measure else None)
     if given.full:
         stream = given.output / "answers-full.jsonl"
         full = answer_samples(
-            opened.full_reader(given.new_tokens),
+            trained.full_reader(given.new_tokens),
             first_of(datasets, given.full),
             stream=stream,
             show="full context",
@@ -119,23 +107,23 @@ def _evaluate(opened: Opened, datasets: list[list[Sample]], given: argparse.Name
     write_report(report, given.output)
 
 
-def _measured(opened: Opened, samples: list[Sample]) -> dict[str, Any]:
+def _measured(trained: Trained, samples: list[Sample]) -> dict[str, Any]:
     from measure import side_by_side
     from throughput import BATCHES
 
-    if opened.preset is None:
-        raise ValueError("--measure loads presets only: leave it out for an adapter of a recipe")
-    longest = max(samples, key=lambda sample: sample.tokens)
-    return side_by_side(opened.preset[0], opened.tokenizer, longest, opened.compression, BATCHES)
+    if trained.settings.quantization:
+        raise ValueError("--measure is for models that are not quantized: leave it out")
+    return side_by_side(trained, max(samples, key=lambda sample: sample.tokens), BATCHES)
 
 
 def _snapshot(path: Path, folder: Path) -> Path:
     """A copy of the checkpoint: training deletes old ones, and an evaluation may take longer than it keeps them."""
-    from checkpoints import newest
+    from passkey.trained import newest, settings_file
 
     while True:
         checkpoint = newest(path)
         try:
+            shutil.copy(settings_file(checkpoint), folder)
             return shutil.copytree(checkpoint, folder / checkpoint.name, ignore=shutil.ignore_patterns("optimizer*"))
         except (shutil.Error, FileNotFoundError):
             if newest(path) == checkpoint:

@@ -1,6 +1,6 @@
 """Accuracy of a model from the gist rows alone: greedy, compressed before the question is seen.
 
-What is asked is a reader (readers.py); what was trained, and how it is reported, comes opened (opened.py).
+What is asked is a reader (readers.py); what was trained, and how it is reported, comes opened (trained.py).
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from answers import AnswerFile
-from gistkern import GistHandle
+from gistkern.training import Share
 from measure import side_by_side
 from metrics import Answer, judged, parsed, rows_of, task_of
-from opened import Opened
+from passkey.data import PasskeyData
 from passkey.niah import Sample
 from passkey.readers import GistReader, Reader
-from presets import Preset
-from task import answer_logits, haystacks, make_batch
+from passkey.trained import Trained
 
 __all__ = ["answer_samples", "build_report", "evaluate_run", "first_of", "swap_test"]
 
@@ -120,7 +118,7 @@ def swap_test(reader: GistReader, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def build_report(
-    opened: Opened,
+    trained: Trained,
     reader: GistReader,
     answers: Sequence[Answer],
     probe: Sequence[Sample],
@@ -132,7 +130,7 @@ def build_report(
     """
     model = reader.model
     return {
-        **opened.about,
+        **trained.about,
         "model": {
             "type": model.config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -147,41 +145,44 @@ def build_report(
     }
 
 
-def evaluate_run(opened: Opened, run: Path, seed: int = 1, *, full: int = 0, overwrite: bool = True) -> dict[str, Any]:
-    """Evaluate what was trained on its own held-out grid and write report.json, report.md and the plots.
+def evaluate_run(
+    trained: Trained, run: Path, seed: int = 1, *, full: int = 0, overwrite: bool = True
+) -> dict[str, Any]:
+    """Ask what was trained its settings' held-out questions and write report.json, report.md and the plots.
 
-    The first `full` questions of each of the grid's rows are also asked with the whole context in sight; `overwrite`
+    The first `full` questions of each of the settings' rows are also asked with the whole context in sight; `overwrite`
     replaces the answers of another evaluation in the folder.
     """
     from report import write_report
 
-    reader, datasets = opened.reader(), opened.datasets(seed)
-    title = f"evaluating {opened.about['preset']}"
+    reader, datasets, settings = trained.reader(), trained.datasets(seed), trained.settings
+    title = f"evaluating {settings.name}"
     answers = answer_samples(reader, first_of(datasets), stream=run / "answers.jsonl", overwrite=overwrite, show=title)
-    probe = opened.probe(seed + 1)
-    measured = side_by_side(opened.preset[0], opened.tokenizer, probe[0], opened.compression) if opened.preset else None
-    report = build_report(opened, reader, answers, probe, measured)
+    probe = trained.probe(seed + 1)
+    measured = None if settings.quantization else side_by_side(trained, probe[0])
+    report = build_report(trained, reader, answers, probe, measured)
     report["evaluation_seed"] = seed
     if full:
         stream = run / "answers-full.jsonl"
         options = {"stream": stream, "overwrite": overwrite, "show": f"{title}, full context"}
-        report["full_context"] = rows_of(answer_samples(opened.full_reader(), first_of(datasets, full), **options))
-    if opened.preset and opened.preset[1].leak:
-        report["context_visible"] = context_visible(opened.handle, opened.tokenizer, opened.preset[1], seed)
+        report["full_context"] = rows_of(answer_samples(trained.full_reader(), first_of(datasets, full), **options))
+    if settings.data.leak:
+        report["context_visible"] = context_visible(trained, seed)
     write_report(report, run)
     return report
 
 
-def context_visible(handle: GistHandle, tokenizer: Tokenizer, settings: Preset, seed: int) -> list[dict[str, Any]]:
+@torch.no_grad()
+def context_visible(trained: Trained, seed: int) -> list[dict[str, Any]]:
     """Exact match of a model trained with `--leak` while the context is still in sight, as in its training."""
-    found = []
-    stage = replace(settings.stages[-1], batch_size=50)
-    drawn = haystacks(settings, tokenizer, True, str(seed))
-    for language in drawn:
-        alone = replace(settings, languages=(language,))
-        batch = make_batch(drawn, handle, stage, alone, random.Random(f"{seed}-{language}"))
-        with torch.no_grad():
-            said = answer_logits(handle.model, batch, leak=True).argmax(-1)
-        hits = (said == batch.answers).all(1).float().mean().item()
+    found, settings = [], replace(trained.settings, seed=seed)
+    stage = replace(settings.curriculum.stages[-1], batch_size=50)
+    for language in settings.data.languages:
+        alone = replace(settings, data=replace(settings.data, languages=(language,)))
+        data = PasskeyData(alone, alone.curriculum.made(), trained.handle, trained.tokenizer, held_out=True)
+        batch = data.batch(stage, random.Random(f"{seed}-{language}"), Share())
+        said = trained.model(batch["input_ids"], gist_layout=batch["gist_layout"], use_cache=False).logits.argmax(-1)
+        wanted = batch["labels"][:, 1:]
+        hits = ((said[:, :-1] == wanted) | (wanted == -100)).all(1).float().mean().item()
         found.append({"language": language, "n": len(said), "exact": hits})
     return found

@@ -10,15 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
-from checkpoints import load_model
 from passkey.niah import Sample
+from passkey.trained import Trained, open_trained
 from throughput import (
     NEW_TOKENS,
     QUESTIONS,
@@ -41,51 +40,43 @@ FREED_MEMORY_GOES_BACK = {
 }
 
 
-def side_by_side(
-    checkpoint: Path, tokenizer: Tokenizer, sample: Sample, compression: Mapping[str, int], batches: Sequence[int] = ()
-) -> dict[str, Any]:
+def side_by_side(trained: Trained, sample: Sample, batches: Sequence[int] = ()) -> dict[str, Any]:
     """Time to first token, decode speed, reuse and peak memory with gist rows and with the full-context cache.
 
     Both read the same context with the same weights; the full cache is transformers' own DynamicCache on the
     unpatched model. The time to the first token includes compressing. Decoding of `batches` larger than one is
     measured on request: it is what takes longest.
     """
+    compression = trained.compression
     context, question = (
-        torch.tensor([tokenizer.encode(text, add_special_tokens=False).ids])
+        torch.tensor([trained.tokenizer(text, add_special_tokens=False)["input_ids"]])
         for text in (sample.context, sample.question)
     )
-    full_model, handle, _ = load_model(checkpoint)
-    handle.unpatch()
-    sides = {
-        "gist": gist_side(load_model(checkpoint)[0], context, compression),
-        "full": full_side(full_model, context),
-    }
+    full = open_trained(trained.checkpoint, trained.source)
+    full.handle.unpatch()
+    sides = {"gist": gist_side(trained.model, context, compression), "full": full_side(full.model, context)}
     times = rounds(sides, question)
     return {
         "tokens": sample.tokens,
         "runs": ROUNDS,
         "new_tokens": NEW_TOKENS,
         "threads": torch.get_num_threads(),
-        **{
-            name: {**measured, **_peaks(checkpoint, name, context, question, compression)}
-            for name, measured in times.items()
-        },
+        **{name: {**measured, **_peaks(trained, name, context, question)} for name, measured in times.items()},
         "questions": QUESTIONS,
         "paying_questions": paying_questions(times["gist"], times["full"]),
         "decode_by_batch": decode_by_batch(sides, question, batches) if batches else [],
     }
 
 
-def _peaks(
-    checkpoint: Path, which: str, context: torch.Tensor, question: torch.Tensor, compression: Mapping[str, int]
-) -> dict[str, Any]:
+def _peaks(trained: Trained, which: str, context: torch.Tensor, question: torch.Tensor) -> dict[str, Any]:
     """Growth of the peak resident set in prefill and, from what prefill left, in decode; None off Linux."""
     request = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(trained.checkpoint),
+        "source": trained.source,
         "which": which,
         "context": context.tolist(),
         "question": question.tolist(),
-        "compression": dict(compression),
+        "compression": trained.compression,
     }
     command = [sys.executable, str(Path(__file__))]
     environment = os.environ | FREED_MEMORY_GOES_BACK
@@ -98,10 +89,11 @@ def _peaks(
 def _measure_in_this_process() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(1)
-    model, handle, _ = load_model(Path(request["checkpoint"]))
+    trained = open_trained(request["checkpoint"], request["source"])
+    model = trained.model
     context, question = torch.tensor(request["context"]), torch.tensor(request["question"])
     if request["which"] == "full":
-        handle.unpatch()
+        trained.handle.unpatch()
 
     def side(ids: torch.Tensor) -> Side:
         return gist_side(model, ids, request["compression"]) if request["which"] == "gist" else full_side(model, ids)

@@ -59,16 +59,15 @@ def _run(given: argparse.Namespace) -> None:
     # only here: they take seconds to load, and a wrong argument is refused without them
     import torch
 
-    from checkpoints import newest
     from gistkern import compress_corpus
-    from opened import open_preset
+    from passkey.trained import open_trained
 
     torch.set_num_threads(given.threads)
-    opened = open_preset(newest(given.checkpoint))
+    opened = open_trained(given.checkpoint)
     longest = max(opened.datasets(given.seed), key=lambda samples: samples[0].tokens)
     reader, samples = opened.reader(), longest[: given.documents]
-    encoded = opened.tokenizer.encode_batch([one.context for one in samples], add_special_tokens=False)
-    contexts = {sample.id: [*opened.start, *one.ids] for sample, one in zip(samples, encoded, strict=True)}
+    encoded = opened.tokenizer([one.context for one in samples], add_special_tokens=False)["input_ids"]
+    contexts = {sample.id: [*opened.start, *ids] for sample, ids in zip(samples, encoded, strict=True)}
     store = compress_corpus(opened.model, contexts, given.output / "corpus", **opened.compression)
     queue = samples * given.requests
     random.Random(given.seed).shuffle(queue)
@@ -81,7 +80,7 @@ def _run(given: argparse.Namespace) -> None:
     opened.handle.unpatch()
     vars(opened.model.config).pop("gistkern", None)  # the settings of a checkpoint that was written patched
     opened.model.save_pretrained(given.output / "model")
-    opened.tokenizer.save(str(given.output / "model" / "tokenizer.json"))
+    opened.tokenizer.save_pretrained(given.output / "model")
     right = sum(one["said"] == one["answer"] for one in requests)
     print(f"{right} of {len(requests)} answers right, about {len(samples)} documents of {samples[0].tokens} tokens")
 

@@ -4,13 +4,14 @@
     python examples/train_niah.py --resume              # go on after an interruption, bit for bit
     python examples/train_niah.py --leak                # the mask off: the original failure, reproduced
     python examples/train_niah.py --preset smollm2      # a pretrained model, LoRA and gist rows
-    python examples/train_niah.py --preset llama3-8b    # a recipe of configs/, through transformers' Trainer (GPU)
+    python examples/train_niah.py --preset llama3-8b    # 4-bit weights (GPU)
     python examples/train_niah.py --preset llama3-8b --dry-run          # the same code at tiny dimensions, on CPU
+    python examples/train_niah.py --preset mine.yaml    # settings of your own, like those in configs/
     torchrun --nproc-per-node 2 examples/train_niah.py                  # the same batches, shared by two processes
-    torchrun --nproc-per-node 2 examples/train_niah.py --fsdp --accumulate 2    # the model shared, in micro-batches
-    accelerate launch --multi_gpu --num_processes 2 examples/train_niah.py      # as torchrun, GPUs or not
+    accelerate launch --num_processes 2 examples/train_niah.py          # the same; or as your accelerate config says
 
-Writes to runs/<preset>/: checkpoints, log.jsonl, and the evaluation's report.json, report.md and heatmap.png.
+Writes to runs/<preset>/: checkpoints of transformers' Trainer, log.jsonl, settings.json, and the evaluation's
+report.json, report.md and plots.
 """
 
 from __future__ import annotations
@@ -20,18 +21,12 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from passkey.command_line import at_least, errors_as_one_line, output_folder
-from presets import PRESETS, RECIPES, preset
-from results import newest_whole
-
-if TYPE_CHECKING:
-    from opened import Opened
 
 __all__ = ["main"]
 
@@ -39,8 +34,8 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=sorted({*PRESETS, *RECIPES}))
-    parser.add_argument("--seed", type=int, help="of the presets that are no recipe of configs/; 0 by default")
+    parser.add_argument("--preset", default="tiny", help="a file of examples/configs/, or a .yaml file of your own")
+    parser.add_argument("--seed", type=at_least(0), help="instead of the settings' own, which is 0 unless they say")
     parser.add_argument("--leak", action="store_true", help="train with the mask off, to see what a leak does")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
@@ -51,81 +46,59 @@ def main(arguments: list[str] | None = None) -> None:
         default=1,
         help="two are faster than one on idle cores, and need OMP_WAIT_POLICY=PASSIVE on busy ones",
     )
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N micro-batches")
-    parser.add_argument("--fsdp", action="store_true", help="share the model between processes (FSDP2), not copy it")
-    parser.add_argument("--model", help="of a recipe: folder or hub name of its base model, instead of its own")
-    parser.add_argument("--tokenizer", help="of a recipe: folder or hub name; by default the model's")
-    parser.add_argument("--dry-run", action="store_true", help="of a recipe: step through it at tiny dimensions")
+    parser.add_argument("--accumulate", type=at_least(1), metavar="N", help="compute each batch in N micro-batches")
+    parser.add_argument("--model", help="folder or hub name of the pretrained model, instead of the settings' own")
+    parser.add_argument("--tokenizer", help="folder or hub name; by default the model's")
+    parser.add_argument("--dry-run", action="store_true", help="of a pretrained preset: step through it, tiny")
     given = parser.parse_args(arguments)
-    run = given.run or Path("runs") / (f"{given.preset}-leak" if given.leak else given.preset)
     command = sys.argv[1:] if arguments is None else arguments
+    run = given.run or Path("runs") / f"{Path(given.preset).stem}{'-leak' * given.leak}"
     with errors_as_one_line(parser), _stopping_cleanly(run, command):
-        output_folder(str(run))
-        import torch
-
-        torch.set_num_threads(given.threads)
-        (_recipe if given.preset in RECIPES else _preset)(given, run)
+        _train(given, output_folder(str(run)))
 
 
-def _recipe(given: argparse.Namespace, run: Path) -> None:
-    if given.leak or given.seed is not None or given.accumulate != 1 or given.fsdp:
-        raise ValueError(
-            f"{given.preset} is a recipe: its file sets seed and accumulation, accelerate's settings how it is "
-            "shared, and it has no --leak"
-        )
-    from llama3 import open_trained, train_from_config  # brings the Trainer, which nothing else needs
+def _train(given: argparse.Namespace, run: Path) -> None:
+    # here and below: what takes seconds to load, and a wrong argument is refused without
+    from passkey.settings import preset_file, read_settings
 
-    adapter = train_from_config(
-        RECIPES[given.preset],
-        run,
-        given.model,
-        given.tokenizer,
-        resume=given.resume,
-        overwrite=given.overwrite,
-        dry_run=given.dry_run,
-    )
-    if adapter is not None:
-        _evaluate(partial(open_trained, adapter, given.model), run, ["--checkpoint", str(adapter)], given.model)
+    settings = read_settings(preset_file(given.preset, given.leak), given.seed)
+    import torch
 
+    from passkey.training import dry, train
 
-def _preset(given: argparse.Namespace, run: Path) -> None:
-    if given.model or given.tokenizer or given.dry_run:
-        raise ValueError(f"--model, --tokenizer and --dry-run are for recipes ({', '.join(sorted(RECIPES))})")
-    if given.accumulate < 1:
-        raise ValueError(f"--accumulate counts micro-batches, at least 1, got {given.accumulate}")
-    settings = preset(given.preset, given.leak)
-    from checkpoints import latest
-    from opened import open_preset
-    from ranks import Ranks
-    from training_run import train
-
-    ranks = Ranks.started(given.fsdp)
+    torch.set_num_threads(given.threads)
+    if given.dry_run:
+        if given.model or given.tokenizer:
+            raise ValueError("a dry run makes its own model and tokenizer: leave them out")
+        settings = dry(settings, run)
+    elif (given.model or given.tokenizer) and not settings.model.name:
+        raise ValueError(f"--model and --tokenizer are for pretrained models, {settings.name}'s weights are random")
+    how = {"resume": given.resume, "overwrite": given.overwrite, "accumulate": given.accumulate}
     try:
-        checkpoint = train(settings, given.seed or 0, run, given.resume, given.overwrite, ranks, given.accumulate)
+        checkpoint = train(settings, run, given.model, given.tokenizer, **how)
     except RuntimeError as error:
-        if ranks.count == 1 or "onnection" not in str(error):
+        if "RANK" not in os.environ or "onnection" not in str(error):
             raise
-        whole = latest(run)
-        again = f"--resume: {whole} is whole" if whole else "--overwrite: there is no checkpoint yet"
         raise SystemExit(
-            f"process {ranks.index} of {ranks.count} stops: {str(error).splitlines()[0]}\nMost likely another process "
-            f"of this run has ended, see what it said. Start the command again with {again}"
+            f"process {os.environ['RANK']} stops: {str(error).splitlines()[0]}\nMost likely another process of this "
+            "run has ended, see what it said. Go on with --resume from the newest checkpoint."
         ) from error
-    ranks.leave()
-    if ranks.is_main:
-        _evaluate(partial(open_preset, checkpoint), run, ["--checkpoint", str(run)])
+    if checkpoint is not None:
+        _evaluate(run, given.model)
 
 
-def _evaluate(opened: Callable[[], Opened], run: Path, checkpoint: list[str], model: str | None = None) -> None:
+def _evaluate(run: Path, model: str | None) -> None:
     """Evaluate what was trained; Ctrl-C loses no answer."""
     try:
         from evaluation import evaluate_run
+        from passkey.trained import open_trained
 
-        evaluate_run(opened(), run)
+        evaluate_run(open_trained(run, model), run)
     except KeyboardInterrupt:
         script = str(Path(sys.argv[0]).with_name("eval_niah.py"))
         model_of = [] if model is None else ["--model", model]
-        _say_stopped("training is over", [_python(), script, *checkpoint, *model_of, "--output", str(run)])
+        command = [_python(), script, "--checkpoint", str(run), *model_of, "--output", str(run)]
+        _say_stopped("training is over", command)
 
 
 @contextmanager
@@ -134,6 +107,8 @@ def _stopping_cleanly(run: Path, arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from passkey.trained import newest_whole
+
         whole = newest_whole(run)
         launcher = [_python()]
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -151,14 +126,6 @@ def _say_stopped(where: str, command: Sequence[str]) -> NoReturn:
 
 def _python() -> str:
     return sys.executable or "python"
-
-
-def __getattr__(name: str) -> Any:
-    if name != "train":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from training_run import train  # with all that it brings, which takes seconds: not before arguments are read
-
-    return train
 
 
 if __name__ == "__main__":

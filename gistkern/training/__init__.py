@@ -12,11 +12,14 @@ _EXPORTS = {
     "GistDataCollator": "gistkern.training.collator",
     "GistTrainer": "gistkern.training.trainer",
     "Objectives": "gistkern.training.objectives",
+    "Share": "gistkern.training.steps",
     "Stage": "gistkern.training.curriculum",
+    "StepDataset": "gistkern.training.steps",
     "answer_loss": "gistkern.training.objectives",
     "distillation_loss": "gistkern.training.objectives",
     "ignore_gist_labels": "gistkern.training.labels",
     "reconstruction_loss": "gistkern.training.objectives",
+    "unlabelled": "gistkern.training.steps",
 }
 
 __all__ = [
@@ -25,11 +28,14 @@ __all__ = [
     "GistDataCollator",
     "GistTrainer",
     "Objectives",
+    "Share",
     "Stage",
+    "StepDataset",
     "answer_loss",
     "distillation_loss",
     "ignore_gist_labels",
     "reconstruction_loss",
+    "unlabelled",
 ]
 
 if TYPE_CHECKING:
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from gistkern.training.curriculum import Curriculum, Stage
     from gistkern.training.labels import ignore_gist_labels
     from gistkern.training.objectives import Objectives, answer_loss, distillation_loss, reconstruction_loss
+    from gistkern.training.steps import Share, StepDataset, unlabelled
     from gistkern.training.trainer import GistTrainer
 
 

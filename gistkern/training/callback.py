@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from gistkern.training.curriculum import Curriculum
 from gistkern.training.interrupt import Interrupt
-from gistkern.training.log_file import entries_before
 
 __all__ = ["GistCallback"]
 
@@ -22,7 +22,8 @@ class GistCallback(TrainerCallback, ExportableState):
     `GistTrainer` adds one by itself. With another Trainer it can be passed for the log alone.
 
     The curriculum's state is part of a checkpoint's trainer_state.json, and comes back with
-    ``trainer.train(resume_from_checkpoint=...)``. Training ends when the curriculum is finished.
+    ``trainer.train(resume_from_checkpoint=...)``, with the processor seconds (of all threads of this process) that the
+    training has taken. Training ends when the curriculum is finished, with a checkpoint.
 
     Parameters
     ----------
@@ -48,25 +49,28 @@ class GistCallback(TrainerCallback, ExportableState):
         self.accuracy: float | None = None
         self.interrupt: Interrupt | None = None
         self.saved_at_interrupt: str | None = None
+        self._cpu_seconds = 0.0
 
     def state(self) -> dict[str, Any]:
         """What transformers writes into trainer_state.json."""
         state = None if self.curriculum is None else self.curriculum.state_dict()
-        return {"args": {}, "attributes": {"curriculum": state}}
+        return {"args": {}, "attributes": {"curriculum": state, "cpu_seconds": self._cpu_seconds + time.process_time()}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Restore the curriculum of a checkpoint, and take back the log to where it was written."""
         self.saved_at_interrupt = None
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        attributes = saved["attributes"] if isinstance(saved, dict) else {}
+        self._cpu_seconds = attributes.get("cpu_seconds", 0.0) - time.process_time()
         if state.global_step and self.curriculum is not None:
-            self._restore(state.stateful_callbacks.get(type(self).__name__))
+            self._restore(attributes.get("curriculum"))
         if self.log_file is not None and state.is_world_process_zero:
             path = Path(args.output_dir) / self.log_file
             path.parent.mkdir(parents=True, exist_ok=True)
             # an entry is written after its step
-            path.write_text(entries_before(path, state.global_step + 1) if state.global_step else "")
+            path.write_text(_entries_before(path, state.global_step + 1) if state.global_step else "")
 
-    def _restore(self, saved: Any) -> None:
-        found = saved["attributes"]["curriculum"] if isinstance(saved, dict) else None
+    def _restore(self, found: Any) -> None:
         if found is None or self.curriculum is None:
             raise ValueError(
                 "the checkpoint holds no state of a curriculum: it was written without one; resume without one, or "
@@ -85,7 +89,9 @@ class GistCallback(TrainerCallback, ExportableState):
                 )
             self.curriculum.update(self.accuracy)
             self.accuracy = None
-            control.should_training_stop |= self.curriculum.finished
+            if self.curriculum.finished:
+                control.should_training_stop = True
+                control.should_save |= args.save_strategy != "no"  # as at max_steps, which a gate may have saved
         if self.interrupt is not None and self._interrupted_anywhere(args):
             if not control.should_training_stop:
                 self.saved_at_interrupt = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -104,3 +110,19 @@ class GistCallback(TrainerCallback, ExportableState):
         if self.log_file is not None and state.is_world_process_zero:
             with (Path(args.output_dir) / self.log_file).open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _entries_before(path: Path, step: int) -> str:
+    """The lines of a log below `step`, at which a run goes on and will write its own.
+
+    A line torn by a kill ends the log; a file that is not there is an empty one.
+    """
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if entry["step"] < step:
+            kept.append(line + "\n")
+    return "".join(kept)

@@ -14,6 +14,8 @@ from typing import Any
 
 __all__ = ["Curriculum", "Stage"]
 
+MEASURES = ("token_accuracy", "exact")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -36,7 +38,7 @@ class Stage:
     keys : (int, int)
         Keys (needles) per context.
     batch_size : int
-        Contexts per step, for loops of your own; a Trainer takes its own argument.
+        Contexts per step, for a `StepDataset` and loops of your own; other data sets take a Trainer's argument.
 
     Raises
     ------
@@ -89,6 +91,8 @@ class Curriculum:
         At least 1.
     smoothing : float
         Weight of the past in the running accuracy, in [0, 1).
+    measure : str
+        Which accuracy the gates are about, for the trainer that measures it: ``"token_accuracy"`` or ``"exact"``.
 
     Attributes
     ----------
@@ -102,7 +106,7 @@ class Curriculum:
     Raises
     ------
     ValueError
-        For no stages, a gate on the last one (nothing would read it), or bad numbers.
+        For no stages, a gate on the last one (nothing would read it), an unknown measure or bad numbers.
 
     Examples
     --------
@@ -115,15 +119,22 @@ class Curriculum:
     ((50, 3000), False)
     """
 
-    def __init__(self, stages: Sequence[Stage], patience: float = 1.5, smoothing: float = 0.95) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        patience: float = 1.5,
+        smoothing: float = 0.95,
+        measure: str = "token_accuracy",
+    ) -> None:
         _check(len(stages) > 0, "a curriculum needs at least one stage")
         for place, stage in enumerate(stages):
             _check(isinstance(stage, Stage), f"stage {place} must be a Stage, got {type(stage).__name__}")
         _check(stages[-1].gate == 0, f"the last stage has a gate of {stages[-1].gate}, which leads nowhere: set gate=0")
         _check(patience >= 1, f"patience must be at least 1, got {patience!r}")
         _check(0 <= smoothing < 1, f"smoothing must lie in [0, 1), got {smoothing!r}")
+        _check(measure in MEASURES, f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
         self.stages = tuple(stages)
-        self.patience, self.smoothing = patience, smoothing
+        self.patience, self.smoothing, self.measure = patience, smoothing, measure
         self.index = self.step = self.stage_step = 0
         self.running_accuracy = 0.0
         self.finished = False
@@ -205,7 +216,8 @@ class Curriculum:
 
     def _settings(self) -> dict[str, Any]:
         stages = json.loads(json.dumps([asdict(stage) for stage in self.stages]))  # tuples become lists
-        return {"stages": stages, "patience": self.patience, "smoothing": self.smoothing}
+        names = ("patience", "smoothing", "measure")
+        return {"stages": stages, **{name: getattr(self, name) for name in names}}
 
 
 _STATE = ("index", "step", "stage_step", "running_accuracy", "finished")

@@ -155,12 +155,12 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def _teacher_tail(model: nn.Module, batch: Mapping[str, Any]) -> Tail:
+def _teacher_tail(model: nn.Module, batch: Mapping[str, Any], required: bool = True) -> Tail:
     base = bare(model)
     if bool(handle_of(base).is_gist(batch["input_ids"]).any()):
         raise ValueError("the teacher's stream holds gist tokens: it is context, question and answer alone")
     with _adapters_off(base):
-        return tail_of_batch(base, batch)
+        return tail_of_batch(base, batch, required)
 
 
 def _divergence(student: Tail, taught: Tail, temperature: float, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -249,13 +249,14 @@ class Objectives:
         for name, key, argument in needs:
             if getattr(self, name) and key not in batch:
                 raise ValueError(f"{name} needs batch[{key!r}]: give the GistDataCollator {argument}")
-        taught = _teacher_tail(model, batch["teacher"]) if self.distillation else None
-        tail = tail_of_batch(model, batch)
+        required = num_items is None  # counted elsewhere: some other process or micro-batch has labels
+        taught = _teacher_tail(model, batch["teacher"], required) if self.distillation else None
+        tail = tail_of_batch(model, batch, required)
         parts = {"answer": tail.cross_entropy(num_items)}
         if taught is not None:
             parts["distillation"] = _divergence(tail, taught, self.temperature, num_items)
         if self.reconstruction:
-            again = tail_of_batch(model, batch["reconstruction"])
+            again = tail_of_batch(model, batch["reconstruction"], reconstruction_items is None)
             parts["reconstruction"] = again.cross_entropy(reconstruction_items)
         weighted = [getattr(self, name) * value for name, value in parts.items() if getattr(self, name)]
         return Losses(torch.stack(weighted).sum(), {name: value.detach() for name, value in parts.items()}, tail)

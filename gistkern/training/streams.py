@@ -79,13 +79,12 @@ class Streams:
         batch: dict[str, Any] = labeled(rows, answers, pad_id)
         if self.segment_gist_token_ids:
             counts = len(self.segment_gist_token_ids), len(self.gist_token_ids)
-            layouts = [
-                GistLayout.hierarchical(
-                    [len(part) for part in parts], *counts, tail=len(tail), sink_tokens=self.sink_tokens
-                )
-                for parts, tail in zip(cut, tails, strict=True)
-            ]
-            batch["gist_layout"] = GistLayout.stack(layouts, "left")
+            shapes = [(*map(len, parts), len(tail)) for parts, tail in zip(cut, tails, strict=True)]
+            made = {  # rows of equal lengths have equal layouts
+                shape: GistLayout.hierarchical(shape[:-1], *counts, tail=shape[-1], sink_tokens=self.sink_tokens)
+                for shape in set(shapes)
+            }
+            batch["gist_layout"] = GistLayout.stack([made[shape] for shape in shapes], "left")
         return batch
 
     def _segments(self, context: torch.Tensor) -> list[torch.Tensor]:

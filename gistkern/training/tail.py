@@ -20,10 +20,14 @@ __all__ = ["Tail", "bare", "tail_of", "tail_of_batch"]
 
 @dataclass(frozen=True)
 class Tail:
-    """Logits ``[B, T, vocabulary]`` and the labels ``[B, T]`` that they predict, -100 where there is none."""
+    """Logits ``[B, T, vocabulary]`` and the labels ``[B, T]`` that they predict, -100 where there is none.
+
+    `answer` ``[T]`` numbers the answers within a row: columns that stand side by side in the stream are of one.
+    """
 
     logits: torch.Tensor
     labels: torch.Tensor
+    answer: torch.Tensor
 
     def labeled(self) -> torch.Tensor:
         """bool ``[B, T]``."""
@@ -41,12 +45,14 @@ class Tail:
 
     @torch.no_grad()
     def counts(self) -> torch.Tensor:
-        """int64 ``[4]``: labels that the most likely token hits, labels, samples with all hit, samples with labels."""
+        """int64 ``[4]``: labels that the most likely token hits, labels, answers with all hit, answers with labels."""
         wanted = self.labeled()
         right = (self.logits.argmax(-1) == self.labels) & wanted
-        samples = wanted.any(1)
-        exact = (right == wanted).all(1) & samples
-        return torch.stack([right.sum(), wanted.sum(), exact.sum(), samples.sum()])
+        both = torch.stack([right, wanted]).long()
+        of_answers = torch.zeros_like(both).index_add_(2, self.answer, both)
+        answers = of_answers[1] > 0
+        exact = (of_answers[0] == of_answers[1]) & answers
+        return torch.stack([right.sum(), wanted.sum(), exact.sum(), answers.sum()])
 
 
 def bare(model: nn.Module) -> Any:
@@ -60,8 +66,11 @@ def tail_of(
     labels: torch.Tensor,
     layout: GistLayout | None = None,
     attention_mask: torch.Tensor | None = None,
+    required: bool = True,
 ) -> Tail:
     """Run the model; its head computes logits for the columns before a label and for nothing else.
+
+    A batch without labels is an error unless they are not `required`: one process of several may have none.
 
     Raises
     ------
@@ -76,6 +85,8 @@ def tail_of(
     # as in a patched model's own loss: a gist token is never predicted
     targets = labels.masked_fill(handle.is_gist(labels), IGNORED)[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]
+    if not len(columns) and not required:
+        columns = columns.new_tensor([targets.shape[1] - 1])
     if not len(columns):
         raise ValueError("labels holds nothing to predict: label at least one token that is no gist, others -100")
     output = model(
@@ -85,9 +96,11 @@ def tail_of(
         logits_to_keep=columns,
         use_cache=False,
     )
-    return Tail(output.logits, targets[:, columns])
+    gaps = torch.diff(columns, prepend=columns[:1]) > 1
+    return Tail(output.logits, targets[:, columns], gaps.cumsum(0))
 
 
-def tail_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Tail:
+def tail_of_batch(model: nn.Module, batch: Mapping[str, Any], required: bool = True) -> Tail:
     """`tail_of` a batch as `GistDataCollator` makes it."""
-    return tail_of(model, batch["input_ids"], batch["labels"], batch.get("gist_layout"), batch.get("attention_mask"))
+    layout, mask = batch.get("gist_layout"), batch.get("attention_mask")
+    return tail_of(model, batch["input_ids"], batch["labels"], layout, mask, required)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer
 
 from gistkern.hf.handle import handle_of
@@ -17,6 +17,7 @@ from gistkern.training.collator import GistDataCollator
 from gistkern.training.curriculum import Curriculum
 from gistkern.training.interrupt import Interrupt
 from gistkern.training.objectives import Losses, Objectives
+from gistkern.training.steps import Share, StepDataset
 from gistkern.training.streams import IGNORED
 
 __all__ = ["GistTrainer", "answer_metrics"]
@@ -44,8 +45,8 @@ class GistTrainer(Trainer):
     objectives : Objectives, optional
         By default the answer alone. Training only.
     curriculum : Curriculum, optional
-        Fed with the token accuracy of each step, the same on every process. Your data set reads it; the batches
-        that are loaded ahead still come from the stage before.
+        Fed with the accuracy of each step, the same on every process. Your data set reads it; batches that are loaded
+        ahead still come from the stage before, so let it be a `StepDataset`, of which none are.
     log_file : str, optional
         See `GistCallback`.
 
@@ -105,6 +106,9 @@ class GistTrainer(Trainer):
             "a curriculum needs dataloader_num_workers=0: workers are copies that never see it move": curriculum
             is not None
             and arguments.dataloader_num_workers > 0,
+            "a StepDataset has no length: set max_steps": (
+                isinstance(self.train_dataset, StepDataset) and arguments.max_steps < 1
+            ),
         }
         for message, applies in refused.items():
             if applies:
@@ -136,6 +140,10 @@ class GistTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step; the tokens to reconstruct are counted as transformers counts the labels."""
+        if isinstance(data := self.train_dataset, StepDataset):
+            processes, process = self.args.world_size, self.args.process_index
+            shares = (Share(process + place * processes, num_batches * processes) for place in range(num_batches))
+            epoch_iterator = iter([data.draw(self.state.global_step, share) for share in shares])
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         parts = [batch["reconstruction"] for batch in samples if "reconstruction" in batch]
         self._reconstruction_items = self._get_num_items_in_batch(parts, device)
@@ -157,8 +165,9 @@ class GistTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._window_steps += 1
             if self.curriculum is not None:
-                right, wanted, *_ = self.accelerator.reduce(self._step_counts, "sum").tolist()
-                self.gist_callback.accuracy = right / wanted
+                right, wanted, exact, answers = self.accelerator.reduce(self._step_counts, "sum").tolist()
+                by_token = self.curriculum.measure == "token_accuracy"
+                self.gist_callback.accuracy = right / wanted if by_token else exact / answers
             self._step_counts = None
         return loss
 
@@ -182,6 +191,12 @@ class GistTrainer(Trainer):
         super().log(logs, start_time)
 
     # ---- data and checkpoints
+
+    def get_train_dataloader(self):
+        """Of a `StepDataset` only numbers: its batches are drawn when their step begins."""
+        if not isinstance(self.train_dataset, StepDataset):
+            return super().get_train_dataloader()
+        return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
 
     def _set_signature_columns_if_needed(self):
         """The columns that `remove_unused_columns` keeps: the collator reads others than the model."""

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,12 +6,44 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SMOKE = Path(__file__).with_name("smoke.yaml")
 sys.path.insert(0, str(EXAMPLES))
+
+
+def smoke(**changes):
+    """Settings of the smallest training run of the example."""
+    from dataclasses import replace
+
+    from passkey.settings import read_settings
+
+    return replace(read_settings(SMOKE), **changes)
+
+
+def tiny_llama(seed=0):
+    """The tiny preset's model before it is patched."""
+    from passkey.models import random_llama
+
+    return random_llama(smoke(seed=seed))
+
+
+def untrained_run(folder, settings):
+    """A run's folder with the checkpoint of a model that nobody trained."""
+    from passkey.models import patched
+
+    checkpoint = folder / "checkpoint-1"
+    model, _, tokenizer = patched(settings)
+    for one in (model, tokenizer):
+        one.save_pretrained(checkpoint)
+    callback = {"attributes": {"curriculum": {"finished": False}, "cpu_seconds": 1.0}}
+    state = {"global_step": 1, "num_input_tokens_seen": 9, "stateful_callbacks": {"GistCallback": callback}}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "settings.json").write_text(settings.written())
+    return folder
 
 
 def command(*arguments):
     """The smallest training run of the example."""
-    return [sys.executable, str(EXAMPLES / "train_niah.py"), "--preset", "smoke", *map(str, arguments)]
+    return [sys.executable, str(EXAMPLES / "train_niah.py"), "--preset", str(SMOKE), *map(str, arguments)]
 
 
 def run(*arguments):

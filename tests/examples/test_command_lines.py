@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import EXAMPLES, command
+from conftest import EXAMPLES, SMOKE, command, smoke
 from safetensors.torch import load_file
 
 import compare_page
@@ -22,7 +22,7 @@ import report
 import serve_queue
 import train_niah
 import vllm_queue
-from checkpoints import latest
+from passkey.trained import newest_whole
 
 pytestmark = pytest.mark.xdist_group("training")
 
@@ -37,7 +37,7 @@ def changed(**changes):
 @pytest.fixture
 def place(tmp_path):
     """A folder with a file and a folder of each bad kind in it."""
-    run = tmp_path / "run" / "checkpoint-000001"
+    run = tmp_path / "run" / "checkpoint-1"
     run.mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     files = {
@@ -50,9 +50,18 @@ def place(tmp_path):
         "surrogate.jsonl": "\n".join([changed(), changed(question="\ud83d")]),
         "list.jsonl": "[1, 2]",
         "requests.json": '{"requests": [{"document": 1}]}',
-        "run/checkpoint-000001/progress.json": '{"preset": "smoke", "seed": 0, "curriculum": {"step": 1}}',
-        "run/checkpoint-000001/tokenizer.json": "{}",
-        "run/checkpoint-000001/model.safetensors": "nonsense",
+        "run/settings.json": smoke().written(),
+        "run/checkpoint-1/trainer_state.json": json.dumps(
+            {
+                "global_step": 1,
+                "num_input_tokens_seen": 2,
+                "stateful_callbacks": {
+                    "GistCallback": {"attributes": {"cpu_seconds": 1, "curriculum": {"finished": False}}}
+                },
+            }
+        ),
+        "run/checkpoint-1/tokenizer.json": "{}",
+        "run/checkpoint-1/model.safetensors": "nonsense",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -85,8 +94,8 @@ GENERATE = "--tokens 150 --samples 2 --out {new}"
         (eval_niah, f"{EVALUATE} --dataset {{surrogate.jsonl}}", "surrogate.jsonl, line 2 .* question holds half a"),
         (eval_niah, f"{EVALUATE} --dataset {{list.jsonl}}", "list.jsonl, line 1 is no sample"),
         (eval_niah, f"{EVALUATE} --dataset {{null.jsonl}} --batch 0", "--batch: expected at least 1"),
-        (eval_niah, EVALUATE, "tokenizer.json is no tokenizer"),
-        (serve_queue, EVALUATE, "tokenizer.json is no tokenizer"),
+        (eval_niah, EVALUATE, "checkpoint-1 holds no tokenizer"),
+        (serve_queue, EVALUATE, "checkpoint-1 holds no tokenizer"),
         (serve_queue, f"{EVALUATE} --requests 0", "--requests: expected at least 1"),
         (vllm_queue, "--folder {empty}", "empty holds no requests.json"),
         (vllm_queue, "--folder {.}", "requests.json is none that serve_queue.py wrote"),
@@ -97,10 +106,11 @@ GENERATE = "--tokens 150 --samples 2 --out {new}"
         (compare_page, "{other.json}", "other.json is no report of compare.py"),
         (kvpress_baseline, "--model {none} --dataset {file} --output {new}", "no folder .*none"),
         (kvpress_baseline, "--model {empty} --dataset {file} --output {new}", "file holds no samples"),
-        (train_niah, "--preset smoke --run {file}", "file is a file: expected a folder"),
-        (train_niah, "--preset smoke --run {file}/new", "file is a file: expected a folder"),
-        (train_niah, "--preset smoke --threads -1", "--threads: expected at least 1"),
-        (train_niah, "--preset smoke --run {run} --resume", "tokenizer.json is no tokenizer"),
+        (train_niah, f"--preset {SMOKE} --run {{file}}", "file is a file: expected a folder"),
+        (train_niah, f"--preset {SMOKE} --run {{file}}/new", "file is a file: expected a folder"),
+        (train_niah, f"--preset {SMOKE} --threads -1", "--threads: expected at least 1"),
+        (train_niah, f"--preset {SMOKE} --run {{run}} --resume", "checkpoint-1"),
+        (train_niah, "--preset {file}.yaml", "unknown preset 'file'"),
         (train_niah, "--preset llama3-8b --run {new} --model {none}", "none"),
     ],
 )  # fmt: skip
@@ -114,11 +124,12 @@ def test_bad_input(script, arguments, message, place, capsys, monkeypatch):
 
 
 def test_a_checkpoint_that_is_torn(place, finished, capsys):
-    folder = place / "run" / "checkpoint-000001"
-    (folder / "tokenizer.json").write_bytes((latest(finished[0]) / "tokenizer.json").read_bytes())
+    folder = place / "run" / "checkpoint-1"
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_bytes((newest_whole(finished[0]) / name).read_bytes())
     for broken, message in [
-        ("model.safetensors", "checkpoint-000001"),
-        ("progress.json", "progress.json is no JSON"),
+        ("model.safetensors", "checkpoint-1"),
+        ("../settings.json", "settings.json: "),
     ]:
         (folder / broken).write_text("nonsense")
         with pytest.raises(SystemExit, match="2"):
@@ -154,12 +165,12 @@ def test_ctrl_c_saves_and_says_the_command_that_goes_on(finished, tmp_path, monk
     _, said = process.communicate()
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert latest(tmp_path / "run") is not None
+    assert newest_whole(tmp_path / "run") is not None
     again = next(line.strip() for line in said.splitlines() if line.rstrip().endswith("--resume"))
     assert again.startswith(shlex.join(command("--run", tmp_path / "run")))
     monkeypatch.setattr("evaluation.evaluate_run", lambda *_: None)
     train_niah.main(shlex.split(again)[2:])
-    expected, resumed = (load_file(latest(one) / "model.safetensors") for one in (finished[0], tmp_path / "run"))
+    expected, resumed = (load_file(newest_whole(one) / "model.safetensors") for one in (finished[0], tmp_path / "run"))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
@@ -167,8 +178,8 @@ def test_ctrl_c_before_the_first_step_and_in_the_evaluation(finished, tmp_path, 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training_run.build", stop)
-    given = ["--preset", "smoke", "--run", str(tmp_path / "run")]
+    monkeypatch.setattr("passkey.training.make_trainer", stop)
+    given = ["--preset", str(SMOKE), "--run", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="130"):
         train_niah.main(given)
     said = capsys.readouterr().err
@@ -176,6 +187,6 @@ def test_ctrl_c_before_the_first_step_and_in_the_evaluation(finished, tmp_path, 
     assert shlex.join([*given, "--overwrite"]) in said
     monkeypatch.setattr("evaluation.evaluate_run", stop)
     with pytest.raises(SystemExit, match="130"):
-        train_niah.main(["--preset", "smoke", "--run", str(finished[0]), "--resume"])
+        train_niah.main(["--preset", str(SMOKE), "--run", str(finished[0]), "--resume"])
     said = capsys.readouterr().err
     assert re.search(rf"eval_niah.py --checkpoint {finished[0]} --output {finished[0]}", said)

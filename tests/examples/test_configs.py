@@ -3,64 +3,72 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from conftest import tiny_llama
 from launching import launch
-from peft import get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import eval_niah
 import gistkern
 import niah
 import train_niah
-from gistkern.training.recipe import read_recipe
-from llama3 import DRY_STEPS, PasskeyDataset, load_trained, make_trainer, open_trained, tiny, train_from_config
+from gistkern.training import Share
+from passkey.data import PasskeyData
+from passkey.models import adapted, fast_tokenizer
 from passkey.niah import dataset
-from presets import RECIPES
+from passkey.readers import GistReader
+from passkey.settings import Data, made, preset_file, read_settings
+from passkey.trained import open_trained, progress_of
+from passkey.training import DRY_STEPS, dry, make_trainer, train, training_arguments
 
-OURS, THEIRS = RECIPES["llama3-8b"], RECIPES["llama3-8b-poc"]
+OURS, THEIRS = preset_file("llama3-8b"), preset_file("llama3-8b-poc")
 
 
-def on_meta(recipe):
+def on_meta(settings):
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**recipe.model.architecture))
-    if recipe.model.resize_vocabulary:
-        model.resize_token_embeddings(model.config.vocab_size + recipe.gists.num_gist_tokens, mean_resizing=False)
-    gistkern.patch_llama(model, num_gist_tokens=recipe.gists.num_gist_tokens)
-    trained = get_peft_model(model, recipe.lora.config()).named_parameters()
+        model = LlamaForCausalLM(LlamaConfig(**settings.model.architecture))
+    if settings.model.resize_vocabulary:
+        rows = model.config.vocab_size + settings.gists["num_gist_tokens"]
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    gistkern.patch_llama(model, **settings.gists)
+    trained = adapted(settings, model).named_parameters()
     return {name: parameter.numel() for name, parameter in trained if parameter.requires_grad}
 
 
 def test_the_recommended_preset_trains_13672448_parameters():
-    counts = on_meta(read_recipe(OURS))
+    counts = on_meta(read_settings(OURS))
     assert sum(counts.values()) == 13_672_448
     assert {name.split(".")[-2] if "lora" not in name else "lora" for name in counts} == {"default", "lora"}
     assert sum(size for name, size in counts.items() if "gist_embeddings" in name) == 10 * 4096
 
 
 def test_the_proof_of_concept_trains_1064386560_parameters_and_our_gist_rows():
-    counts = on_meta(read_recipe(THEIRS))
+    counts = on_meta(read_settings(THEIRS))
     rows = sum(size for name, size in counts.items() if "gist_embeddings" in name)
     assert rows == 10 * 4096
     assert sum(counts.values()) - rows == 1_064_386_560
 
 
 def test_the_proof_of_concept_is_as_it_was(tmp_path):
-    recipe = read_recipe(THEIRS)
-    assert recipe.model.name == "meta-llama/Meta-Llama-3-8B-Instruct"
-    quantization = recipe.quantization.config()
+    settings = read_settings(THEIRS)
+    assert settings.model.name == "meta-llama/Meta-Llama-3-8B-Instruct"
+    quantization = made(BitsAndBytesConfig, settings.quantization, "quantization")
     assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
     assert quantization.bnb_4bit_compute_dtype == torch.bfloat16
-    lora = recipe.lora.config()
+    lora = made(LoraConfig, settings.lora, "lora")
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 32, 0.05)
     assert lora.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert lora.modules_to_save == ["embed_tokens", "lm_head", "gist_embeddings"]
-    assert recipe.gists.num_gist_tokens == 10
-    assert recipe.curriculum.curriculum().max_steps == 500
-    arguments = recipe.training.arguments(tmp_path, 500, use_cpu=True)
-    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (1, 8)
+    assert settings.gists["num_gist_tokens"] == 10
+    assert settings.curriculum.made().max_steps == 500
+    assert [stage.batch_size for stage in settings.curriculum.stages] == [8]
+    arguments = training_arguments(settings, tmp_path, 500)
+    assert arguments.gradient_accumulation_steps == 8, "one sample a micro-batch"
     assert (arguments.learning_rate, arguments.warmup_steps, arguments.max_steps) == (1e-4, 50, 500)
     assert (arguments.optim, arguments.bf16, arguments.save_steps) == ("paged_adamw_8bit", True, 100)
     assert arguments.gradient_checkpointing
@@ -68,9 +76,9 @@ def test_the_proof_of_concept_is_as_it_was(tmp_path):
 
 
 def test_what_we_recommend_instead():
-    ours, theirs = read_recipe(OURS), read_recipe(THEIRS)
+    ours, theirs = read_settings(OURS), read_settings(THEIRS)
     assert (ours.model.architecture, ours.quantization) == (theirs.model.architecture, theirs.quantization)
-    assert (theirs.gists.sink_tokens, ours.gists.sink_tokens) == (0, 1)
+    assert (theirs.gists["sink_tokens"], ours.gists["sink_tokens"]) == (0, 1)
     assert (theirs.objectives.distillation, ours.objectives.distillation) == (0, 1)
     assert len(ours.curriculum.stages) > len(theirs.curriculum.stages) == 1
     assert not ours.model.resize_vocabulary
@@ -81,8 +89,16 @@ def test_what_we_recommend_instead():
     [
         ("  warmup_steps: 50", "  warmup: 50", "unknown key training.warmup: did you mean training.warmup_steps?"),
         ("lora:", "Lora:", "unknown key Lora: did you mean lora?"),
+        ("bnb_4bit_quant_type", "bnb_4bit_type", "unknown key quantization.bnb_4bit_type: did you mean .*quant_type"),
+        ("sink_tokens: 1", "sinks: 1", "unknown key gists.sinks: did you mean gists.sink_tokens"),
         ("tokens: [128, 256]", "token: [1, 2]", r"unknown key curriculum.stages\[0\].token: did you mean .*tokens\?"),
-        ("  r: 16\n", "", "missing lora.r"),
+        ("gists:\n", "gist:\n", "unknown key gist: did you mean gists"),
+        (
+            "  num_gist_tokens: 10\n",
+            "  num_gist_tokens: '10'\n",
+            "gists: num_gist_tokens must be an int >= 1, got '10'",
+        ),
+        ("    - {steps: 100, ", "    - {", r"missing curriculum.stages\[0\].steps"),
         ("  r: 16\n", "  r: 16\n  r: 8\n", r"key 'r' is given twice \(line \d+\)"),
         ("  r: 16\n", "  r: '16'\n", "lora.r must be of type int, got '16'"),
         ("  r: 16\n", "  r: true\n", "lora.r must be of type int, got True"),
@@ -90,12 +106,9 @@ def test_what_we_recommend_instead():
         ("bf16: true", "bf16: 1", "training.bf16 must be of type bool, got 1"),
         ("[128, 256]", "[128]", r"curriculum.stages\[0\].tokens must be a list of 2 values"),
         ("[128, 256]", "[256, 128]", r"curriculum.stages\[0\]: tokens must be \(least, most\)"),
-        ("type: nf4", "type: fp4", "quantization.bnb_4bit_quant_type must be one of 'nf4', got 'fp4'"),
-        ("4bit: true", "4bit: 1", "quantization.load_in_4bit must be one of True, got 1"),
-        ("[q_proj, k_proj, v_proj, o_proj]", "q_proj", "lora.target_modules must be a list, got 'q_proj'"),
-        ("[q_proj,", "[3,", r"lora.target_modules\[0\] must be of type str, got 3"),
+        ("4bit: true", "4bit: 'yes'", "quantization: load_in_4bit must be a boolean"),
+        ("dtype: bfloat16", "dtype: float8", "model.dtype must be one of 'bfloat16', 'float32', got 'float8'"),
         ("  answer: 1.0", "  answer: -1.0", "objectives: the weight of answer must be a number >= 0"),
-        ("steps: 100, ", "steps: 100, batch_size: 4, ", "set training.per_device_train_batch_size instead"),
         ("steps: 300, ", "steps: 300, gate: 0.9, ", "curriculum: the last stage has a gate"),
         (
             "    hidden_size",
@@ -110,9 +123,36 @@ def test_bad_recipes_are_refused(old, new, message, tmp_path):
     assert old in text
     path = tmp_path / "bad.yaml"
     path.write_text(text.replace(old, new, 1))
-    with pytest.raises(ValueError, match=message) as error:
-        read_recipe(path)
-    assert str(path) in str(error.value), "the file is named"
+    with pytest.raises(ValueError, match=message):
+        _all_made(path, tmp_path)
+
+
+def _all_made(path, run):
+    """Everything that a file's sections are turned into."""
+    settings = read_settings(path)
+    made(LoraConfig, settings.lora, "lora")
+    made(BitsAndBytesConfig, settings.quantization, "quantization")
+    training_arguments(settings, run, 10)
+    made(partial(gistkern.patch_llama, tiny_llama(), None), settings.gists, "gists")
+
+
+def test_a_file_is_named_with_its_mistake(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(OURS.read_text().replace("lora:", "Lora:"))
+    with pytest.raises(ValueError, match=str(path)):
+        read_settings(path)
+    path.write_text("- a list")
+    with pytest.raises(ValueError, match="the file must be a mapping of keys to values"):
+        read_settings(path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-leak", "smollm2", "smollm2-mean", "llama3-8b", "llama3-8b-poc"])
+def test_what_a_run_keeps_of_its_settings_reads_back(name, tmp_path):
+    settings = read_settings(preset_file(name), seed=3)
+    path = tmp_path / "settings.json"
+    path.write_text(settings.written())
+    assert read_settings(path) == settings
+    assert (settings.name, settings.seed) == (name, 3)
 
 
 def test_an_optional_section_may_be_left_out(tmp_path):
@@ -120,35 +160,42 @@ def test_an_optional_section_may_be_left_out(tmp_path):
     begin, end = text.index("quantization:"), text.index("gists:")
     path = tmp_path / "plain.yaml"
     path.write_text(text[:begin] + text[end:])
-    assert read_recipe(path).quantization is None
-    assert read_recipe(OURS).quantization is not None
+    assert read_settings(path).quantization is None
+    assert read_settings(OURS).quantization is not None
 
 
 @pytest.fixture(scope="module")
 def dry_runs(tmp_path_factory):
     runs = {path: tmp_path_factory.mktemp(path.stem) / "run" for path in (OURS, THEIRS)}
     for path, run in runs.items():
-        train_from_config(path, run, dry_run=True)
+        train(dry(read_settings(path), run), run)
     return runs
 
 
 def log_of(run):
-    return [entry for line in (run / "log.jsonl").read_text().splitlines() if "loss" in (entry := json.loads(line))]
+    """Of the steps, without their times."""
+    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in entry.items() if "per_second" not in k and k != "train_runtime"}
+        for entry in entries
+        if "loss" in entry
+    ]
 
 
 @pytest.mark.parametrize("path", [OURS, THEIRS], ids=lambda path: path.stem)
 def test_dry_run(path, dry_runs):
-    run, recipe = dry_runs[path], tiny(read_recipe(path))
+    run, settings = dry_runs[path], read_settings(dry_runs[path] / "settings.json")
     log = log_of(run)
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert all(0 < entry["grad_norm"] < 1e3 for entry in log)
     assert ("distillation" in log[0]) == (path is OURS)
-    assert [entry["stage"] for entry in log][-1] == len(recipe.curriculum.stages) - 1, "every stage is stepped"
+    assert [entry["stage"] for entry in log][-1] == len(settings.curriculum.stages) - 1, "every stage is stepped"
     assert sorted(folder.name for folder in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    model, handle = load_trained(recipe, run / "adapter", str(run / "tiny-model"))
-    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    trained_model = open_trained(run)
+    model, handle = trained_model.model, trained_model.handle
+    tensors = load_file(run / "checkpoint-4" / "adapter_model.safetensors")
     trained = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("settings"))
-    size = (run / "adapter" / "adapter_model.safetensors").stat().st_size
+    size = (run / "checkpoint-4" / "adapter_model.safetensors").stat().st_size
     lora = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32))
     whole = 2 * (1024 + 10) * 64 if path is THEIRS else 0
     assert trained == lora + 10 * 64 + whole
@@ -162,7 +209,8 @@ def test_evaluation_follows_training(tmp_path):
     run = tmp_path / "run"
     train_niah.main(["--preset", "llama3-8b", "--dry-run", "--run", str(run)])
     report = json.loads((run / "report.json").read_text())
-    assert (report["preset"], report["checkpoint"], report["training"]) == ("run", "adapter", {"steps": 4})
+    assert (report["preset"], report["checkpoint"]) == ("llama3-8b", "checkpoint-4")
+    assert report["training"]["steps"] == 4
     assert [(row["language"], row["wordings"], row["n"]) for row in report["rows"]] == [
         ("en", "training", 3),
         ("ko", "training", 3),
@@ -171,7 +219,7 @@ def test_evaluation_follows_training(tmp_path):
     ]
     assert {row["gist_tokens"] for row in report["rows"]} == {11}, "ten gists and a sink"
     assert report["swap"]["n"] == 20
-    assert "Trained: 4 steps." in (run / "report.md").read_text()
+    assert "Trained: 4 steps" in (run / "report.md").read_text()
 
 
 def test_any_checkpoint_of_a_run_can_be_evaluated(dry_runs, tmp_path, capsys):
@@ -180,25 +228,26 @@ def test_any_checkpoint_of_a_run_can_be_evaluated(dry_runs, tmp_path, capsys):
     ask = ["--dataset", str(path), "--output", str(tmp_path / "out"), "--checkpoint"]
     eval_niah.main([*ask, str(run / "checkpoint-2"), "--full"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["checkpoint"], report["training"]) == ("checkpoint-2", {"steps": 2})
+    assert (report["checkpoint"], report["training"]["steps"]) == ("checkpoint-2", 2)
     (full,) = report["full_context"]
     assert (full["gist_tokens"], full["n"]) == (120, 2)
     eval_niah.main([*ask, str(run), "--overwrite"])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["checkpoint"] == "checkpoint-4", "the newest"
     with pytest.raises(SystemExit):
         eval_niah.main([*ask, str(run), "--overwrite", "--measure"])
-    assert "--measure loads presets only" in capsys.readouterr().err
-    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
-    with pytest.raises(ValueError, match="belongs to no run of a recipe"):
+    assert "--measure is for models that are not quantized" in capsys.readouterr().err
+    alone = shutil.copytree(run / "checkpoint-4", tmp_path / "alone" / "adapter")
+    with pytest.raises(ValueError, match="belongs to no run"):
         open_trained(alone)
 
 
 def test_what_the_tokenizer_puts_in_front_is_read_first(dry_runs):
     """As in training; the context's length does not count it."""
-    opened = open_trained(dry_runs[OURS] / "adapter")
-    (sample,) = dataset(opened.tokenizer, "en", 120, 1)
-    start = opened.tokenizer.encode(" Monday").ids
-    plain, begun = opened.reader(), replace(opened, start=start).reader()
+    opened = open_trained(dry_runs[OURS])
+    backend = opened.tokenizer.backend_tokenizer
+    (sample,) = dataset(backend, "en", 120, 1)
+    start = backend.encode(" Monday").ids
+    plain, begun = opened.reader(), GistReader(opened.model, backend, opened.compression, start=start)
     cache = begun.compress([sample])
     assert cache.get_seq_length() == len(start) + plain.compress([sample]).get_seq_length()
     said = plain.compress([replace(sample, context=" Monday" + sample.context)])
@@ -210,9 +259,9 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(dry_runs, tmp_path):
     whole, part = dry_runs[THEIRS], tmp_path / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-4")
-    shutil.rmtree(part / "adapter")
-    train_from_config(THEIRS, part, dry_run=True, resume=True)
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, part))
+    # its dry model lies where the whole run is
+    train(read_settings(whole / "settings.json"), part, resume=True)
+    first, second = (load_file(run / "checkpoint-4" / "adapter_model.safetensors") for run in (whole, part))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     start = load_file(whole / "checkpoint-2" / "adapter_model.safetensors")
@@ -222,17 +271,16 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(dry_runs, tmp_path):
 
 @pytest.mark.timeout(600)
 def test_two_processes_write_and_evaluate_once_and_one_goes_on(tmp_path):
-    """train_niah.py under torchrun: the global batch is twice as large, no sample comes twice, one log, one report."""
+    """train_niah.py under torchrun: one log, one report, and one process goes on with the same batches."""
     script, run = OURS.parents[1] / "train_niah.py", tmp_path / "run"
     launch(script, 2, "--preset", OURS.stem, "--dry-run", "--run", run)
     assert [entry["step"] for entry in log_of(run)] == list(range(1, DRY_STEPS + 1))
-    state = json.loads((run / f"checkpoint-{DRY_STEPS}" / "trainer_state.json").read_text())
-    assert state["epoch"] == 1.0
-    assert len((run / "answers.jsonl").read_text().splitlines()) == 3 * len(read_recipe(OURS).evaluation.rows)
+    assert progress_of(run / f"checkpoint-{DRY_STEPS}")["finished"]
+    assert len((run / "answers.jsonl").read_text().splitlines()) == 3 * len(read_settings(OURS).evaluation)
     shutil.rmtree(run / f"checkpoint-{DRY_STEPS}")
-    shutil.rmtree(run / "adapter")
     before = log_of(run)
-    assert train_from_config(OURS, run, dry_run=True, resume=True) == run / "adapter"
+    settings = read_settings(run / "settings.json")
+    assert train(settings, run, resume=True) == run / f"checkpoint-{DRY_STEPS}"
     assert log_of(run)[: DRY_STEPS // 2] == before[: DRY_STEPS // 2]
     assert [entry["step"] for entry in log_of(run)] == list(range(1, DRY_STEPS + 1))
 
@@ -240,16 +288,16 @@ def test_two_processes_write_and_evaluate_once_and_one_goes_on(tmp_path):
 @pytest.mark.parametrize("path", [OURS, THEIRS], ids=lambda path: path.stem)
 def test_the_loss_falls_on_a_fixed_batch(path, dry_runs, tmp_path, capsys):
     """With the recipe's own optimizer, rate, precision and objectives."""
-    source, recipe = str(dry_runs[path] / "tiny-model"), tiny(read_recipe(path))
-    recipe = replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=1, save_steps=100))
-    trainer = make_trainer(recipe, source, source, tmp_path)
+    settings = read_settings(dry_runs[path] / "settings.json")
+    settings = replace(settings, training={**settings.training, "gradient_accumulation_steps": 1, "save_steps": 100})
+    trainer = make_trainer(settings, tmp_path)
     paging = "NOTE: no GPU. paged_adamw_8bit runs, but bitsandbytes pages nothing on a CPU"
     assert torch.cuda.is_available() or paging in capsys.readouterr().err
-    trainer.train_dataset = Fixed(trainer.train_dataset[0], len(trainer.train_dataset))
+    batch = trainer.data.draw(0, Share())
+    trainer.data.draw = lambda step, share: batch
     losses = []
     for _ in range(2):
         torch.manual_seed(0)  # the same dropout before and after
-        batch = trainer.data_collator([trainer.train_dataset[0]])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             losses.append(trainer.objectives(trainer.model.train(), batch).total.item())
         if len(losses) == 1:
@@ -257,56 +305,51 @@ def test_the_loss_falls_on_a_fixed_batch(path, dry_runs, tmp_path, capsys):
     assert losses[1] < losses[0]
 
 
-class Fixed(torch.utils.data.Dataset):
-    def __init__(self, sample, count):
-        self.sample, self.count = sample, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        return self.sample
-
-
 def test_folders_in_use_and_nothing_to_resume(dry_runs, tmp_path):
     run = dry_runs[OURS]
+    settings = read_settings(run / "settings.json")
     with pytest.raises(ValueError, match="is in use"):
-        train_from_config(OURS, run, dry_run=True)
+        train(settings, run)
     with pytest.raises(ValueError, match="nothing to resume"):
-        train_from_config(OURS, tmp_path / "none", dry_run=True, resume=True)
-    with pytest.raises(ValueError, match="is a run of another recipe"):
-        train_from_config(THEIRS, run, dry_run=True, resume=True)
-    with pytest.raises(ValueError, match="makes its own model"):
-        train_from_config(OURS, tmp_path / "none", dry_run=True, model="elsewhere")
+        train(settings, tmp_path / "none", resume=True)
+    with pytest.raises(ValueError, match="is a run of other settings"):
+        train(dry(read_settings(THEIRS), run), run, resume=True)
     assert not (tmp_path / "none").exists()
 
 
-def test_samples_follow_from_their_number_and_stage(dry_runs):
-    from transformers import AutoTokenizer
+def data_of(run, **changes):
+    settings = replace(read_settings(run / "settings.json"), **changes)
+    model, tokenizer = tiny_llama(), fast_tokenizer()
+    handle = gistkern.patch_llama(model, tokenizer, **settings.gists)
+    return PasskeyData(settings, settings.curriculum.made(), handle, tokenizer)
 
-    recipe = read_recipe(OURS)
-    recipe = replace(recipe, data=replace(recipe.data, languages=("en",), filler="templates"))
-    tokenizer = AutoTokenizer.from_pretrained(dry_runs[OURS] / "tiny-model")
-    curriculum = recipe.curriculum.curriculum()
-    data = PasskeyDataset(recipe, tokenizer, curriculum, 10)
-    first, again, other = data[3], data[3], data[4]
-    assert first == again != other
-    assert 128 <= len(first["context_ids"]) <= 256
-    answer = tokenizer.decode(first["answer_ids"])
-    assert len(answer) == 5
-    assert answer in tokenizer.decode(first["context_ids"])
-    while curriculum.index < 3:
-        curriculum.update(1.0)
-    assert max(len(data[number]["context_ids"]) for number in range(6)) > 2990
+
+def test_batches_follow_from_step_and_stage(dry_runs):
+    data = data_of(dry_runs[OURS], data=Data(languages=("en",)), curriculum=read_settings(OURS).curriculum)
+    first, again, other = (data.draw(step, Share()) for step in (3, 3, 4))
+    assert torch.equal(first["input_ids"], again["input_ids"])
+    assert not (first["input_ids"].shape == other["input_ids"].shape and first["input_ids"].equal(other["input_ids"]))
+    assert len(first["input_ids"]) == data.size == 8
+    contexts = (first["teacher"]["input_ids"].shape[1], other["teacher"]["input_ids"].shape[1])
+    assert all(128 < tokens < 300 for tokens in contexts)
+    for row, labels in zip(first["input_ids"], first["labels"], strict=True):
+        answer = data.collator.tokenizer.decode(row[labels != -100])
+        assert len(answer) == 5
+        assert data.collator.tokenizer.decode(row).count(answer) >= 2, "in the context, and after the question"
+    while data.curriculum.index < 3:
+        data.curriculum.update(1.0)
+    assert max(data.draw(step, Share(0, 8))["input_ids"].shape[1] for step in range(8)) > 2990
 
 
 def test_a_tokenizer_that_starts_texts_with_a_token_starts_contexts_with_it(dry_runs):
     from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
 
-    recipe = tiny(read_recipe(THEIRS))
-    tokenizer = AutoTokenizer.from_pretrained(dry_runs[THEIRS] / "tiny-model")
+    settings = read_settings(dry_runs[THEIRS] / "settings.json")
+    tokenizer = fast_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
-    sample = PasskeyDataset(recipe, tokenizer, recipe.curriculum.curriculum(), 1)[0]
-    assert sample["context_ids"][0] == 0
-    assert 0 not in sample["question_ids"] + sample["answer_ids"] + sample["context_ids"][1:]
+    handle = gistkern.patch_llama(tiny_llama(), tokenizer, **settings.gists)
+    data = PasskeyData(settings, settings.curriculum.made(), handle, tokenizer)
+    tokenizer.backend_tokenizer.post_processor = None  # shared by all that train_tokenizer made
+    batch = data.draw(0, Share())
+    assert (batch["input_ids"] == 0).sum(1).tolist() == [1, 1]
+    assert batch["input_ids"][:, 0].tolist() == [0, 0]

@@ -5,19 +5,19 @@ import shutil
 
 import pytest
 import torch
+from conftest import smoke, tiny_llama, untrained_run
 
 import eval_niah
 import gistkern
 import throughput
-from checkpoints import Progress, load_model, save
 from evaluation import answer_samples, swap_test
-from models import tiny_llama
 from passkey import global_tasks
 from passkey.niah import dataset, train_tokenizer
 from passkey.readers import FullReader, GistReader
-from presets import preset
+from passkey.trained import open_trained
 
-SETTINGS = preset("smoke")
+SETTINGS = smoke()
+SEGMENTS = vars(SETTINGS.segments)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,7 @@ def tokenizer():
 
 def untrained(seed=0):
     model = tiny_llama(seed).eval()
-    gistkern.patch_llama(
-        model,
-        num_gist_tokens=SETTINGS.gist_tokens,
-        num_segment_gist_tokens=SETTINGS.segment_gist_tokens,
-        positions=SETTINGS.positions,
-        sink_tokens=SETTINGS.sink_tokens,
-    )
+    gistkern.patch_llama(model, **SETTINGS.gists)
     return model
 
 
@@ -42,20 +36,10 @@ def model():
     return untrained()
 
 
-class Untouched:
-    """The optimizers of a model that was not trained."""
-
-    def tensors(self, keep=True):
-        return {"step": torch.zeros(1)}
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer):
+def run(tmp_path_factory):
     """A run's folder with the checkpoint of an untrained model."""
-    folder = tmp_path_factory.mktemp("run")
-    model = untrained()
-    save(folder, model, tokenizer, Untouched(), Progress("smoke", seed=3, curriculum={"step": 1}))
-    return folder
+    return untrained_run(tmp_path_factory.mktemp("run"), smoke(seed=3))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +70,7 @@ class Scripted:
 def test_bytes_are_those_of_the_cache(tokenizer, model, samples):
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    for reader in (GistReader(model, tokenizer, SETTINGS.segments), FullReader(untrained(), tokenizer)):
+    for reader in (GistReader(model, tokenizer, SEGMENTS), FullReader(untrained(), tokenizer)):
         for sample, answer in zip(samples, answer_samples(reader, samples), strict=True):
             rows = 10 if isinstance(reader, GistReader) else sample.tokens
             assert (answer.rows, answer.bytes) == (rows, rows * per_token)
@@ -94,7 +78,7 @@ def test_bytes_are_those_of_the_cache(tokenizer, model, samples):
 
 
 def test_batches_change_nothing(tokenizer, model, samples):
-    reader = GistReader(model, tokenizer, SETTINGS.segments)
+    reader = GistReader(model, tokenizer, SEGMENTS)
     one, five = (answer_samples(reader, samples, batch=batch) for batch in (1, 5))
     assert one == five
     assert [answer.id for answer in one] == [sample.id for sample in samples]
@@ -119,12 +103,12 @@ def test_an_answer_gets_the_tokens_of_its_own_task(tokenizer, model, samples):
         asked.append(max_new_tokens)
         return torch.cat([ids, ids.new_full((len(ids), max_new_tokens), 5)], 1)
 
-    reader = GistReader(model, tokenizer, SETTINGS.segments)
+    reader = GistReader(model, tokenizer, SEGMENTS)
     counting = list(global_tasks.dataset(tokenizer, "counting", "en", 400, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "generate", generate)
         answer_samples(reader, [samples[0], *counting, samples[1]])
-        answer_samples(GistReader(model, tokenizer, SETTINGS.segments, new_tokens=9), samples[:1])
+        answer_samples(GistReader(model, tokenizer, SEGMENTS, new_tokens=9), samples[:1])
     assert asked == [5, 1, 9]
 
 
@@ -193,15 +177,15 @@ def test_answers_of_different_models_never_mix(samples, tmp_path):
 
 
 def test_a_reader_is_its_weights_and_its_way_of_reading(tokenizer, model):
-    reader = GistReader(model, tokenizer, SETTINGS.segments)
-    assert reader.digest == GistReader(untrained(), tokenizer, dict(SETTINGS.segments)).digest
+    reader = GistReader(model, tokenizer, SEGMENTS)
+    assert reader.digest == GistReader(untrained(), tokenizer, dict(SEGMENTS)).digest
     moved = untrained()
     with torch.no_grad():
         moved.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
     others = {
-        GistReader(moved, tokenizer, SETTINGS.segments).digest,
+        GistReader(moved, tokenizer, SEGMENTS).digest,
         GistReader(model, tokenizer, {"segment_length": 56}).digest,
-        GistReader(model, tokenizer, SETTINGS.segments, new_tokens=8).digest,
+        GistReader(model, tokenizer, SEGMENTS, new_tokens=8).digest,
         FullReader(model, tokenizer).digest,
     }
     assert len(others | {reader.digest}) == 5
@@ -285,7 +269,7 @@ def test_any_checkpoint_on_any_datasets(run, data, tmp_path, capsys):
     assert [row["ratio"] for row in report["rows"]] == [15, 40]
     assert [row["ratio"] for row in report["full_context"]] == [1, 1]
     assert report["swap"]["n"] == 3
-    assert (report["preset"], report["seed"], report["checkpoint"]) == ("smoke", 3, "checkpoint-000001")
+    assert (report["preset"], report["seed"], report["checkpoint"]) == ("smoke", 3, "checkpoint-1")
     assert report["model"]["parameters"] > 200_000
     assert len(report["answers"]) == len((output / "answers.jsonl").read_text().splitlines()) == 6
     assert {path.name for path in output.iterdir()} == {
@@ -336,7 +320,7 @@ def test_evaluating_while_training_deletes_checkpoints(run, tmp_path, monkeypatc
     training = tmp_path / "training"
     shutil.copytree(run, training)
     copytree = shutil.copytree
-    newer = training / "checkpoint-000002"
+    newer = training / "checkpoint-2"
 
     def copy_while_training(source, target, **kwargs):
         if source != newer:
@@ -347,9 +331,9 @@ def test_evaluating_while_training_deletes_checkpoints(run, tmp_path, monkeypatc
     monkeypatch.setattr("shutil.copytree", copy_while_training)
     snapshot = eval_niah._snapshot(training, tmp_path / "copy")
     shutil.rmtree(training)
-    assert snapshot.name == "checkpoint-000002"
+    assert snapshot.name == "checkpoint-2"
     assert not list(snapshot.glob("optimizer*"))
-    load_model(snapshot)
+    open_trained(snapshot)
 
 
 # ---- throughput
@@ -381,7 +365,7 @@ def test_the_loop_that_is_timed_says_what_generate_says(tokenizer, model, sample
     plain = untrained()
     plain.gistkern_handle.unpatch()
     sides = (
-        throughput.gist_side(model, context, SETTINGS.segments),
+        throughput.gist_side(model, context, SEGMENTS),
         throughput.full_side(plain, context),
     )
     rows = lambda layer: layer.tensors() if hasattr(layer, "gist") else (layer.keys, layer.values)  # noqa: E731

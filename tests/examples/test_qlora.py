@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
 import gistkern
 from gistkern.training import GistDataCollator, Objectives
-from gistkern.training.recipe import read_recipe
-from llama3 import load_base, load_trained
+from passkey.models import adapted, patched
 from passkey.niah import train_tokenizer
-from presets import RECIPES
+from passkey.settings import preset_file, read_settings
 
 LAYERS = 2
 CONFIG = LlamaConfig(
@@ -34,7 +33,7 @@ QUESTION, ANSWER = " What is the pass key? The pass key is ", "52047"
 
 @pytest.fixture(scope="module")
 def recipe():
-    return read_recipe(RECIPES["llama3-8b"])
+    return read_settings(preset_file("llama3-8b"))
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +60,8 @@ class Calls(TorchDispatchMode):
 
 def train(recipe, source, folder, steps, rate):
     """A few steps on one sample; returns the losses, the batch, and the operators of the last step."""
-    base, handle, tokenizer = load_base(recipe, source, source)
-    model = get_peft_model(base, recipe.lora.config())
+    base, handle, tokenizer = patched(recipe, source)
+    model = adapted(recipe, base)
     base.gradient_checkpointing_enable({"use_reentrant": False})
     batch = GistDataCollator(tokenizer, handle)([{"context": CONTEXT, "question": QUESTION, "answer": ANSWER}])
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
@@ -116,11 +115,12 @@ def test_only_what_was_trained_is_saved(trained):
 def test_fresh_objects_give_the_same_logits(recipe, source, trained):
     model, _, batch, _, folder = trained
     expected = logits_of(model, batch)
-    again, handle = load_trained(recipe, folder, source)
+    base, handle, _ = patched(recipe, source, folder)
+    again = PeftModel.from_pretrained(base, folder)
     assert again is not model
     assert torch.equal(logits_of(again, batch), expected)
     # the gist rows and LoRA both matter, or equality would show nothing
-    start, _, _ = load_base(recipe, source, source)
+    start, _, _ = patched(recipe, source)
     assert (logits_of(start, batch) - expected).abs().max() > 0.1
     with torch.no_grad():
         handle.inner.gist_embeddings.modules_to_save["default"].weight.zero_()
@@ -128,10 +128,10 @@ def test_fresh_objects_give_the_same_logits(recipe, source, trained):
 
 
 def test_loading_without_the_casts_moves_the_logits(recipe, source, trained):
-    """Why `load_base` prepares the model: loading it by the book gives other numbers."""
+    """Why `patched` prepares the model: loading it by the book gives other numbers."""
     model, _, batch, _, folder = trained
     base = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.bfloat16, quantization_config=recipe.quantization.config()
+        source, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**recipe.quantization)
     )
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     gistkern.patch_llama(base, tokenizer, num_gist_tokens=10, sink_tokens=1)

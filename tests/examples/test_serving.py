@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 import gistkern
 import serve_queue
 import vllm_queue
-from checkpoints import latest
-from opened import open_preset
+from passkey.trained import open_trained
 
 
 @pytest.mark.xdist_group("training")
@@ -24,7 +23,7 @@ def test_a_queue_is_answered_and_handed_on(finished, tmp_path, capsys):
     assert "answers right, about 3 documents of 120 tokens" in capsys.readouterr().out
     requests = json.loads((tmp_path / "requests.json").read_text())["requests"]
     assert sorted(one["document"] for one in requests) == sorted(2 * list({one["document"] for one in requests}))
-    opened = open_preset(latest(run))
+    opened = open_trained(run)
     samples = {sample.id: sample for dataset in opened.datasets(0) for sample in dataset}
     reader = opened.reader()
     for one in requests:

@@ -1,19 +1,19 @@
 """Contexts that share a row: every sample reads exactly what it would in a row of its own."""
 
-import dataclasses
 import random
 
 import pytest
 import torch
+from conftest import smoke, tiny_llama
 
 from gistkern import GistLayout, compress, left_padded, patch_llama, segments_of
 from gistkern.layout.checks import check_intervals
-from gistkern.training import Stage
-from models import tiny_llama
+from gistkern.training import Share, Stage
+from passkey.data import PasskeyData
+from passkey.models import fast_tokenizer
 from passkey.niah import KEY_DIGITS, Haystack, train_tokenizer
+from passkey.settings import Data, Segments
 from passkey.shared_haystack import needle_segments, plain_segments
-from presets import preset
-from task import answer_logits, haystacks, make_batch
 
 LENGTHS = [7, 5, 6, 9, 4]
 MEMBERS = [[0, 1, 2], [3, 0, 2, 1], [4]]
@@ -108,20 +108,22 @@ def test_needle_segments_hold_the_needle_and_plain_ones_do_not(language):
 def test_a_shared_batch_predicts_its_answers():
     """Changing a sample's own key changes its logits alone; the places that predict stand before the answers."""
     model, handle = patched()
-    settings = dataclasses.replace(preset("tiny"), languages=("en",), segment_overlap=12)
-    drawn = haystacks(settings, train_tokenizer(), False, "3")
-    stage = Stage(segments=(4, 4), segment_length=48, batch_size=3, steps=1)
-    batch = make_batch(drawn, handle, stage, settings, random.Random(3))
-    check_intervals(batch.layout)
-    row = batch.input_ids[0]
-    assert torch.equal(row[batch.predictors + 1], batch.answers.flatten())
-    answer = batch.answers[1].tolist()
+    settings = smoke(data=Data(languages=("en",)), segments=Segments(96, 12))
+    data = PasskeyData(settings, settings.curriculum.made(), handle, fast_tokenizer())
+    batch = data.batch(Stage(segments=(4, 4), segment_length=48, batch_size=3, steps=1), random.Random(3), Share())
+    check_intervals(batch["gist_layout"])
+    row, (places,) = batch["input_ids"][0], (batch["labels"][0] != -100).nonzero(as_tuple=True)
+    answers = row[places].view(3, KEY_DIGITS)
+    assert torch.equal(batch["labels"][0, places].view(3, KEY_DIGITS), answers)
+    answer = answers[1].tolist()
     first_statement = next(i for i in range(len(row)) if row[i : i + KEY_DIGITS].tolist() == answer)
     changed = row.clone()
     changed[first_statement] = changed[first_statement - 1]
-    other = dataclasses.replace(batch, input_ids=changed[None])
     with torch.no_grad():
-        before, after = answer_logits(model, batch), answer_logits(model, other)
+        before, after = (
+            model(ids, gist_layout=batch["gist_layout"], logits_to_keep=places - 1).logits.view(3, KEY_DIGITS, -1)
+            for ids in (batch["input_ids"], changed[None])
+        )
     differs = [not torch.equal(one, two) for one, two in zip(before, after, strict=True)]
     assert differs == [False, True, False]
 

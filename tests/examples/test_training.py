@@ -1,56 +1,78 @@
 """The training example: what it writes, that a kill loses nothing, and what it refuses."""
 
-import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, run
+from conftest import SMOKE, command, run, smoke, tiny_llama
 from safetensors.torch import load_file
 
 import eval_niah
 import gistkern
 import niah
 import train_niah
-from checkpoints import latest
 from evaluation import evaluate_run
-from models import tiny_llama
-from opened import open_preset
-from passkey.niah import train_tokenizer
-from presets import preset
-from task import answer_logits, haystacks, make_batch
+from gistkern.training import Share
+from passkey.data import PasskeyData
+from passkey.models import fast_tokenizer
+from passkey.settings import Data, read_settings
+from passkey.trained import newest_whole, open_trained
+from passkey.training import train
 
 pytestmark = pytest.mark.xdist_group("training")
+LEAK = SMOKE.with_name("smoke-leak.yaml")
+
+
+def entries(folder):
+    """Of the steps; the Trainer ends with one about the whole run."""
+    return [one for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in (one := json.loads(line))]
 
 
 def test_it_writes_log_checkpoint_and_report(finished):
     folder, done = finished
-    steps = sum(stage.steps for stage in preset("smoke").stages)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == list(range(steps))
-    assert latest(folder).name == f"checkpoint-{steps:06d}"
-    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+    settings = smoke()
+    steps = sum(stage.steps for stage in settings.curriculum.stages)
+    assert [entry["step"] for entry in entries(folder)] == list(range(1, steps + 1))
+    assert newest_whole(folder).name == f"checkpoint-{steps}"
+    assert len(list(folder.glob("checkpoint-*"))) == 2, "the newest two"
     report = json.loads((folder / "report.json").read_text())
-    for row, (language, tokens, count) in zip(report["rows"], preset("smoke").evaluate, strict=True):
-        assert (row["language"], row["tokens"], row["n"]) == (language, tokens, count)
+    for row, asked in zip(report["rows"], settings.evaluation, strict=True):
+        assert (row["language"], row["tokens"], row["n"]) == (asked.language, asked.tokens, asked.samples)
         assert row["gist_tokens"] == 10
-        assert row["ratio"] == tokens / 10
+        assert row["ratio"] == asked.tokens / 10
         assert row["bytes_ratio"] == pytest.approx(row["ratio"])
         assert row["wilson_low"] <= row["exact"] <= row["wilson_high"]
+    assert report["training"]["steps"] == steps
+    assert report["training"]["tokens"] == entries(folder)[-1]["num_input_tokens_seen"] > 1000
+    assert report["training"]["cpu_seconds"] >= 0
     assert report["swap"]["n"] == 20
     assert report["side_by_side"]["gist"]["decode_tokens_per_s"] > 0
     assert (folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
     assert "95 % interval" in (folder / "report.md").read_text()
-    assert "digit 0." in done.stderr, "the progress bar shows the digit accuracy"
+    assert "token_accuracy 0." in done.stderr, "the progress bar shows what the gates are about"
+
+
+def test_rates_follow_warm_up_and_the_last_stage(finished):
+    """Of the first group, whose factor is 2; a batch of 2 contexts has a quarter of the rate of 32."""
+    rates = [entry["learning_rate"] for entry in entries(finished[0])]
+    whole = 2 * 4e-3 / 4
+    assert rates[:4] == pytest.approx([whole / 2, whole, whole, whole])
+    assert rates[4:] == pytest.approx([whole, whole * 0.75, whole * 0.5, whole * 0.25])
 
 
 def weights(folder):
-    return load_file(latest(folder) / "model.safetensors")
+    return load_file(newest_whole(folder) / "model.safetensors")
+
+
+def losses(path):
+    names = ("step", "loss", "learning_rate", "running_accuracy", "num_input_tokens_seen")
+    return [[entry[name] for name in names] for entry in entries(path)]
 
 
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
@@ -58,8 +80,8 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     whole, _ = finished
     folder = tmp_path / "killed"
     process = subprocess.Popen(command("--run", folder), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (latest(folder) and (folder / "log.jsonl").read_text().count("\n") >= 3):
+    deadline = time.time() + 200
+    while not (newest_whole(folder) and (folder / "log.jsonl").read_text().count("\n") >= 3):
         assert process.poll() is None, "the run ended before it was killed"
         assert time.time() < deadline
         time.sleep(0.005)
@@ -67,17 +89,14 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     process.wait()
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "torn')
+    torn = folder / "checkpoint-99"  # as a kill leaves one that was being written
+    torn.mkdir()
+    (torn / "model.safetensors").write_text("torn")
     done = run("--run", folder, "--resume")
     assert done.returncode == 0, done.stderr
     expected, resumed = weights(whole), weights(folder)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-
-    def losses(path):
-        return [
-            (entry["step"], entry["loss"]) for entry in map(json.loads, (path / "log.jsonl").read_text().splitlines())
-        ]
-
     assert losses(folder) == losses(whole)
 
 
@@ -100,34 +119,36 @@ def test_evaluating_a_dataset(finished, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--resume"], "nothing to resume"),
-        (["--preset", "huge"], "invalid choice: 'huge'"),
-        (["--dry-run"], "are for recipes (llama3-8b, llama3-8b-poc)"),
-        (["--preset", "llama3-8b", "--leak"], "it has no --leak"),
-        (["--preset", "llama3-8b", "--seed", "1"], "its file sets seed"),
-        (["--preset", "llama3-8b", "--fsdp"], "accelerate's settings how it is shared"),
-        (["--accumulate", "0"], "--accumulate counts micro-batches, at least 1, got 0"),
-        (["--fsdp"], "there is one: start several (torchrun)"),
+        (["--preset", "huge"], "unknown preset 'huge': expected one of llama3-8b, llama3-8b-poc, smollm2"),
+        (["--preset", "none.yaml"], "unknown preset 'none'"),
+        (["--preset", "tiny", "--dry-run"], "--dry-run is for pretrained models, tiny starts from random weights"),
+        (["--preset", "tiny", "--model", "x"], "--model and --tokenizer are for pretrained models"),
+        (["--preset", "llama3-8b", "--leak"], "unknown preset 'llama3-8b-leak': --leak is the tiny model's experiment"),
+        (["--preset", "llama3-8b", "--dry-run", "--model", "x"], "a dry run makes its own model"),
+        (["--accumulate", "0"], "--accumulate: expected at least 1, got 0"),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        train_niah.main(["--preset", "smoke", "--run", str(tmp_path / "none"), *arguments])
+        train_niah.main(["--preset", str(SMOKE), "--run", str(tmp_path / "none"), *arguments])
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_earlier_run_is_not_overwritten(finished, tmp_path):
     before = weights(finished[0])
     with pytest.raises(ValueError, match="is in use: pass --resume to go on, --overwrite to start again"):
-        train_niah.train(preset("smoke"), 0, finished[0])
+        train(smoke(), finished[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(finished[0]).items())
     (tmp_path / "thesis.txt").write_text("irreplaceable")
-    train_niah.train(preset("smoke"), 0, tmp_path, overwrite=True)
+    assert train(smoke(), tmp_path, overwrite=True).name == "checkpoint-8"
     assert (tmp_path / "thesis.txt").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items()), "micro-seconds apart"
 
 
 def test_resuming_another_seed_is_refused(finished):
-    with pytest.raises(ValueError, match="is of preset 'smoke', seed 0: pass the same"):
-        train_niah.train(preset("smoke"), 5, finished[0], resume=True)
+    with pytest.raises(ValueError, match="is a run of other settings or another seed"):
+        train(smoke(seed=5), finished[0], resume=True)
 
 
 @pytest.mark.parametrize(("text", "message"), [('{"id": "x"}\n', "line 1 is no sample"), ("", "holds no samples")])
@@ -145,37 +166,35 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
-def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown preset 'huge': expected one of tiny, smoke"):
-        preset("huge")
-
-
 def test_leak_lets_the_answer_see_the_context():
     """Masked, the answer's logits do not depend on the raw context once the gist rows are fixed; leaking, they do."""
-    settings = preset("smoke")
-    model = tiny_llama(0)
+    settings = read_settings(LEAK)
+    model, tokenizer = tiny_llama(), fast_tokenizer()
     handle = gistkern.patch_llama(
         model, num_gist_tokens=2, num_segment_gist_tokens=2, positions="gist_first", sink_tokens=0
     )
-    drawn = haystacks(settings, train_tokenizer(), False, "0")
-    batch = make_batch(drawn, handle, settings.stages[0], settings, random.Random(0))
+    batches = [
+        PasskeyData(smoke(data=data), settings.curriculum.made(), handle, tokenizer).batch(
+            settings.curriculum.stages[0], random.Random(0), Share()
+        )
+        for data in (Data(), Data(leak=True))
+    ]
     with torch.no_grad():
         handle.inner.gist_embeddings.weight.zero_()  # gist rows that can carry nothing in the first layer
         model.config.num_hidden_layers = 1
-        masked, leaked = (answer_logits(model, batch, leak) for leak in (False, True))
-        changed = batch.input_ids.clone()
+        changed = batches[0]["input_ids"].clone()
         changed[:, 5:20] = 7
-        other = dataclasses.replace(batch, input_ids=changed)
-        assert torch.equal(answer_logits(model, other), masked)
-        assert not torch.equal(answer_logits(model, other, True), leaked)
+        for batch, sees in zip(batches, (False, True), strict=True):
+            layout, ids = batch["gist_layout"], batch["input_ids"]
+            before, after = (model(one, gist_layout=layout, logits_to_keep=6).logits for one in (ids, changed))
+            assert torch.equal(before, after) != sees
 
 
 def test_leak_preset_trains_and_reports_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.side_by_side", lambda *_: None)
     monkeypatch.setattr("report._side_by_side", lambda _: [])
-    settings = preset("smoke", leak=True)
-    checkpoint = train_niah.train(settings, 0, tmp_path / settings.name)
-    assert checkpoint.name == "checkpoint-000008"  # twice the first stage
-    report = evaluate_run(open_preset(checkpoint), tmp_path)
+    checkpoint = train(read_settings(LEAK), tmp_path / "run")
+    assert checkpoint.name == "checkpoint-8"
+    report = evaluate_run(open_trained(checkpoint), tmp_path)
     assert [row["language"] for row in report["context_visible"]] == ["en", "ko"]
-    assert "With the context still in sight (ko, n=50)" in (tmp_path / "report.md").read_text()
+    assert "With the context still in sight (ko, n=50)" in (Path(tmp_path) / "report.md").read_text()

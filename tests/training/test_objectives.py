@@ -320,5 +320,7 @@ def test_counts_of_right_answers():
 
     labels = torch.tensor([[1, 2, -100], [3, 0, 1], [-100, -100, -100], [-100, 2, 2]])
     said = torch.tensor([[1, 2, 0], [3, 1, 1], [0, 0, 0], [2, 2, 2]])
-    tail = Tail(nn.functional.one_hot(said, 4).double(), labels)
-    assert tail.counts().tolist() == [6, 7, 2, 3]
+    logits = nn.functional.one_hot(said, 4).double()
+    assert Tail(logits, labels, torch.tensor([0, 0, 0])).counts().tolist() == [6, 7, 2, 3]
+    # the last column is another answer of the same row
+    assert Tail(logits, labels, torch.tensor([0, 0, 1])).counts().tolist() == [6, 7, 4, 5]

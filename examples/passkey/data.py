@@ -1,0 +1,155 @@
+"""The passkey task as a training's batches: each follows from the seed, the step and the curriculum's stage."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gistkern import GistHandle, GistLayout
+from gistkern.training import Curriculum, GistDataCollator, Share, Stage, StepDataset, unlabelled
+from passkey.niah import KEY_DIGITS, Haystack
+from passkey.settings import Settings
+from passkey.shared_haystack import needle_segments, plain_segments
+
+__all__ = ["PasskeyData"]
+
+Haystacks = Mapping[str, list[Haystack]]  # by language, one per filler
+
+
+class PasskeyData(StepDataset):
+    """Contexts that hide a key, the question for it and the answer.
+
+    All contexts of a step are in one language, with one filler, and of one length. Those of one segment, up to a
+    quarter shorter than the stage's or of a length drawn from its `tokens`, stand side by side; those of more segments
+    have their haystack in common, in one row. A length that fits a language's bare statement of a key but not all of
+    its needles takes the statement alone.
+
+    Attributes
+    ----------
+    size : int
+        Contexts of the step that was drawn last, over all shares.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        curriculum: Curriculum,
+        handle: GistHandle,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: bool = False,
+    ) -> None:
+        self.settings, self.curriculum, self.handle = settings, curriculum, handle
+        teacher = settings.objectives.distillation > 0
+        self.collator = GistDataCollator(tokenizer, handle, **asdict(settings.segments), teacher=teacher)
+        # what the tokenizer puts in front of a text (Llama 3: <|begin_of_text|>), which a haystack has not
+        self.start: list[int] = tokenizer("")["input_ids"]
+        self.size = 0
+        data, backend = settings.data, tokenizer.backend_tokenizer
+        made = {
+            (language, filler): Haystack(
+                backend,
+                language,
+                held_out,
+                random.Random(f"{settings.seed}-{language}"),
+                filler=filler,
+                asked_by=data.asked_by,
+            )
+            for language in set(data.languages)
+            for filler in set(data.fillers)
+        }
+        self.haystacks: Haystacks = {
+            language: [made[language, filler] for filler in data.fillers] for language in data.languages
+        }
+
+    def draw(self, step: int, share: Share) -> dict[str, Any]:
+        """The contexts of `share` in a step: all are drawn, those are kept."""
+        batch = self.batch(self.curriculum.stage, random.Random(f"{self.settings.seed}-{step}"), share)
+        return batch if share.own(self.size) else unlabelled(batch)
+
+    def batch(self, stage: Stage, rng: random.Random, share: Share) -> dict[str, Any]:
+        """A batch of the stage's contexts; of the first where the share has none."""
+        data = self.settings.data
+        least, known = 0, list(data.languages)
+        if stage.tokens is not None:
+            low, high = stage.tokens
+            least = round(math.exp(rng.uniform(math.log(low), math.log(high))))  # short ones as often as long ones
+            known = [name for name in known if least >= self._longest(name, "statement")]
+            if not known:
+                raise ValueError(f"no language states a key in {least} tokens: raise the stage's tokens")
+        language = rng.choice(known)
+        haystack = rng.choice(self.haystacks[language])
+        bare = stage.tokens is not None and least < self._longest(language, "needles")
+        haystack.rng = rng
+        if stage.segments is not None:
+            assert stage.segment_length is not None
+            segments = rng.randint(*stage.segments)
+            if segments > 1:
+                batch = self._shared(haystack, stage.segment_length, segments, stage.batch_size, share)
+                return self._visible(batch) if data.leak else batch
+            least = stage.segment_length - rng.randrange(stage.segment_length // 4)
+        question = haystack.encode(haystack.question)
+        row = least + self.handle.num_ids + len(question) + KEY_DIGITS
+        self.size = max(1, min(stage.batch_size, data.batch_tokens // row))
+        samples = [_sample(haystack, stage, None if bare else least) for _ in range(self.size)]
+        features = [
+            {"context_ids": self.start + context, "question_ids": question, "answer_ids": answer}
+            for context, answer in samples
+        ]
+        batch = self.collator([features[place] for place in share.own(self.size) or range(1)])
+        return self._visible(batch) if data.leak else batch
+
+    def _longest(self, language: str, kind: str) -> int:
+        haystack = self.haystacks[language][0]
+        texts = getattr(haystack.language, kind)
+        texts = [texts] if isinstance(texts, str) else texts
+        return max(len(haystack.encode(" " + text.strip().format(key="01234"))) for text in texts)
+
+    def _shared(self, haystack: Haystack, length: int, segments: int, size: int, share: Share) -> dict[str, Any]:
+        """Contexts of `segments` segments or one more, all but the needle's in common, in one row."""
+        handle, overlap = self.handle, self.settings.segments.segment_overlap
+        self.size = size
+        pieces = plain_segments(haystack, segments - 1, length, overlap)
+        common, question = list(range(len(pieces))), haystack.encode(haystack.question)
+        members, tails, labels = [], [], []
+        for sample in range(size):
+            own, key = needle_segments(haystack, length, overlap)
+            if sample not in (share.own(size) or range(1)):
+                continue
+            members.append([*common, *range(len(pieces), len(pieces) + len(own))])
+            pieces += own
+            asked, answer = handle.gist_token_ids + question, haystack.encode(key)
+            tails += asked + answer
+            labels += [-100] * len(asked) + answer
+        layout = GistLayout.shared_segments(
+            [len(piece) for piece in pieces],
+            members,
+            len(handle.segment_gist_token_ids),
+            len(handle.gist_token_ids),
+            tail=len(question) + KEY_DIGITS,
+            sink_tokens=handle.sink_tokens,
+        )
+        row = [token for piece in pieces for token in (*piece, *handle.segment_gist_token_ids)]
+        ids = {"input_ids": row + tails, "labels": [-100] * len(row) + labels}
+        return {**{name: torch.tensor([one]) for name, one in ids.items()}, "gist_layout": layout}
+
+    def _visible(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Every token sees every earlier one, as in the proof of concept whose mask leaked."""
+        rows, columns = batch["input_ids"].shape
+        layout = GistLayout.from_segments([], 1, tail=columns)
+        return {**batch, "gist_layout": GistLayout.stack([layout] * rows)}
+
+
+def _sample(haystack: Haystack, stage: Stage, tokens: int | None) -> tuple[list[int], list[int]]:
+    """Ids of a context and of its key; without `tokens` a bare statement of the key."""
+    if tokens is None:
+        ids, key = haystack.statement()
+        return ids, haystack.encode(key)
+    rng, (least, most) = haystack.rng, stage.keys
+    ids, sample = haystack.draw(tokens, rng.uniform(*stage.depth), least if least == most else rng.randint(least, most))
+    return ids, haystack.encode(sample.answer)

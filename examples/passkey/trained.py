@@ -1,0 +1,183 @@
+"""What a run left, opened: `open_trained` of a run's folder or any of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from gistkern import GistHandle, patch_llama
+from passkey.models import base_model, loading, patched, read_tokenizer
+from passkey.niah import Sample, dataset
+from passkey.readers import FullReader, GistReader
+from passkey.settings import EvaluationRow, Settings, read_settings
+
+__all__ = ["SETTINGS", "Trained", "newest", "newest_whole", "open_trained", "progress_of", "settings_file"]
+
+SETTINGS = "settings.json"
+STATE = "trainer_state.json"
+# transformers draws a bar for every file and reports the gist rows, which patching reads, as unexpected keys
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+SWAPPED = 20  # samples of the swap test
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to be asked.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        Its folder, an ordinary one of transformers or peft.
+    settings : Settings
+        Of its run.
+    model : PreTrainedModel
+        Patched, in evaluation mode; an adapter is merged into its model unless that is quantized.
+    tokenizer : PreTrainedTokenizerBase
+        Saved with it.
+    handle : GistHandle
+        Of `patch_llama`.
+    source : str, optional
+        Of the base model, if it is not the settings'.
+    """
+
+    checkpoint: Path
+    settings: Settings
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    handle: GistHandle
+    source: str | None = None
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """For reports: preset, checkpoint, seed, and what the training took."""
+        progress = progress_of(self.checkpoint)
+        return {
+            "preset": self.settings.name,
+            "checkpoint": self.checkpoint.name,
+            "seed": self.settings.seed,
+            "training": {name: progress[name] for name in ("steps", "tokens", "cpu_seconds")},
+        }
+
+    @property
+    def compression(self) -> dict[str, int]:
+        """Arguments of `gistkern.compress`."""
+        given = asdict(self.settings.segments)
+        return {} if given["segment_length"] is None else given
+
+    @property
+    def start(self) -> list[int]:
+        """Ids that the tokenizer puts in front of every context."""
+        return self.tokenizer("")["input_ids"]
+
+    def full(self) -> PreTrainedModel:
+        """The model to compare with, whole contexts in sight: unpatched, and a pretrained one as it was."""
+        if self.settings.model.name:
+            return base_model(self.settings, self.source).eval()
+        trained = open_trained(self.checkpoint)
+        trained.handle.unpatch()
+        return trained.model
+
+    def reader(self, new_tokens: int | None = None) -> GistReader:
+        """Reads from gist rows."""
+        return GistReader(self.model, self.tokenizer.backend_tokenizer, self.compression, new_tokens, self.start)
+
+    def full_reader(self, new_tokens: int | None = None) -> FullReader:
+        """Reads with the whole context in sight."""
+        return FullReader(self.full(), self.tokenizer.backend_tokenizer, new_tokens, self.start)
+
+    def datasets(self, seed: int) -> list[list[Sample]]:
+        """The held-out questions of the settings, row by row."""
+        return [self._dataset(seed, row) for row in self.settings.evaluation]
+
+    def probe(self, seed: int) -> list[Sample]:
+        """Other questions of the longest contexts, for the swap test."""
+        longest = max(self.settings.evaluation, key=lambda row: row.tokens)
+        return self._dataset(seed, EvaluationRow(longest.language, longest.tokens, SWAPPED))
+
+    def _dataset(self, seed: int, row: EvaluationRow) -> list[Sample]:
+        asked = {"seed": seed, "asked_by": self.settings.data.asked_by}
+        return list(dataset(self.tokenizer.backend_tokenizer, **asdict(row), **asked))
+
+
+def open_trained(path: str | Path, source: str | None = None) -> Trained:
+    """Open a checkpoint of train_niah.py, or the newest one of a run's folder.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder of a run or of a checkpoint in it.
+    source : str, optional
+        Folder or hub name of an adapter's base model, by default the run's.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no whole checkpoint, or `source` is given where nothing is loaded from it.
+    """
+    checkpoint = newest(Path(path))
+    settings = read_settings(settings_file(checkpoint))
+    if source is not None and settings.lora is None:
+        raise ValueError(f"a base model is for adapters, {checkpoint} is a whole model: leave --model out")
+    if settings.lora is None:
+        tokenizer = read_tokenizer(checkpoint)
+        with loading(checkpoint):
+            model = AutoModelForCausalLM.from_pretrained(checkpoint)
+            handle = patch_llama(model, tokenizer)
+    else:
+        from peft import PeftModel
+
+        base, handle, tokenizer = patched(settings, source, checkpoint)
+        with loading(checkpoint):
+            model = PeftModel.from_pretrained(base, checkpoint)
+            model = model if settings.quantization else model.merge_and_unload()
+    return Trained(checkpoint, settings, model.eval(), tokenizer, handle, source)
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, or None: the Trainer writes its state last."""
+    whole = [
+        (int(number[1]), path)
+        for path in run.glob("checkpoint-*")
+        if (number := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+    ]
+    return max(whole, default=(0, None))[1]
+
+
+def newest(path: Path) -> Path:
+    """A checkpoint's folder, or a run's newest; ValueError if there is none."""
+    found = path if (path / STATE).is_file() else newest_whole(path)
+    if found is None:
+        raise ValueError(f"{path} holds no checkpoint: pass a folder that train_niah.py wrote")
+    return found
+
+
+def settings_file(checkpoint: Path) -> Path:
+    """The settings of a checkpoint's run: in its folder or beside it."""
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / SETTINGS).is_file():
+            return folder / SETTINGS
+    raise ValueError(f"{checkpoint} belongs to no run: no {SETTINGS} in it or above it")
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """Steps, tokens of the training's streams, processor seconds (of the main process) and whether it is finished."""
+    file = checkpoint / STATE
+    try:
+        state = json.loads(file.read_text())
+        callback = state["stateful_callbacks"]["GistCallback"]["attributes"]
+        return {
+            "steps": state["global_step"],
+            "tokens": state["num_input_tokens_seen"],
+            "cpu_seconds": round(callback["cpu_seconds"]),
+            "finished": callback["curriculum"]["finished"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is none that train_niah.py wrote: {error}") from error
