@@ -87,7 +87,7 @@ roofline: setup ## calculate what perfect kernels would take and how many docume
 scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs: docs/scale.md
 	$(BIN)/python -m bench.calculated.scale $(ARGS)
 
-compare: setup ## compare layouts, gist counts, positions and sinks into docs/evidence/compare.* (hours)
+compare: setup ## compare layouts, gist counts, positions and sinks into runs/compare (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)
 
 lint: $(STAMP) ## ruff (format and rules), mypy and clang-format

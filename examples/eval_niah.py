@@ -3,8 +3,8 @@
     python examples/eval_niah.py --checkpoint runs/tiny --dataset niah-ko.jsonl counting-en.jsonl --output out/
 
 A run's folder stands for its newest checkpoint. Without a dataset the preset's own grid is evaluated. The output
-folder gets report.json, report.md, plots and answers.jsonl, a line per answer as it comes: the same command goes on
-where a killed one was.
+folder gets report.json, heatmap.png and answers.jsonl, a line per answer as it comes: the same command goes on where
+a killed one was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
 
@@ -82,10 +82,11 @@ def _refuse_options_of_datasets(given: argparse.Namespace) -> None:
 
 def _evaluate(trained: Trained, datasets: list[list[Sample]], given: argparse.Namespace) -> None:
     from evaluation import BATCH, answer_samples, build_report, first_of
-    from metrics import rows_of
     from passkey.global_tasks import GlobalSample
+    from passkey.measure import side_by_side
+    from passkey.metrics import rows_of
+    from passkey.report import write_report
     from passkey.trained import SWAPPED
-    from report import write_report
 
     samples = first_of(datasets)
     reader = trained.reader(given.new_tokens)
@@ -93,7 +94,12 @@ def _evaluate(trained: Trained, datasets: list[list[Sample]], given: argparse.Na
     answers = answer_samples(reader, samples, stream=given.output / "answers.jsonl", show="gist rows", **options)
     passkeys = [sample for sample in samples if not isinstance(sample, GlobalSample)]
     probe = sorted(passkeys, key=lambda sample: -sample.tokens)[:SWAPPED]
-    report = build_report(trained, reader, answers, probe, _measured(trained, samples) if given.measure else None)
+    measured = None
+    if given.measure:
+        if trained.settings.quantization:
+            raise ValueError("--measure is for models that are not quantized: leave it out")
+        measured = side_by_side(trained, max(samples, key=lambda sample: sample.tokens))
+    report = build_report(trained, reader, answers, probe, measured)
     if given.full:
         stream = given.output / "answers-full.jsonl"
         full = answer_samples(
@@ -105,15 +111,6 @@ def _evaluate(trained: Trained, datasets: list[list[Sample]], given: argparse.Na
         )
         report["full_context"] = rows_of(full)
     write_report(report, given.output)
-
-
-def _measured(trained: Trained, samples: list[Sample]) -> dict[str, Any]:
-    from measure import side_by_side
-    from throughput import BATCHES
-
-    if trained.settings.quantization:
-        raise ValueError("--measure is for models that are not quantized: leave it out")
-    return side_by_side(trained, max(samples, key=lambda sample: sample.tokens), BATCHES)
 
 
 def _snapshot(path: Path, folder: Path) -> Path:

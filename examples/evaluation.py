@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from answers import AnswerFile
 from gistkern.training import Share
-from measure import side_by_side
-from metrics import Answer, judged, parsed, rows_of, task_of
+from passkey.answers import AnswerFile
 from passkey.data import PasskeyData
+from passkey.measure import side_by_side
+from passkey.metrics import Answer, judged, parsed, rows_of
 from passkey.niah import Sample
 from passkey.readers import GistReader, Reader
+from passkey.report import write_report
 from passkey.trained import Trained
 
 __all__ = ["answer_samples", "build_report", "evaluate_run", "first_of", "swap_test"]
@@ -89,7 +90,7 @@ def _batches(samples: dict[str, Sample], size: int) -> Iterator[list[str]]:
     """Digests in batches of one task and length, so that neither padding nor the answer's length is shared."""
     groups: dict[tuple[str, int], list[str]] = {}
     for digest, sample in samples.items():
-        groups.setdefault((task_of(sample), sample.tokens), []).append(digest)
+        groups.setdefault((getattr(sample, "task", "passkey"), sample.tokens), []).append(digest)
     for group in groups.values():
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]
@@ -124,9 +125,9 @@ def build_report(
     probe: Sequence[Sample],
     measured: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A report in the one shape that all tables and plots are made of.
+    """What `passkey.report` writes.
 
-    `probe` are passkey samples for the swap test; `measured` is what `measure.side_by_side` found, if it was asked.
+    `probe` are passkey samples for the swap test; `measured` is what `side_by_side` found, if it was asked.
     """
     model = reader.model
     return {
@@ -141,20 +142,17 @@ def build_report(
         "rows": rows_of(answers),
         "swap": swap_test(reader, probe) if len(probe) > 1 else None,
         "side_by_side": measured,
-        "answers": [asdict(answer) for answer in answers],
     }
 
 
 def evaluate_run(
     trained: Trained, run: Path, seed: int = 1, *, full: int = 0, overwrite: bool = True
 ) -> dict[str, Any]:
-    """Ask what was trained its settings' held-out questions and write report.json, report.md and the plots.
+    """Ask what was trained its settings' held-out questions and write report.json, answers.jsonl and the heatmap.
 
     The first `full` questions of each of the settings' rows are also asked with the whole context in sight; `overwrite`
     replaces the answers of another evaluation in the folder.
     """
-    from report import write_report
-
     reader, datasets, settings = trained.reader(), trained.datasets(seed), trained.settings
     title = f"evaluating {settings.name}"
     answers = answer_samples(reader, first_of(datasets), stream=run / "answers.jsonl", overwrite=overwrite, show=title)

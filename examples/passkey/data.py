@@ -98,8 +98,8 @@ class PasskeyData(StepDataset):
         self.size = max(1, min(stage.batch_size, data.batch_tokens // row))
         samples = [_sample(haystack, stage, None if bare else least) for _ in range(self.size)]
         features = [
-            {"context_ids": self.start + context, "question_ids": question, "answer_ids": answer}
-            for context, answer in samples
+            {"context_ids": self.start + context, "question_ids": asked or question, "answer_ids": answer}
+            for context, asked, answer in samples
         ]
         batch = self.collator([features[place] for place in share.own(self.size) or range(1)])
         return self._visible(batch) if data.leak else batch
@@ -145,11 +145,11 @@ class PasskeyData(StepDataset):
         return {**batch, "gist_layout": GistLayout.stack([layout] * rows)}
 
 
-def _sample(haystack: Haystack, stage: Stage, tokens: int | None) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its key; without `tokens` a bare statement of the key."""
+def _sample(haystack: Haystack, stage: Stage, tokens: int | None) -> tuple[list[int], list[int], list[int]]:
+    """Ids of a context (without `tokens` a bare statement), of its question if that names a key, and of the key."""
     if tokens is None:
         ids, key = haystack.statement()
-        return ids, haystack.encode(key)
+        return ids, [], haystack.encode(key)
     rng, (least, most) = haystack.rng, stage.keys
     ids, sample = haystack.draw(tokens, rng.uniform(*stage.depth), least if least == most else rng.randint(least, most))
-    return ids, haystack.encode(sample.answer)
+    return ids, haystack.encode(sample.question) if len(sample.keys) > 1 else [], haystack.encode(sample.answer)

@@ -115,6 +115,7 @@ class EvaluationRow:
     samples: int
     filler: Literal["templates", "prose"] = "templates"
     wordings: Literal["training", "held_out"] = "training"
+    keys: int = 1
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ import torch
 from conftest import EXAMPLES, SMOKE, command, smoke
 from safetensors.torch import load_file
 
-import compare_page
 import eval_niah
 import kvpress_baseline
 import niah
-import report
 import serve_queue
 import train_niah
 import vllm_queue
@@ -99,11 +97,6 @@ GENERATE = "--tokens 150 --samples 2 --out {new}"
         (serve_queue, f"{EVALUATE} --requests 0", "--requests: expected at least 1"),
         (vllm_queue, "--folder {empty}", "empty holds no requests.json"),
         (vllm_queue, "--folder {.}", "requests.json is none that serve_queue.py wrote"),
-        (report, "{torn.json} --out {new}", "torn.json is no report"),
-        (report, "{other.json} --out {new}", "other.json is no report"),
-        (report, "{none} --out {new}", "none is no report .*No such file"),
-        (compare_page, "{torn.json}", "torn.json is no JSON"),
-        (compare_page, "{other.json}", "other.json is no report of compare.py"),
         (kvpress_baseline, "--model {none} --dataset {file} --output {new}", "no folder .*none"),
         (kvpress_baseline, "--model {empty} --dataset {file} --output {new}", "file holds no samples"),
         (train_niah, f"--preset {SMOKE} --run {{file}}", "file is a file: expected a folder"),

@@ -1,24 +1,46 @@
-"""The comparison of layouts: what its grid holds, that training and reading agree, capacity, resuming, the page."""
+"""The comparison of layouts: what its grid holds, that training and reading agree, capacity, going on."""
 
-import dataclasses
 import functools
 import json
 import random
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 import compare
-import compare_page
-from compare_layouts import BUDGETS, CAPACITY, GIST_COUNTS, GRID, LAYOUTS, Configuration, draw_batch
-from gistkern.training import GistDataCollator, Stage
-from passkey.haystack import LANGUAGES
+from gistkern.training import Share, Stage
+from passkey.data import PasskeyData
+from passkey.models import patched
 from passkey.niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
 from passkey.readers import GistReader
 
-SMOKE = BUDGETS["smoke"]
+GRID = yaml.safe_load(compare.GRID.read_text("utf-8"))
+LAYOUTS, COUNTS = ("single", "segment-wise", "hierarchical"), (1, 2, 5, 10, 25)
+
+
+@functools.cache
+def settings_of(name):
+    return compare.settings_of(name, GRID[name], 0)
+
+
+def test_the_grid_holds_every_axis_once_and_names_say_what_changes():
+    changes = {(f"-{one}" if one else ""): one for one in ("", "absolute", "sink")}
+    names = {f"{layout}-{gists}" for layout in LAYOUTS for gists in COUNTS}
+    names |= {f"{layout}-10{change}" for layout in LAYOUTS for change in changes}
+    assert set(GRID) == names | {f"single-{gists}-keys" for gists in COUNTS}
+    assert list(GRID)[:3] == [f"{layout}-10" for layout in LAYOUTS], "a grid cut short has compared the layouts"
+    base = settings_of("single-10")
+    for name in GRID:
+        settings, (layout, gists, *change) = settings_of(name), re.split(r"-(?=\d)|(?<=\d)-", name)
+        assert settings.gists["num_gist_tokens"] == int(gists)
+        assert (settings.segments.segment_length is None) == (layout == "single")
+        assert settings.gists["num_segment_gist_tokens"] == (8 if layout == "hierarchical" else 0)
+        assert settings.gists["positions"] == ("absolute" if change == ["absolute"] else "gist_first")
+        assert settings.gists["sink_tokens"] == (1 if change == ["sink"] else 0)
+        assert (settings.curriculum == base.curriculum) == (change != ["keys"])
+        assert (settings.model, settings.optimizer, settings.data) == (base.model, base.optimizer, base.data)
 
 
 @functools.cache
@@ -26,18 +48,8 @@ def english():
     return Haystack(train_tokenizer(), "en", False, random.Random(0))
 
 
-def test_the_grid_holds_every_axis_once():
-    assert len({cell.name for cell in GRID}) == len(GRID)
-    plain = {(cell.layout, cell.gists) for cell in GRID if cell == Configuration(cell.layout, cell.gists)}
-    assert plain == {(layout, gists) for layout in LAYOUTS for gists in GIST_COUNTS}
-    for changed in ({"positions": "absolute"}, {"sink_tokens": 1}):
-        assert {Configuration(layout, **changed) for layout in LAYOUTS} <= set(GRID)
-    assert [cell.gists for cell in CAPACITY] == list(GIST_COUNTS)
-    assert [cell.layout for cell in GRID[:3]] == list(LAYOUTS), "a grid cut short has compared the layouts"
-
-
-@pytest.mark.parametrize("budget", [b for one in BUDGETS.values() for b in one.values()])
-def test_every_stage_has_room_for_its_keys(budget):
+@pytest.mark.parametrize("name", ["single-10", "single-1-keys"])
+def test_every_stage_has_room_for_its_keys(name):
     haystack = english()
 
     def longest(wordings, name=""):
@@ -45,152 +57,122 @@ def test_every_stage_has_room_for_its_keys(budget):
 
     language = haystack.language
     named = sorted((longest(language.named_needles, name) for name in language.words["name"]), reverse=True)
-    for stage in budget.stages:
-        most = stage.keys[1]
-        assert stage.tokens[0] >= max(longest(language.needles), sum(named[:most]) if most > 1 else 0)
-    if budget.keys:
-        assert min(budget.evaluate) >= sum(named[: max(budget.keys)])
+    settings = settings_of(name)
+    wanted = [(stage.tokens[0], stage.keys[1]) for stage in settings.curriculum.stages]
+    for tokens, most in wanted + [(row.tokens, row.keys) for row in settings.evaluation]:
+        assert tokens >= max(longest(language.needles), sum(named[:most]) if most > 1 else 0)
 
 
 @pytest.mark.parametrize("keys", [1, 2])
 @pytest.mark.parametrize(
-    "configuration",
-    [*GRID[:3], Configuration("segment-wise", 2, "absolute", 1), Configuration("hierarchical", 5, sink_tokens=1)],
-    ids=lambda cell: cell.name,
+    "name", ["single-10", "segment-wise-10", "hierarchical-10", "segment-wise-10-absolute", "hierarchical-10-sink"]
 )
-def test_training_computes_what_is_read_from_the_gist_rows(configuration, keys):
+def test_training_computes_what_is_read_from_the_gist_rows(name, keys):
     """The digit that the masked forward predicts first is the one that compress and generate say first."""
-    handle = configuration.build(0)
-    model = handle.model.eval()
-    collate = GistDataCollator(0, handle, **configuration.compression)
-    haystack = english()
-    stage = Stage(steps=1, tokens=(150, 150), keys=(keys, keys))
-    batch, answers = draw_batch(haystack, collate, stage, 800, random.Random(1))
-    assert batch.pop("labels")[:, -KEY_DIGITS:].equal(answers)
+    settings = settings_of(name)
+    model, handle, tokenizer = patched(settings)
+    model.eval()
+    data = PasskeyData(settings, settings.curriculum.made(), handle, tokenizer)
+    stage = Stage(steps=1, tokens=(150, 150), keys=(keys, keys), batch_size=4)
+    drawn, samples = [], []
+    (haystack,) = data.haystacks["en"]
+    draw = haystack.draw
+    haystack.draw = lambda *given: drawn.append(draw(*given)) or drawn[-1]
+    batch = data.batch(stage, random.Random(1), Share())
+    samples = [sample for _, sample in drawn]
+    assert len(samples) == 4
+    labels = batch.pop("labels")
+    answers = [train_tokenizer().decode(row[-KEY_DIGITS:].tolist()) for row in labels]
+    assert answers == [sample.answer for sample in samples]
     with torch.no_grad():
         trained = model(**batch, logits_to_keep=KEY_DIGITS + 1, use_cache=False).logits[:, 0]
-    # the same samples once more, read as in evaluation
-    haystack.rng = rng = random.Random(1)
-    rng.randint(150, 150), rng.randint(keys, keys)
-    samples = [haystack.draw(150, keys=keys)[1] for _ in answers]
-    reader = GistReader(model, train_tokenizer(), configuration.compression, new_tokens=1)
+    length = settings.segments.segment_length
+    compression = {} if length is None else vars(settings.segments)
+    reader = GistReader(model, train_tokenizer(), compression, new_tokens=1)
     cache = reader.compress(samples)
-    said = reader.ask(cache, samples)
-    assert [train_tokenizer().decode([int(row.argmax())]) for row in trained] == said
-    segments = 1 if configuration.layout == "single" else 2
-    kept = segments if configuration.layout == "segment-wise" else 1
-    rows = set(reader.compress(samples).gist_rows.tolist())
-    assert rows == {kept * configuration.gists + configuration.sink_tokens}
+    rows = set(cache.gist_rows.tolist())
+    assert [train_tokenizer().decode([int(row.argmax())]) for row in trained] == reader.ask(cache, samples)
+    kept = 2 if name.startswith("segment-wise") else 1
+    assert rows == {kept * 10 + handle.sink_tokens}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gets_the_same_rows(layout):
-    budget = SMOKE["one key"]
-    _, training = compare.train(Configuration(layout), budget, 0)
-    assert budget.rows <= training["rows"] < budget.rows + budget.step_rows
-    assert len(training["stages_entered_at"]) == 2, "patience ends the first stage"
+def test_digits_per_row_count_guesses_out():
+    row = {"keys": 4, "digit": 1.0, "gist_tokens": 10}
+    assert compare.digits_per_row(row) == pytest.approx(4 * KEY_DIGITS / 10)
+    assert compare.digits_per_row({**row, "digit": 0.1}) == 0
+    assert compare.digits_per_row({**row, "digit": 0.5, "gist_tokens": 5}) == pytest.approx(20 / 5 * 0.4 / 0.9)
 
 
-class Oracle:
-    """Reads `right` of every context's keys, and says "00000" or what `otherwise` says about the rest."""
-
-    def __init__(self, rows, right, otherwise):
-        self.rows, self.right, self.otherwise = rows, right, otherwise
-
-    def compress(self, samples):
-        return SimpleNamespace(gist_rows=torch.tensor([self.rows] * len(samples)), clone=lambda: self)
-
-    def ask(self, cache, samples):
-        return [s.answer if list(s.keys.values()).index(s.answer) < self.right else self.otherwise(s) for s in samples]
+def test_each_of_several_keys_is_asked_for_by_its_name():
+    for sample in dataset(train_tokenizer(), "en", 200, 3, keys=3):
+        (name,) = (name for name, key in sample.keys.items() if key == sample.answer)
+        assert name in sample.question
 
 
-def test_capacity_asks_every_key_and_counts_guesses_out():
-    samples = list(dataset(train_tokenizer(), "en", 200, 40, keys=4))
-    named = LANGUAGES["en"].named_question
-    whole = compare.capacity(Oracle(10, 4, None), samples, named)
-    assert (whole["exact"], whole["digits_per_row"]) == (1.0, pytest.approx(4 * KEY_DIGITS / 10))
-    half = compare.capacity(Oracle(5, 2, lambda s: "x"), samples, named)
-    assert half["exact"] == 0.5
-    assert half["digits_per_row"] == pytest.approx(4 * KEY_DIGITS / 5 * (0.5 - 0.1) / 0.9)
-    rng = random.Random(0)
-    guess = compare.capacity(Oracle(10, 0, lambda _: f"{rng.randrange(10**5):05}"), samples, named)
-    assert guess["low"] < 0 < guess["high"]
-    assert guess["exact"] < 0.05
-
-
-def test_a_single_key_is_asked_for_without_a_name():
-    sample = next(dataset(train_tokenizer(), "en", 100, 1))
-    assert compare._asked(sample, 0, "{name}?") == sample
-    several = next(dataset(train_tokenizer(), "en", 200, 1, keys=3))
-    asked = [compare._asked(several, place, "{name}?") for place in range(3)]
-    assert {one.question: one.answer for one in asked} == {f"{name}?": key for name, key in several.keys.items()}
+SMALL = """
+_: &short
+  like: compare
+  curriculum: {patience: 1.0, stages: [{steps: 2, batch_size: 2, tokens: [42, 56]}]}
+  evaluation: [{language: en, tokens: 60, samples: 4}, {language: en, tokens: 200, samples: 4}]
+wise: {<<: *short, segments: {segment_length: 96, segment_overlap: 24}}
+keys:
+  <<: *short
+  evaluation: [{language: en, tokens: 60, samples: 3, keys: 1}, {language: en, tokens: 90, samples: 3, keys: 2}]
+"""
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    """A smoke run of three configurations, one of them for capacity."""
+def small(tmp_path_factory):
+    """A run of two configurations, one of them for capacity."""
     folder = tmp_path_factory.mktemp("compare")
-    arguments = ["--budget", "smoke", "--seeds", "0", "--runs", str(folder / "runs"), "--out", str(folder / "all.json")]
-    only = [word for name in ("single-10", "segment-wise-10", "single-1-keys") for word in ("--only", name)]
-    compare.main([*arguments, *only])
-    return folder, [*arguments, *only]
+    (folder / "grid.yaml").write_text(SMALL)
+    arguments = ["--grid", str(folder / "grid.yaml"), "--runs", str(folder)]
+    compare.main([*arguments, "--only", "wise", "--only", "keys"])
+    return folder, arguments
 
 
-def test_finished_configurations_are_not_run_again(grid, monkeypatch, capsys):
-    folder, arguments = grid
-    before = json.loads((folder / "all.json").read_text())
-    monkeypatch.setattr(compare, "run_one", lambda *_: pytest.fail("it ran again"))
-    compare.main(arguments)
-    assert json.loads((folder / "all.json").read_text()) == before
-    compare.main([*arguments, "--only", "single-1", "--list"])
+def test_a_configuration_is_a_row_of_the_report(small):
+    folder, _ = small
+    wise, keys = json.loads((folder / "compare.json").read_text())["results"]
+    assert (wise["name"], keys["name"]) == ("wise", "keys")
+    assert [(row["tokens"], row["gist_tokens"]) for row in wise["rows"]] == [(60, 10), (200, 30)]
+    assert [(row["keys"], row["n"], row["gist_tokens"]) for row in keys["capacity"]] == [(1, 3, 10), (2, 3, 10)]
+    assert all(row["digits_per_row"] == compare.digits_per_row(row) for row in keys["capacity"])
+    assert wise["training"]["steps"] == 2
+    lines = (folder / "compare.json").read_text().splitlines()
+    assert len([line for line in lines if line.startswith(' {"name"')]) == 2
+
+
+def test_what_is_finished_is_not_run_again(small, monkeypatch, capsys):
+    folder, arguments = small
+    before = (folder / "compare.json").read_bytes()
+    monkeypatch.setattr(compare, "trained_and_asked", lambda *_: pytest.fail("it ran again"))
+    compare.main([*arguments, "--only", "wise"])
+    assert (folder / "compare.json").read_bytes() == before
+    compare.main([*arguments, "--list"])
     listed = dict(re.findall(r"^(\S+) .* (finished|to run)$", capsys.readouterr().out, re.M))
-    assert listed["single-10"] == "finished"
-    assert listed["single-1"] == "to run"
+    assert listed == {"_": "to run", "wise": "finished", "keys": "finished"}
 
 
-def test_the_report_names_what_ran_and_what_did_not(grid):
-    folder, _ = grid
-    report = json.loads((folder / "all.json").read_text())
-    assert [one["name"] for one in report["results"]] == ["single-10", "segment-wise-10", "single-1-keys"]
-    assert len(report["not_run"]) == len(GRID) - 3
-    single, wise, keys = report["results"]
-    assert [row["ratio"] for row in single["rows"]] == [6, 20]
-    assert [row["gist_tokens"] for row in wise["rows"]] == [10, 30]
-    assert [(row["keys"], row["contexts"], row["gist_rows"]) for row in keys["capacity"]] == [(1, 3, 1), (2, 3, 1)]
-    text = (folder / "all.md").read_text()
-    assert re.search(r"^- seed 0: hierarchical-10, single-1,", text.split("## Not run")[1], re.M)
-    assert "## Layouts" in text
-    assert "## Positions" not in text, "no other scheme was run: nothing to compare"
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_results_of_another_budget_are_refused(grid, capsys, monkeypatch):
-    _, arguments = grid
-    monkeypatch.setattr(compare, "run_one", lambda *_: pytest.fail("it ran"))
-    changed = {**SMOKE, "one key": dataclasses.replace(SMOKE["one key"], rows=4000)}
-    monkeypatch.setitem(BUDGETS, "smoke", changed)
+def test_results_of_other_settings_are_refused(small, tmp_path, capsys):
+    folder, _ = small
+    (tmp_path / "grid.yaml").write_text(SMALL.replace("steps: 2", "steps: 3"))
     with pytest.raises(SystemExit, match="2"):
-        compare.main(arguments)
-    assert "was run with another budget" in capsys.readouterr().err
+        compare.main(["--grid", str(tmp_path / "grid.yaml"), "--runs", str(folder), "--only", "wise"])
+    assert "has wise with other settings" in capsys.readouterr().err
 
 
-def test_an_unknown_configuration_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (SMALL, ["--only", "double"], "no configuration 'double': expected one of _, wise, keys"),
+        ("one: {like: compare, gists: {num_gits: 3}}", [], "num_gits"),
+        ("[1, 2]", [], "must be a mapping"),
+        ("a: [", [], "grid.yaml is no YAML"),
+    ],
+)
+def test_a_grid_that_is_none(tmp_path, capsys, text, arguments, message):
+    (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        compare.main(["--only", "double-10"])
-    assert "invalid choice: 'double-10'" in capsys.readouterr().err
-
-
-def test_seeds_are_pooled_by_length():
-    def result(seed, exact):
-        return {"seed": seed, "rows": [{"tokens": 100, "gist_tokens": 10, "ratio": 10.0, "n": 50} | exact]}
-
-    (row,) = compare_page.pooled([result(0, {"exact": 1.0, "digit": 1.0}), result(1, {"exact": 0.5, "digit": 0.8})])
-    assert (row["n"], row["exact"], row["digit"]) == (100, 0.75, pytest.approx(0.9))
-    assert row["seeds"] == {0: 1.0, 1: 0.5}
-    assert 0.65 < row["low"] < 0.75 < row["high"] < 0.83
-
-
-def test_a_page_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="holds no results: run examples/compare"):
-        compare_page.page({"results": [], "environments": [], "not_run": [], "command": "x"}, {})
+        compare.main(["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), *arguments])
+    assert message in capsys.readouterr().err

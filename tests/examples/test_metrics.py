@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import OUTCOMES, Answer, digit_accuracy, numbers_in, outcome, parsed, rows_of, wilson
+from passkey.metrics import OUTCOMES, Answer, digit_accuracy, numbers_in, outcome, parsed, rows_of, wilson
 
 CONTEXT = "Ticket 13579 belongs to Mira. The river rose by 1234567 inches, 24,680 coins were lost, 900 found."
 
