@@ -120,7 +120,7 @@ def test_evaluating_a_dataset(finished, tmp_path, capsys):
         (["--resume"], "nothing to resume"),
         (
             ["--preset", "huge"],
-            "unknown preset 'huge': expected one of compare, compare-keys, llama3-8b, llama3-8b-poc, smollm2",
+            "unknown preset 'huge': expected one of compare, compare-keys, llama3-8b",
         ),
         (["--preset", "none.yaml"], "unknown preset 'none'"),
         (["--preset", "tiny", "--dry-run"], "--dry-run is for pretrained models, tiny starts from random weights"),
