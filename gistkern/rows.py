@@ -184,11 +184,7 @@ def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def compact(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    past_k: torch.Tensor | None,
-    past_v: torch.Tensor | None,
-    gather: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, gather: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact rows ``[B, Hkv, past + G, D]`` of keys and values.
 

@@ -13,8 +13,9 @@ import torch
 from gistkern.kernels.configs import Config, pick
 from gistkern.kernels.device import facts_of, wide_rows
 from gistkern.kernels.schedule import pack_heads, padded, section_heads
+from gistkern.rows import KeyValueRows, dense_rows
 
-__all__ = ["AttentionArguments", "Meta", "row_tiles", "strided"]
+__all__ = ["AttentionArguments", "DecodeArguments", "Meta", "PoolWrite", "row_tiles", "strided"]
 
 
 class AttentionArguments(NamedTuple):
@@ -39,6 +40,64 @@ class AttentionArguments(NamedTuple):
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """gist_begin, gist_end and local_begin."""
         return self[5:8]
+
+    def readable(self) -> AttentionArguments:
+        """The same values as kernels read them: D contiguous in the buffers, and the intervals altogether."""
+        q, k, v, gist_k, gist_v = map(dense_rows, self[:5])
+        gist_begin, gist_end, local_begin = (vector.contiguous() for vector in self[5:8])
+        return AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, self.scale)
+
+
+class DecodeArguments(NamedTuple):
+    """The arguments of one step of decoding over a pool and a paged tail: shapes as `gistkern.ops.decode` says.
+
+    The vectors are ``[B, N]`` here, and `gist_capacity` and `scale` are given.
+    """
+
+    q: torch.Tensor
+    gist_k: torch.Tensor
+    gist_v: torch.Tensor
+    gist_k_scale: torch.Tensor | None
+    gist_v_scale: torch.Tensor | None
+    gist_begin: torch.Tensor
+    gist_end: torch.Tensor
+    tail_k: torch.Tensor
+    tail_v: torch.Tensor
+    tail_k_scale: torch.Tensor | None
+    tail_v_scale: torch.Tensor | None
+    tail_length: torch.Tensor | None
+    local_begin: torch.Tensor | None
+    page_table: torch.Tensor | None
+    gist_capacity: int
+    scale: float
+
+    @property
+    def gist(self) -> KeyValueRows:
+        """The pool; checked on the way."""
+        return KeyValueRows(*self[1:5])
+
+    @property
+    def tail(self) -> KeyValueRows:
+        """The tail, or its pages; checked on the way."""
+        return KeyValueRows(*self[7:11])
+
+
+class PoolWrite(NamedTuple):
+    """Gist rows of a layer and the pool they are written to: shapes as `gistkern.ops.decode.gist_compact` says."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    gather: torch.Tensor
+    slot: torch.Tensor
+    pool_k: torch.Tensor
+    pool_v: torch.Tensor
+    pool_k_scale: torch.Tensor | None
+    pool_v_scale: torch.Tensor | None
+
+    @property
+    def pool(self) -> KeyValueRows:
+        """The pool; checked on the way."""
+        return KeyValueRows(*self[4:])
 
 
 class Meta(NamedTuple):

@@ -88,7 +88,7 @@ class Backend:
     name : str
         As in ``gist_attention(..., backend=name)``.
     module : str
-        Imported on first use; offers `forward` and `backward` with the arguments of `gistkern.ops.library`.
+        Imported on first use; offers `forward` and `backward`, which take `AttentionArguments`.
     automatic : bool
         Whether ``backend="auto"`` may pick it. Rows are tried in the order of the table.
     what : str

@@ -6,6 +6,7 @@ import torch
 
 from gistkern.backends import native
 from gistkern.backends.native import pool_compact, pool_decode
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import compact, compact_backward, dense_rows
 
@@ -19,48 +20,26 @@ CHECKED = frozenset({"forward", "backward", "pool_decode", "pool_compact"})
 _DECODE_PACKED_ROWS = 16
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
-    q, k, v, gist_k, gist_v = (dense_rows(t) for t in (q, k, v, gist_k, gist_v))
-    gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
-    compute = native.decode_rows if _decodes(q, k) else native.operators().cpu_attention
-    return compute(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
+def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
+    arguments = arguments.readable()
+    return native.decode_rows(arguments) if _decodes(arguments) else native.operators().cpu_attention(*arguments)
 
 
 def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
+    arguments: AttentionArguments, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k and gist_v, bit-identical on any number of threads."""
-    tensors = [dense_rows(t) for t in (grad_out, q, k, v, gist_k, gist_v)]
-    vectors = [t.contiguous() for t in (gist_begin, gist_end, local_begin)]
+    arguments = arguments.readable()
     saved = out.contiguous(), lse.contiguous()
-    if _decodes(q, k):
+    if _decodes(arguments):
         # probabilities are exp(score - lse): both must come from the same order of summation (docs/numerics.md)
-        saved = native.operators().cpu_attention(*tensors[1:], *vectors, scale)
-    return native.operators().cpu_attention_backward(*tensors, *saved, *vectors, scale)
+        saved = native.operators().cpu_attention(*arguments)
+    return native.operators().cpu_attention_backward(
+        *(dense_rows(grad_out), *arguments.buffers, *saved, *arguments.intervals, arguments.scale)
+    )
 
 
-def _decodes(q: torch.Tensor, k: torch.Tensor) -> bool:
-    rows = q.shape[2]
-    return rows <= DECODE_ROWS and rows * (q.shape[1] // k.shape[1]) <= _DECODE_PACKED_ROWS
+def _decodes(arguments: AttentionArguments) -> bool:
+    heads, rows = arguments.q.shape[1:3]
+    return rows <= DECODE_ROWS and rows * (heads // arguments.k.shape[1]) <= _DECODE_PACKED_ROWS

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 
 from gistkern.backends import native
 from gistkern.backends.native import pool_compact
+from gistkern.kernels.arguments import AttentionArguments, DecodeArguments
 from gistkern.kernels.device import facts_of
 from gistkern.rows import dense_rows
 
@@ -18,30 +16,13 @@ __all__ = ["compact", "forward", "pool_compact", "pool_decode"]
 CHECKED = frozenset({"forward", "compact", "pool_decode", "pool_compact"})
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
-    q, k, v, gist_k, gist_v = (dense_rows(t) for t in (q, k, v, gist_k, gist_v))
-    gist_begin, gist_end, local_begin = (t.contiguous() for t in (gist_begin, gist_end, local_begin))
-    processors = facts_of(q.device).multiprocessors
-    return native.decode_rows(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, processors)
+def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
+    return native.decode_rows(arguments.readable(), facts_of(arguments.q.device).multiprocessors)
 
 
 def compact(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    past_k: torch.Tensor | None,
-    past_v: torch.Tensor | None,
-    gather: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, gather: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact rows of keys and values in one launch; arguments as `gistkern.rows`."""
     past = 0 if past_k is None else past_k.shape[2]
@@ -52,6 +33,6 @@ def compact(
     return out
 
 
-def pool_decode(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decoding over a pool and a paged tail; arguments as `gistkern.ops.decode_library`."""
-    return partial(native.pool_decode, multiprocessors=facts_of(q.device).multiprocessors)(q, *arguments)
+def pool_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decoding over a pool and a paged tail."""
+    return native.pool_decode(arguments, facts_of(arguments.q.device).multiprocessors)

@@ -5,33 +5,22 @@ Sizes come from capacities, so nothing waits for the device. The copy costs what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from gistkern.kernels.arguments import AttentionArguments, DecodeArguments, PoolWrite
 from gistkern.rows import dequantize, quantize
 
 __all__ = ["compact", "decode"]
 
+Forward = Callable[[AttentionArguments], tuple[torch.Tensor, torch.Tensor]]
 
-def decode(
-    forward,
-    q: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_k_scale: torch.Tensor | None,
-    gist_v_scale: torch.Tensor | None,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    tail_k: torch.Tensor,
-    tail_v: torch.Tensor,
-    tail_k_scale: torch.Tensor | None,
-    tail_v_scale: torch.Tensor | None,
-    tail_length: torch.Tensor | None,
-    local_begin: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    gist_capacity: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as `gistkern.ops.decode_library.decode`; `forward` is a backend's (`gistkern.ops.attention`)."""
+
+def decode(forward: Forward, arguments: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """By a backend's `forward`."""
+    q, gist_k, gist_v, gist_k_scale, gist_v_scale, gist_begin, gist_end, *rest, gist_capacity, scale = arguments
+    tail_k, tail_v, tail_k_scale, tail_v_scale, tail_length, local_begin, page_table = rest
     rows = q.shape[2]
     # the rows of the hull of a sequence's intervals, from its first on
     seen = gist_begin < gist_end
@@ -56,7 +45,7 @@ def decode(
     # a row that would see no tail row at all is empty there: local_begin is one beyond itself
     start = torch.minimum(torch.maximum(start, shift[:, None]), index + 1)
     vectors = [vector.to(torch.int32).contiguous() for vector in (begin, end, start)]
-    return forward(q, *tail, *gist, *vectors, scale)
+    return forward(AttentionArguments(q, *tail, *gist, *vectors, scale))
 
 
 def _taken(
@@ -89,17 +78,9 @@ def _tail(
     return wide.gather(2, index).masked_fill((column < 0)[:, None, :, None], 0)
 
 
-def compact(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gather: torch.Tensor,
-    slot: torch.Tensor,
-    pool_k: torch.Tensor,
-    pool_v: torch.Tensor,
-    pool_k_scale: torch.Tensor | None,
-    pool_v_scale: torch.Tensor | None,
-) -> None:
-    """Arguments as `gistkern.ops.decode_library.compact`. Finding the fillers waits for the device."""
+def compact(arguments: PoolWrite) -> None:
+    """Finding the fillers waits for the device."""
+    k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale = arguments
     sample, entry = ((gather >= 0) & (slot >= 0)).nonzero(as_tuple=True)
     target = slot[sample, entry]
     for rows, pool, scales in ((k, pool_k, pool_k_scale), (v, pool_v, pool_v_scale)):

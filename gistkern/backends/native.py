@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gistkern.kernels.arguments import AttentionArguments, DecodeArguments, PoolWrite
 from gistkern.rows import dense_rows
 
 __all__ = [
@@ -114,19 +115,9 @@ def cuda_archs() -> str:
     return _CUDA_ARCHS
 
 
-def decode_rows(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-    multiprocessors: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decode kernel on the arguments of `gistkern.ops.attention`, with at most 8 query rows."""
+def decode_rows(arguments: AttentionArguments, multiprocessors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decode kernel on the arguments of an attention call with at most 8 query rows."""
+    q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale = arguments
     no_scales = (None, None)
     return operators().decode(
         *(q, gist_k, gist_v, *no_scales, gist_begin, gist_end, k, v, *no_scales, None, local_begin, None),
@@ -134,49 +125,21 @@ def decode_rows(
     )
 
 
-def pool_decode(
-    q: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_k_scale: torch.Tensor | None,
-    gist_v_scale: torch.Tensor | None,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    tail_k: torch.Tensor,
-    tail_v: torch.Tensor,
-    tail_k_scale: torch.Tensor | None,
-    tail_v_scale: torch.Tensor | None,
-    tail_length: torch.Tensor | None,
-    local_begin: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    gist_capacity: int,
-    scale: float,
-    multiprocessors: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decode kernel on the arguments of `gistkern.ops.decode_library.decode`."""
-    tail_capacity = tail_k.shape[2] if page_table is None else page_table.shape[1] * tail_k.shape[1]
-    rows = [dense_rows(t) for t in (q, gist_k, gist_v, tail_k, tail_v)]
-    vectors = [t if t is None else t.contiguous() for t in (gist_begin, gist_end, tail_length, local_begin)]
-    return operators().decode(
-        *(*rows[:3], gist_k_scale, gist_v_scale, *vectors[:2]),
-        *(*rows[3:], tail_k_scale, tail_v_scale, *vectors[2:]),
-        *(None if page_table is None else page_table.contiguous(), gist_capacity, tail_capacity),
-        *(scale, VARIANTS["automatic"], multiprocessors),
-    )
+def pool_decode(arguments: DecodeArguments, multiprocessors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decode kernel over a pool and a paged tail."""
+    tail_k, pages = arguments.tail_k, arguments.page_table
+    tail_capacity = tail_k.shape[2] if pages is None else pages.shape[1] * tail_k.shape[1]
+    buffers = {name: dense_rows(getattr(arguments, name)) for name in ("q", "gist_k", "gist_v", "tail_k", "tail_v")}
+    vectors = {
+        name: vector.contiguous()
+        for name in ("gist_begin", "gist_end", "tail_length", "local_begin", "page_table")
+        if (vector := getattr(arguments, name)) is not None
+    }
+    *tensors, capacity, scale = arguments._replace(**buffers, **vectors)
+    return operators().decode(*tensors, capacity, tail_capacity, scale, VARIANTS["automatic"], multiprocessors)
 
 
-def pool_compact(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gather: torch.Tensor,
-    slot: torch.Tensor,
-    pool_k: torch.Tensor,
-    pool_v: torch.Tensor,
-    pool_k_scale: torch.Tensor | None,
-    pool_v_scale: torch.Tensor | None,
-) -> None:
-    """The compaction kernel on the arguments of `gistkern.ops.decode_library.compact`."""
-    operators().compact(
-        *(dense_rows(k), dense_rows(v), None, None, gather, slot.contiguous()),
-        *(pool_k, pool_v, pool_k_scale, pool_v_scale),
-    )
+def pool_compact(arguments: PoolWrite) -> None:
+    """The compaction kernel into a pool."""
+    k, v, gather, slot, *pool = arguments
+    operators().compact(dense_rows(k), dense_rows(v), None, None, gather, slot.contiguous(), *pool)

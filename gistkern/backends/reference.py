@@ -5,8 +5,11 @@ Imported by tests and by the backend table's `reference` row; no optimized code 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_now
 from gistkern.rows import compact, compact_backward
@@ -14,10 +17,9 @@ from gistkern.rows import compact, compact_backward
 __all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_scores", "forward", "from_layout"]
 
 
-def dense_mask(
-    gist_begin: torch.Tensor, gist_end: torch.Tensor, local_begin: torch.Tensor, num_compact: int, num_local: int
-) -> torch.Tensor:
-    """bool ``[B, N, G + M]`` of docs/mask.md, from the three row vectors alone."""
+def dense_mask(intervals: Sequence[torch.Tensor], num_compact: int, num_local: int) -> torch.Tensor:
+    """bool ``[B, N, G + M]`` of docs/mask.md, from gist_begin, gist_end and local_begin alone."""
+    gist_begin, gist_end, local_begin = intervals
     rows = gist_begin.shape[1]
     row = torch.arange(num_local - rows, num_local, device=gist_begin.device)[:, None]
     compact = torch.arange(num_compact, device=gist_begin.device)
@@ -36,22 +38,13 @@ def dense_scores(
     return scores.masked_fill(~mask[:, None], -torch.inf), keys
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q K^T) V`` over the rows each query sees, and the log-sum-exp of its scores.
 
     Shapes as `gistkern.ops.library`. A row that sees nothing gives 0 and -inf. Differentiable by autograd.
     """
-    mask = dense_mask(gist_begin, gist_end, local_begin, gist_k.shape[2], k.shape[2])
+    q, k, v, gist_k, gist_v, *intervals, scale = arguments
+    mask = dense_mask(intervals, gist_k.shape[2], k.shape[2])
     scores, _ = dense_scores(q, k, gist_k, mask, scale)
     lse = torch.logsumexp(scores, dim=-1)
     # an empty row has lse -inf; exp(-inf - -inf) would be NaN, in the gradient too
@@ -62,22 +55,12 @@ def forward(
 
 
 def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
+    arguments: AttentionArguments, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k, gist_v, written out (Dao et al. 2022, "FlashAttention", appendix B.2)."""
+    q, k, v, gist_k, gist_v, *intervals, scale = arguments
     compact, kv_heads = gist_k.shape[2], k.shape[1]
-    mask = dense_mask(gist_begin, gist_end, local_begin, compact, k.shape[2])
+    mask = dense_mask(intervals, compact, k.shape[2])
     scores, keys = dense_scores(q, k, gist_k, mask, scale)
     probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     values = torch.cat([gist_v, v], dim=2).repeat_interleave(q.shape[1] // kv_heads, dim=1)
@@ -104,4 +87,5 @@ def from_layout(
     if past is not None:
         gist_k, gist_v = torch.cat([past[0], gist_k], 2), torch.cat([past[1], gist_v], 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return forward(q, k, v, gist_k, gist_v, layout.gist_begin, layout.gist_end, layout.local_begin, scale)
+    intervals = layout.gist_begin, layout.gist_end, layout.local_begin
+    return forward(AttentionArguments(q, k, v, gist_k, gist_v, *intervals, scale))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gistkern.backends.sdpa_plan import Block, plan
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.rows import compact, compact_backward
 
 __all__ = ["backward", "compact", "compact_backward", "forward"]
@@ -32,26 +33,17 @@ class _Part:
     mask: torch.Tensor | None = None
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
-    work = [_working(t) for t in (q, k, v, gist_k, gist_v)]
+def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
+    q, k, scale = arguments.q, arguments.k, arguments.scale
+    work = [_working(t) for t in arguments.buffers]
     out = torch.zeros(q.shape, dtype=work[0].dtype)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype)
     tail = k.shape[2] - q.shape[2]
-    for block in plan(gist_begin, gist_end, local_begin, k.shape[2]):
+    for block in plan(arguments.intervals, k.shape[2]):
         rows = _rows(work[0], block)
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
-        for part in _parts(block, tail, gist_begin, gist_end, local_begin, work[0].dtype):
+        for part in _parts(block, tail, arguments.intervals, work[0].dtype):
             keys, values = _for_each_query_head(rows, *_keys(work[1:], block, part))
             one = _flash(rows, keys, values, 0.0, part.causal, attn_mask=part.mask, scale=scale)
             merged = one if merged is None else _merge(*merged, *one)
@@ -62,31 +54,30 @@ def forward(
 
 
 def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
+    arguments: AttentionArguments, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k and gist_v, summed block after block in a fixed order."""
-    work = [_working(t) for t in (q, k, v, gist_k, gist_v)]
+    q, k, scale = arguments.q, arguments.k, arguments.scale
+    work = [_working(t) for t in arguments.buffers]
     wide_grad, wide_out = _working(grad_out), _working(out)
     gradients = [torch.zeros(t.shape, dtype=t.dtype) for t in work]
     tail = k.shape[2] - q.shape[2]
-    for block in plan(gist_begin, gist_end, local_begin, k.shape[2]):
+    for block in plan(arguments.intervals, k.shape[2]):
         rows, row_grad, row_out, row_lse = (_rows(t, block) for t in (work[0], wide_grad, wide_out, lse))
-        for part in _parts(block, tail, gist_begin, gist_end, local_begin, work[0].dtype):
+        for part in _parts(block, tail, arguments.intervals, work[0].dtype):
             keys, values = _for_each_query_head(rows, *_keys(work[1:], block, part))
             # with the merged output and log-sum-exp, each part's gradients simply add up
             dq, dk, dv = _flash_backward(
-                row_grad, rows, keys, values, row_out, row_lse, 0.0, part.causal, attn_mask=part.mask, scale=scale
+                row_grad,
+                rows,
+                keys,
+                values,
+                row_out,
+                row_lse,
+                0.0,
+                part.causal,
+                attn_mask=part.mask,
+                scale=scale,
             )
             dk, dv = (_of_key_heads(t, k.shape[1]) for t in (dk, dv))
             _add(gradients[0], block.batch, slice(block.begin, block.end), dq, block.repeat)
@@ -96,7 +87,7 @@ def backward(
                     _add(gradients[gist], block.batch, part.gist, gradient[:, :, :width])
                 if part.local.stop > part.local.start:
                     _add(gradients[local], block.batch, part.local, gradient[:, :, width:], block.repeat)
-    return tuple(g.to(t.dtype) for g, t in zip(gradients, (q, k, v, gist_k, gist_v), strict=True))
+    return tuple(g.to(t.dtype) for g, t in zip(gradients, arguments.buffers, strict=True))
 
 
 def _working(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,19 +96,12 @@ def _working(tensor: torch.Tensor) -> torch.Tensor:
     return wide if wide.stride(-1) == 1 else wide.contiguous()
 
 
-def _parts(
-    block: Block,
-    tail: int,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    dtype: torch.dtype,
-) -> Iterator[_Part]:
+def _parts(block: Block, tail: int, intervals: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Iterator[_Part]:
     """The flash calls of a block. No part is empty: the kernel divides by the number of keys."""
     gist = slice(block.gist_begin, block.gist_end)
     if block.masked:
         local = slice(block.local_begin, block.end + tail)
-        vectors = [t[block.batch.start, block.begin : block.end] for t in (gist_begin, gist_end, local_begin)]
+        vectors = [t[block.batch.start, block.begin : block.end] for t in intervals]
         yield _Part(gist, local, mask=_tile_mask(block, tail, vectors, dtype))
         return
     none = slice(0, 0)

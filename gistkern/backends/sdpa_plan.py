@@ -11,6 +11,7 @@ Nothing here grows with the product of rows and keys: a tile's mask is at most `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,12 +43,12 @@ class Block:
     masked: bool = False
 
 
-def plan(gist_begin: torch.Tensor, gist_end: torch.Tensor, local_begin: torch.Tensor, num_local: int) -> list[Block]:
-    """Blocks that cover every non-empty row exactly once, in a fixed order."""
-    vectors = [t.numpy() for t in (gist_begin, gist_end, local_begin)]
+def plan(intervals: Sequence[torch.Tensor], num_local: int) -> list[Block]:
+    """Blocks that cover every non-empty row exactly once, in a fixed order; of gist_begin, gist_end and local_begin."""
+    vectors = [t.numpy() for t in intervals]
     same = all((vector == vector[:1]).all() for vector in vectors)
     samples = [slice(0, len(vectors[0]))] if same else [slice(b, b + 1) for b in range(len(vectors[0]))]
-    tail = num_local - gist_begin.shape[1]
+    tail = num_local - intervals[0].shape[1]
     return [
         block
         for batch in samples

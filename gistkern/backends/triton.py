@@ -17,41 +17,19 @@ from gistkern.rows import dense_rows
 __all__ = ["backward", "compact", "compact_backward", "forward"]
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``; arguments as `gistkern.ops.library`."""
-    launch = launch_gist_decode if q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
-    arguments = _readable(AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale))
-    return launch(arguments, _precision(q.device))
+def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
+    launch = launch_gist_decode if arguments.q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
+    return launch(arguments.readable(), _precision(arguments.q.device))
 
 
 def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
+    arguments: AttentionArguments, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
-    arguments = _readable(AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale))
+    arguments, grad_out = arguments.readable(), dense_rows(grad_out)
     q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale = arguments
-    grad_out, precision = dense_rows(grad_out), _precision(q.device)
+    precision = _precision(q.device)
     dq, rows_lse, delta = launch_gist_attn_bwd_dq(grad_out, arguments, out.contiguous(), lse.contiguous(), precision)
     rest = (rows_lse, delta), scale, precision
     dgist = launch_gist_attn_bwd_dkv((q, gist_k, gist_v, grad_out), (gist_begin, gist_end), *rest)
@@ -59,18 +37,8 @@ def backward(
     return dq, *dlocal, *dgist
 
 
-def _readable(arguments: AttentionArguments) -> AttentionArguments:
-    """The same values as the kernels read them: D contiguous, and the intervals altogether."""
-    buffers, vectors = map(dense_rows, arguments.buffers), (t.contiguous() for t in arguments.intervals)
-    return AttentionArguments(*buffers, *vectors, arguments.scale)
-
-
 def compact(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    past_k: torch.Tensor | None,
-    past_v: torch.Tensor | None,
-    gather: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, gather: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact rows of keys and values in one launch; arguments as `gistkern.rows`."""
     past = [None if t is None else dense_rows(t) for t in (past_k, past_v)]

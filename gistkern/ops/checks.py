@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout.checks import check_bounds, check_gather
 
 __all__ = [
@@ -51,18 +52,9 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale must lie in 2^-126..2^126, which float32 holds, got {scale}")
 
 
-def check_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gist_k: torch.Tensor,
-    gist_v: torch.Tensor,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    local_begin: torch.Tensor,
-    scale: float,
-) -> None:
-    """Of `gistkern.ops.attention`."""
+def check_attention(arguments: AttentionArguments) -> None:
+    """Of `gistkern.ops.library.attention`."""
+    q, k, v, gist_k, gist_v, *intervals, scale = arguments
     for name, tensor in (("q", q), ("k", k), ("gist_k", gist_k)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, rows, head_dim], got {tuple(tensor.shape)}")
@@ -82,30 +74,25 @@ def check_attention(
     _require("v", v, local, q)
     _require("gist_k", gist_k, gist, q)
     _require("gist_v", gist_v, gist, q)
-    vectors = {"gist_begin": gist_begin, "gist_end": gist_end, "local_begin": local_begin}
-    for name, vector in vectors.items():
+    for name, vector in zip(("gist_begin", "gist_end", "local_begin"), intervals, strict=True):
         _require(name, vector, (batch, rows), q, torch.int32)
     check_scale(scale)
     if q.device.type == "cpu":
-        check_bounds(gist_begin.numpy(), gist_end.numpy(), local_begin.numpy(), gist_k.shape[2], local_rows)
+        begin, end, local_begin = (vector.numpy() for vector in intervals)
+        check_bounds(begin, end, local_begin, gist_k.shape[2], local_rows)
 
 
-def check_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k, v, gist_k, gist_v, out: torch.Tensor, lse: torch.Tensor, *rest: Any
-) -> None:
+def check_backward(arguments: AttentionArguments, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Of `gistkern.ops.attention_backward`."""
-    check_attention(q, k, v, gist_k, gist_v, *rest)
+    check_attention(arguments)
+    q = arguments.q
     _require("grad_out", grad_out, tuple(q.shape), q)
     _require("out", out, tuple(q.shape), q)
     _require("lse", lse, tuple(q.shape[:3]), q, torch.promote_types(q.dtype, torch.float32))
 
 
 def check_compact(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    past_k: torch.Tensor | None,
-    past_v: torch.Tensor | None,
-    gather: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, gather: torch.Tensor
 ) -> None:
     """Of `gistkern.ops.compact`."""
     if k.dim() != 4:

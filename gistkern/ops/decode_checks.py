@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gistkern.kernels.arguments import DecodeArguments
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.ops.checks import check_devices, refuse_forward_mode
 from gistkern.rows import KeyValueRows
@@ -145,33 +146,25 @@ def _share_memory(one: torch.Tensor, twin: torch.Tensor) -> bool:
     return rest == 0 and reached(distance, axes)
 
 
-def check_decode_values(
-    gist: KeyValueRows,
-    tail: KeyValueRows,
-    gist_begin: torch.Tensor,
-    gist_end: torch.Tensor,
-    tail_length: torch.Tensor | None,
-    local_begin: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    gist_capacity: int,
-) -> None:
+def check_decode_values(call: DecodeArguments) -> None:
     """Raise ValueError where a row, length or page is none of its buffer's. Tensors on the CPU."""
-    pool_rows = len(gist.key)
-    begin, end = gist_begin.numpy().astype(np.int64), gist_end.numpy().astype(np.int64)
+    tail_k, page_table, local_begin = call.tail_k, call.page_table, call.local_begin
+    pool_rows = len(call.gist_k)
+    begin, end = call.gist_begin.numpy().astype(np.int64), call.gist_end.numpy().astype(np.int64)
     seen = begin < end
     if (seen & ((begin < 0) | (end > pool_rows))).any():
         raise ValueError(f"gist_begin and gist_end must lie in 0..{pool_rows}, the rows of the pool")
     hull = np.where(seen, end, 0).max(1) - np.where(seen, begin, pool_rows).min(1)
-    if hull.max() > gist_capacity:
-        raise ValueError(f"gist_capacity is {gist_capacity}, but a sequence sees {hull.max()} rows of the pool")
-    tail_rows = tail.key.shape[2] if page_table is None else page_table.shape[1] * tail.key.shape[1]
-    length = np.full(len(begin), tail_rows) if tail_length is None else tail_length.numpy()
+    if hull.max() > call.gist_capacity:
+        raise ValueError(f"gist_capacity is {call.gist_capacity}, but a sequence sees {hull.max()} rows of the pool")
+    tail_rows = tail_k.shape[2] if page_table is None else page_table.shape[1] * tail_k.shape[1]
+    length = np.full(len(begin), tail_rows) if call.tail_length is None else call.tail_length.numpy()
     if ((length < 0) | (length > tail_rows)).any():
         raise ValueError(f"tail_length must lie in 0..{tail_rows}, the rows that the tail has room for")
     if local_begin is not None and (local_begin.numpy() < 0).any():
         raise ValueError("local_begin must not be negative")
     if page_table is not None:
-        pages, size = tail.key.shape[:2]
+        pages, size = tail_k.shape[:2]
         used = np.arange(page_table.shape[1]) * size < length[:, None]
         named = page_table.numpy()
         if (used & ((named < 0) | (named >= pages))).any():

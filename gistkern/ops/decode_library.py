@@ -9,6 +9,7 @@ import torch
 
 from gistkern import backends
 from gistkern.backends import dense
+from gistkern.kernels.arguments import DecodeArguments, PoolWrite
 from gistkern.ops import checks
 from gistkern.ops.decode_checks import (
     check_apart,
@@ -17,7 +18,6 @@ from gistkern.ops.decode_checks import (
     check_decode,
     check_decode_values,
 )
-from gistkern.rows import KeyValueRows
 
 __all__ = ["compact", "decode"]
 
@@ -34,29 +34,28 @@ _library.define(
 
 
 @torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
-def _decode(q, *arguments):
-    *rest, backend = arguments
+def _decode(*inputs):
+    *arguments, backend = inputs
+    call = DecodeArguments(*arguments)
     module = backends.get(backend).load()
     if hasattr(module, "pool_decode"):
-        return checks.call(module, "pool_decode", _check_decode, q, *rest)
-    _check_decode(q, *rest)
-    return dense.decode(module.forward, q, *rest)
+        return checks.call(module, "pool_decode", _check_decode, call)
+    _check_decode(call)
+    return dense.decode(module.forward, call)
 
 
-def _check_decode(
-    q, k, v, k_scale, v_scale, begin, end, tail_k, tail_v, tail_k_scale, tail_v_scale, length, local, pages, *sizes
-):
-    capacity, scale = sizes
-    gist, tail = KeyValueRows(k, v, k_scale, v_scale), KeyValueRows(tail_k, tail_v, tail_k_scale, tail_v_scale)
-    check_decode(q, gist, tail, begin, end, length, local, pages)
-    checks.check_scale(scale)
-    if not 0 <= capacity < 2**31:
-        raise ValueError(f"gist_capacity must lie in 0..2^31 - 1, got {capacity}")
-    for name, vector in (("gist_begin", begin), ("gist_end", end), ("local_begin", local)):
+def _check_decode(call: DecodeArguments) -> None:
+    vectors = call.gist_begin, call.gist_end, call.tail_length, call.local_begin, call.page_table
+    check_decode(call.q, call.gist, call.tail, *vectors)
+    checks.check_scale(call.scale)
+    if not 0 <= call.gist_capacity < 2**31:
+        raise ValueError(f"gist_capacity must lie in 0..2^31 - 1, got {call.gist_capacity}")
+    for name in ("gist_begin", "gist_end", "local_begin"):
+        vector = getattr(call, name)
         if vector is not None and vector.dim() != 2:
             raise ValueError(f"{name} must be [batch, rows], got {tuple(vector.shape)}")
-    if q.device.type == "cpu":
-        check_decode_values(gist, tail, begin, end, length, local, pages, capacity)
+    if call.q.device.type == "cpu":
+        check_decode_values(call)
 
 
 @torch.library.register_fake("gistkern::decode", lib=_library)
@@ -66,26 +65,27 @@ def _decode_fake(q, *arguments):
 
 
 @torch.library.impl(_library, "compact_into", "CompositeExplicitAutograd")
-def _compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, backend):
+def _compact(*inputs):
+    *arguments, backend = inputs
+    call = PoolWrite(*arguments)
     module = backends.get(backend).load()
-    arguments = (k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
     if hasattr(module, "pool_compact"):
-        check_apart(KeyValueRows(pool_k, pool_v, pool_k_scale, pool_v_scale))  # the kernel knows the first address only
-        checks.call(module, "pool_compact", _check_compact, *arguments)
+        check_apart(call.pool)  # the kernel knows the first address only
+        checks.call(module, "pool_compact", _check_compact, call)
     else:
-        _check_compact(*arguments)
-        dense.compact(*arguments)
+        _check_compact(call)
+        dense.compact(call)
 
 
-def _check_compact(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale):
-    check_compact(k, v, gather, slot, KeyValueRows(pool_k, pool_v, pool_k_scale, pool_v_scale))
-    if k.device.type == "cpu":
-        check_compact_values(gather, slot, k.shape[2], len(pool_k))
+def _check_compact(call: PoolWrite) -> None:
+    check_compact(call.k, call.v, call.gather, call.slot, call.pool)
+    if call.k.device.type == "cpu":
+        check_compact_values(call.gather, call.slot, call.k.shape[2], len(call.pool_k))
 
 
 @torch.library.register_fake("gistkern::compact_into", lib=_library)
-def _compact_fake(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale, backend):
-    checks.check_devices(k, v, gather, slot, pool_k, pool_v, pool_k_scale, pool_v_scale)
+def _compact_fake(k, *inputs):
+    checks.check_devices(k, *inputs)
 
 
 decode = torch.ops.gistkern.decode.default

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from gistkern import backends
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.ops import checks
 
 __all__ = ["attention", "attention_backward", "compact", "compact_backward"]
@@ -44,30 +45,31 @@ _library.define(
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
-    arguments = (q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
-    return checks.call(backends.get(backend).load(), "forward", checks.check_attention, *arguments)
+def _attention(*inputs):
+    *arguments, backend = inputs
+    module = backends.get(backend).load()
+    return checks.call(module, "forward", checks.check_attention, AttentionArguments(*arguments))
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _attention_backward(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend):
-    arguments = (grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale)
-    return checks.call(backends.get(backend).load(), "backward", checks.check_backward, *arguments)
+def _attention_backward(*inputs):
+    grad_out, *buffers, out, lse, gist_begin, gist_end, local_begin, scale, backend = inputs
+    arguments = AttentionArguments(*buffers, gist_begin, gist_end, local_begin, scale)
+    module = backends.get(backend).load()
+    return checks.call(module, "backward", checks.check_backward, arguments, grad_out, out, lse)
 
 
 @torch.library.register_fake("gistkern::attention", lib=_library)
-def _attention_fake(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend):
-    checks.check_devices(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin)
+def _attention_fake(q, *inputs):
+    checks.check_devices(q, *inputs)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("gistkern::attention_backward", lib=_library)
-def _attention_backward_fake(
-    grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin, scale, backend
-):
-    checks.check_devices(grad_out, q, k, v, gist_k, gist_v, out, lse, gist_begin, gist_end, local_begin)
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, gist_k, gist_v))
+def _attention_backward_fake(grad_out, *inputs):
+    checks.check_devices(grad_out, *inputs)
+    return tuple(t.new_empty(t.shape) for t in inputs[:5])
 
 
 def _setup_context(ctx, inputs, output):
@@ -79,10 +81,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, grad_lse):
-    *inputs, gist_begin, gist_end, local_begin, out, lse = ctx.saved_tensors
-    gradients = attention_backward(
-        grad_out, *inputs, out, lse, gist_begin, gist_end, local_begin, ctx.scale, ctx.backend
-    )
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = attention_backward(grad_out, *tensors[:5], out, lse, *tensors[5:], ctx.scale, ctx.backend)
     return (*gradients, None, None, None, None, None)
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from gistkern import GistLayout
 from gistkern.backends import reference
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.testing import make_inputs
 
 LAYOUT = GistLayout.stack(
@@ -23,11 +24,11 @@ def test_written_out_backward_is_the_gradient():
     inputs = make_inputs(LAYOUT, heads=4, kv_heads=2, dtype=torch.float64)
     gist = [torch.randn(2, 2, LAYOUT.num_compact, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     leaves = (inputs.q, inputs.k, inputs.v, *gist)
-    vectors = (LAYOUT.gist_begin, LAYOUT.gist_end, LAYOUT.local_begin)
-    out, lse = reference.forward(*leaves, *vectors, 0.2)
+    arguments = AttentionArguments(*leaves, LAYOUT.gist_begin, LAYOUT.gist_end, LAYOUT.local_begin, 0.2)
+    out, lse = reference.forward(arguments)
     expected = torch.autograd.grad(out, leaves, inputs.grad_out)
     with torch.no_grad():
-        ours = reference.backward(inputs.grad_out, *leaves, out, lse, *vectors, 0.2)
+        ours = reference.backward(arguments, inputs.grad_out, out, lse)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 

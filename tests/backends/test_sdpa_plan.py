@@ -10,7 +10,7 @@ from gistkern.backends.sdpa_plan import TILE_ROWS, plan
 
 
 def blocks_of(layout):
-    return plan(layout.gist_begin, layout.gist_end, layout.local_begin, layout.num_local)
+    return plan((layout.gist_begin, layout.gist_end, layout.local_begin), layout.num_local)
 
 
 @given(layouts())
