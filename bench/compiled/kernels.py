@@ -22,8 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from bench.compiled.plain_flash import launch_plain_fwd
-from bench.compiled.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+from bench.compiled.plain_flash import launch_plain_bwd_dkv, launch_plain_bwd_dq, launch_plain_fwd
 from gistkern.kernels import device
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
@@ -110,8 +109,8 @@ def _attention(dim: int) -> dict[str, Callable[[], Any]]:
         "compact": lambda: launch_gist_compact(k, k, None, None, gather),
         "compact_bwd": lambda: launch_gist_compact_bwd(g, g, gather, ROWS),
         "plain_fwd": lambda: launch_plain_fwd(q, k, k, *how),
-        "plain_bwd_dq": lambda: launch_plain_bwd_dq(q, q, k, k, q, stat, *how),
-        "plain_bwd_dkv": lambda: launch_plain_bwd_dkv(q, q, k, k, stat, stat, *how),
+        "plain_bwd_dq": lambda: launch_plain_bwd_dq((q, k, k, q), q, stat, *how),
+        "plain_bwd_dkv": lambda: launch_plain_bwd_dkv((q, k, k, q), stat, stat, *how),
     }
 
 

@@ -177,8 +177,7 @@ CHECK_PLAIN_FLASH = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from gistkern.kernels import configs
-from bench.compiled.plain_flash import launch_plain_fwd
-from bench.compiled.plain_flash_bwd import launch_plain_bwd_dkv, launch_plain_bwd_dq
+from bench.compiled.plain_flash import launch_plain_bwd_dkv, launch_plain_bwd_dq, launch_plain_fwd
 
 config = configs.Config(BM, BN, 4, 1, "test")
 q, grad_out = torch.randn(2, 4, 45, 16, requires_grad=True), torch.randn(2, 4, 45, 16)
@@ -188,8 +187,8 @@ gradients = torch.autograd.grad(expected, (q, k, v), grad_out)
 lse = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~torch.ones(45, 45).tril().bool(), -torch.inf).logsumexp(-1)
 with torch.no_grad(), configs.overridden(fwd=config, bwd_dq=config, bwd_dkv=config):
     out, found_lse = launch_plain_fwd(q, k, v, 0.25, "ieee")
-    dq, delta = launch_plain_bwd_dq(grad_out, q, k, v, out, found_lse, 0.25, "ieee")
-    dk, dv = launch_plain_bwd_dkv(grad_out, q, k, v, found_lse, delta, 0.25, "ieee")
+    dq, delta = launch_plain_bwd_dq((q, k, v, grad_out), out, found_lse, 0.25, "ieee")
+    dk, dv = launch_plain_bwd_dkv((q, k, v, grad_out), found_lse, delta, 0.25, "ieee")
 for found, wanted in zip((out, found_lse, dq, dk, dv), (expected, lse, *gradients), strict=True):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 """
