@@ -15,8 +15,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["fill", "filled", "main"]
-
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _PLACE = re.compile(r"<!-- table: ([^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import floor, log10
 from typing import Any
 
-__all__ = ["columns", "measured_on", "median", "significant", "table"]
-
 
 def significant(value: float, digits: int = 3) -> str:
     """Plain decimal notation with at least so many significant digits and all digits before the point."""

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["dumps", "read_lines", "write_lines", "write_report"]
-
 
 def dumps(report: dict[str, Any]) -> str:
     """`report` as JSON; a list whose items are lists or dictionaries has an item a line, anything else is one line."""

@@ -6,8 +6,6 @@ import itertools
 
 from gistkern import GistLayout
 
-__all__ = ["HEADS", "LAYOUTS", "SEGMENTS", "layout_of"]
-
 # raw tokens per segment, gist tokens per segment
 SEGMENTS = {
     "64/4": (64, 4),

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-__all__ = ["Precision", "Saved", "Trained", "base_bytes", "linear_shapes", "optimizer_bytes", "trained_tensors"]
-
 # bitsandbytes: weights per block of 4-bit weights, blocks per block of their own 8-bit scales, entries per block of
 # 8-bit optimizer state, and the elements from which a tensor's state is in 8 bits, and is paged
 _BLOCK, _NESTED_BLOCK, _STATE_BLOCK, _LEAST_8BIT, _LEAST_PAGED = 64, 256, 256, 4096, 100_000

@@ -1,6 +1,6 @@
 """What a perfect kernel would take: FLOPs and bytes from the work counter, published peaks. No measurement.
 
-    make roofline                        # fills docs/roofline.md, draws docs/pictures/roofline.png
+    make roofline                        # fills docs/roofline.md
     make roofline ARGS="--rows rows.json"     # every card, layout and length
 
 The attention op is counted here, the model around it (weights, caches, decoding) in bench/calculated/serving.py.
@@ -20,8 +20,6 @@ from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
 from gistkern.kernels.chips import GPUS, Gpu
-
-__all__ = ["COUNTED", "ROWS", "Time", "decoding", "draw", "flops_of", "op", "perfect_time", "report"]
 
 COUNTED = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical")
 ROWS = (4096, 16384, 32768, 131072)
@@ -105,40 +103,6 @@ def report() -> dict[str, Any]:
     }
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Limits of decoding over batch up to what fits, and the forward's perfect time over the number of rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    for index, gpu in enumerate(GPUS):
-        for rows, style in ((serving.GIST_ROWS + serving.TAIL, "-"), (serving.CONTEXTS[0] + serving.TAIL, ":")):
-            most = serving.largest_batch(gpu, "bf16", rows)
-            batches = [2**power for power in range(most.bit_length())] + [most]
-            limits = [serving.tokens_per_second(gpu, "bf16", batch, rows) for batch in batches]
-            label = gpu.name if style == "-" else None
-            left.plot(batches, limits, style, color=f"C{index}", label=label)
-            left.plot(batches[-1], limits[-1], "o", color=f"C{index}", markersize=5)
-    left.set(xscale="log", yscale="log", xlabel="sequences", ylabel="tokens per second, at most")
-    left.set_title("decoding, bf16 weights: 42 rows (solid), 6,128 (dotted); dot: card full", fontsize=9)
-    left.legend(fontsize=8)
-    first = GPUS[0].name
-    for name in COUNTED:
-        mine = [row for row in found["op"] if row["segments"] == name]
-        times = [row["forward"]["gpus"][first]["seconds"] * 1e3 for row in mine]
-        right.plot([row["rows"] for row in mine], times, marker="o", markersize=3, label=name)
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
-    right.set_xticks(ROWS, [f"{rows // 1024}K" for rows in ROWS])
-    right.minorticks_off()
-    right.set_title(f"forward of one layer, a perfect kernel, {first}", fontsize=9)
-    right.legend(title="raw/gists", fontsize=8)
-    figure.suptitle("Calculated, not measured", fontsize=10)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Calculate and write."""
     from bench.calculated.tables import tables
@@ -151,7 +115,6 @@ def main(arguments: list[str] | None = None) -> None:
         write_report(given.rows, found)
         return
     fill(DOCS / "roofline.md", tables(found))
-    draw(found, DOCS / "pictures" / "roofline.png")
 
 
 if __name__ == "__main__":

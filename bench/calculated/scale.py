@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.calculated.serving import LLAMA_3_8B
 from bench.fill import fill
-from bench.markdown import significant, table
+from bench.markdown import columns, significant
 from bench.shapes import layout_of
 from gistkern import GistLayout
 from gistkern.distributed import split_layout
 from gistkern.kernels.chips import LINKS, gpu_named
-
-__all__ = ["CASES", "GPU", "Scale", "calculated", "gist_bytes", "layer_weights", "main", "ring_bytes", "tables"]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GPU = "H100 SXM 80 GB"
@@ -35,41 +34,20 @@ CASES = tuple((tokens, ranks) for tokens, many in ((1 << 20, (8, 64)), (10 << 20
 
 @dataclass(frozen=True)
 class Scale:
-    """One layer's forward on the busiest rank.
-
-    Parameters
-    ----------
-    scheme, tokens, ranks
-        Layout (bench/shapes.py), rows of the context, GPUs.
-    gist_rows : int
-        Compact rows of the whole context.
-    received, ring : int
-        Bytes that a rank receives: gist rows of all others, and in ring attention keys and values of all others.
-    kept : int
-        Bytes of keys and values that a rank keeps for the backward: its own rows, and the compact rows.
-    compute, full_compute : float
-        Seconds of matrix products at the card's peak: of the heaviest shard, and of its share under full causal
-        attention, evenly cut.
-    balance : float
-        Mean over largest work of a shard.
-    padding : float
-        Rows that all ranks send over compact rows.
-    link : str
-        The slowest link in use.
-    """
+    """One layer's forward on the busiest rank. Sizes in bytes, times in seconds."""
 
     scheme: str
     tokens: int
     ranks: int
-    gist_rows: int
-    received: int
-    ring: int
-    kept: int
-    compute: float
-    full_compute: float
-    balance: float
-    padding: float
-    link: str
+    gist_rows: int  # compact rows of the whole context
+    received: int  # by a rank: gist rows of all others
+    ring: int  # and in ring attention: keys and values of all others
+    kept: int  # keys and values of a rank for the backward: its own rows, and the compact rows
+    compute: float  # products of the heaviest shard at the card's peak
+    full_compute: float  # of its share under full causal attention, evenly cut
+    balance: float  # mean over largest work of a shard
+    padding: float  # rows that all ranks send over compact rows
+    link: str  # the slowest in use
 
     def seconds(self, size: int) -> float:
         """Of receiving so many bytes at the link's published speed."""
@@ -133,25 +111,19 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
 
 def tables(scales: Sequence[Scale]) -> dict[str, str]:
     """The table of docs/scale.md."""
-    head = ["layout", "tokens", "GPUs", "gist rows", "received, MB", "ring, MB", "link"]
-    head += ["receiving, ms", "ring, ms", "products, ms", "full attention, ms", "kept K/V, MB", "padding", "balance"]
+
+    def shown(name: str, factor: float) -> Callable[[Any], str]:
+        return lambda row: significant(factor * row[name])
+
     rows = [
-        [
-            one.scheme,
-            *(f"{count:,}" for count in (one.tokens, one.ranks, one.gist_rows)),
-            *(significant(size / 1e6) for size in (one.received, one.ring)),
-            one.link,
-            *(
-                significant(1e3 * seconds)
-                for seconds in (one.seconds(one.received), one.seconds(one.ring), one.compute, one.full_compute)
-            ),
-            significant(one.kept / 1e6),
-            f"{one.padding:.1f}",
-            f"{one.balance:.2f}",
-        ]
-        for one in scales
+        asdict(one) | {"receiving": one.seconds(one.received), "ring time": one.seconds(one.ring)} for one in scales
     ]
-    return {"cases": table(head, rows)}
+    cells = {"layout": "scheme", "tokens": "tokens", "GPUs": "ranks", "gist rows": "gist_rows"}
+    sizes = {"received, MB": shown("received", 1e-6), "ring, MB": shown("ring", 1e-6), "link": "link"}
+    times = {"receiving, ms": shown("receiving", 1e3), "ring, ms": shown("ring time", 1e3)}
+    times |= {"products, ms": shown("compute", 1e3), "full attention, ms": shown("full_compute", 1e3)}
+    rest = {"kept K/V, MB": shown("kept", 1e-6), "padding": lambda row: f"{row['padding']:.1f}"}
+    return {"cases": columns(rows, cells | sizes | times | rest | {"balance": lambda row: f"{row['balance']:.2f}"})}
 
 
 def main(arguments: list[str] | None = None) -> None:

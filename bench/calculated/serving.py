@@ -7,33 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from types import SimpleNamespace
 
 from bench.calculated.memory_terms import Precision, base_bytes
 from gistkern.kernels.chips import Gpu
-
-__all__ = [
-    "CONTEXTS",
-    "DOCUMENTS",
-    "GIST_ROWS",
-    "LLAMA_3_8B",
-    "RESERVE",
-    "TAIL",
-    "WEIGHTS",
-    "Llama",
-    "Weights",
-    "attention_flops",
-    "crossover",
-    "kv_row",
-    "kv_share",
-    "kv_share_of_memory",
-    "largest_batch",
-    "left_for_caches",
-    "multiplied",
-    "parameters",
-    "rows_seen",
-    "tokens_per_second",
-    "weights_of",
-]
 
 # question and answer so far, as in training_memory.py; gist rows of a context; tokens of a context
 TAIL, GIST_ROWS, CONTEXTS = 32, 10, (6096, 131072)
@@ -42,21 +19,17 @@ RESERVE = 10**9
 WEIGHTS = ("bf16", "NF4, rest bf16", "NF4, rest fp32")
 
 
-@dataclass(frozen=True)
-class Llama:
-    """The sizes of a Llama, by the names that transformers' config has; Llama-3-8B by default."""
-
-    vocab_size: int = 128256
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    tie_word_embeddings: bool = False
-
-
-LLAMA_3_8B = Llama()
+# by the names that transformers' config has
+LLAMA_3_8B = SimpleNamespace(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
 
 
 @dataclass(frozen=True)
@@ -78,38 +51,38 @@ DOCUMENTS = {
 }
 
 
-def parameters(model: Llama = LLAMA_3_8B) -> int:
+def parameters() -> int:
     """All of them."""
-    return base_bytes(model, Precision("bfloat16", autocast=False), double_quant=False) // 2
+    return base_bytes(LLAMA_3_8B, Precision("bfloat16", autocast=False), double_quant=False) // 2
 
 
-def multiplied(model: Llama = LLAMA_3_8B) -> int:
+def multiplied() -> int:
     """Parameters that a step multiplies with: all but the input embedding, of which it looks up rows."""
-    return parameters(model) - model.vocab_size * model.hidden_size
+    return parameters() - LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size
 
 
-def kv_row(model: Llama = LLAMA_3_8B) -> int:
+def kv_row() -> int:
     """Bytes of one cached row: keys and values of all layers in bf16."""
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2
+    return 2 * LLAMA_3_8B.num_hidden_layers * LLAMA_3_8B.num_key_value_heads * LLAMA_3_8B.head_dim * 2
 
 
-def weights_of(kind: str, model: Llama = LLAMA_3_8B) -> Weights:
+def weights_of(kind: str) -> Weights:
     """Weights in one of the formats `WEIGHTS`.
 
     NF4 with double quantization is that of training_memory.py: the layers' linears have 4 bits, the vocabulary
     matrices and norms do not. They are fp32 after `prepare_model_for_kbit_training`, and bf16 if the model is only
     loaded in 4 bits.
     """
-    embedding = model.vocab_size * model.hidden_size
+    embedding = LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size
     if kind == "bf16":
-        resident = base_bytes(model, Precision("bfloat16", autocast=False), double_quant=False)
+        resident = base_bytes(LLAMA_3_8B, Precision("bfloat16", autocast=False), double_quant=False)
         return Weights(resident, resident - 2 * embedding)
-    resident = base_bytes(model, Precision("nf4", autocast=True), double_quant=True)
+    resident = base_bytes(LLAMA_3_8B, Precision("nf4", autocast=True), double_quant=True)
     if kind == "NF4, rest fp32":
         return Weights(resident, resident - 4 * embedding)
     if kind != "NF4, rest bf16":
         raise ValueError(f"unknown weights {kind!r}: expected one of {', '.join(WEIGHTS)}")
-    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
+    norms = (2 * LLAMA_3_8B.num_hidden_layers + 1) * LLAMA_3_8B.hidden_size
     resident -= 2 * (2 * embedding + norms)
     return Weights(resident, resident - 2 * embedding)
 
@@ -124,25 +97,15 @@ def largest_batch(gpu: Gpu, kind: str, rows: int) -> int:
     return left_for_caches(gpu, kind) // (rows * kv_row())
 
 
-def crossover(gpu: Gpu, kind: str, batch: int) -> int:
-    """The smallest number of rows per sequence from which KV takes longer than the weights' part of a step.
-
-    The weights' part is the longer of reading them and multiplying with them; the second grows with the batch. Exact:
-    integers only.
-    """
-    read, arithmetic = weights_of(kind).read * gpu.flops, 2 * multiplied() * batch * gpu.bandwidth
-    return max(read, arithmetic) // (batch * kv_row() * gpu.flops) + 1
-
-
-def attention_flops(rows: int, model: Llama = LLAMA_3_8B) -> int:
+def attention_flops(rows: int) -> int:
     """FLOPs of all layers' attention over so many rows, for one token."""
-    return 4 * model.head_dim * model.num_attention_heads * model.num_hidden_layers * rows
+    return 4 * LLAMA_3_8B.head_dim * LLAMA_3_8B.num_attention_heads * LLAMA_3_8B.num_hidden_layers * rows
 
 
-def tokens_per_second(gpu: Gpu, kind: str, batch: int, rows: int, model: Llama = LLAMA_3_8B) -> float:
+def tokens_per_second(gpu: Gpu, kind: str, batch: int, rows: int) -> float:
     """Upper bound for the batch: bytes at full bandwidth or FLOPs at peak, whichever takes longer."""
-    moved = weights_of(kind, model).read + batch * rows * kv_row(model)
-    flops = batch * (2 * multiplied(model) + attention_flops(rows, model))
+    moved = weights_of(kind).read + batch * rows * kv_row()
+    flops = batch * (2 * multiplied() + attention_flops(rows))
     return batch / max(moved / gpu.bandwidth, flops / gpu.flops)
 
 

@@ -8,8 +8,6 @@ from bench.calculated import serving
 from bench.markdown import columns, significant, table
 from gistkern.kernels.chips import GPUS
 
-__all__ = ["tables"]
-
 SHOWN_ROWS = (16384, 131072)
 BATCHES = (1, 16, 64)
 

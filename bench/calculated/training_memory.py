@@ -27,8 +27,6 @@ from bench.calculated.memory_terms import (
     trained_tensors,
 )
 
-__all__ = ["MemoryEstimate", "TrainingSetup", "config_of", "estimate", "setup_of"]
-
 # tokens of a question and its answer, and of the answer alone; a passkey takes no more with a Llama tokenizer
 TAIL, ANSWER = 32, 5
 WEIGHTS = ("float32", "bfloat16", "nf4")

@@ -25,18 +25,6 @@ from bench.compiled.kernels import GISTS, HEADS, KV_HEADS, ROWS
 from bench.compiled.machine_code import Cubin, describe_cubin
 from gistkern.kernels.chips import chip_named
 
-__all__ = [
-    "CUDA_KERNELS",
-    "CudaKernel",
-    "CudaLaunch",
-    "build_tools",
-    "compile_source",
-    "cuda_problems",
-    "missing",
-    "planner",
-    "rows_of",
-]
-
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD_TOOLS = CSRC / "build_extension.py"
 FLAGS = ("-std=c++17", "-O3")

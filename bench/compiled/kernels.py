@@ -32,20 +32,6 @@ from gistkern.kernels.chips import CHIPS, Chip, chip_named
 from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
 from gistkern.kernels.decode import launch_gist_decode
 
-__all__ = [
-    "ARCHS",
-    "HEAD_DIMS",
-    "KERNELS",
-    "PLAIN",
-    "Build",
-    "CompilerInput",
-    "Launch",
-    "build",
-    "compiler_input",
-    "launch_of",
-    "target_of",
-]
-
 ARCHS = tuple(chip.arch for chip in CHIPS)
 HEAD_DIMS = (64, 128)
 # Llama-3-8B's heads; enough rows that the compact columns are cut into chunks and decoding into splits, because

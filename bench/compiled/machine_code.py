@@ -26,8 +26,6 @@ from bench.compiled.control_flow import Instruction, working_loop
 from bench.compiled.kernels import Build
 from gistkern.kernels.chips import Chip
 
-__all__ = ["CLASSES", "FORMS", "Cubin", "describe", "describe_cubin"]
-
 # classes of the instruction mix, and the opcodes of NVIDIA's and AMD's that belong to each; the first match counts
 CLASSES = {
     "tensor core": r"HMMA|HGMMA|UTC\w*MMA|v_s?mfmac?_\w+",

@@ -2,8 +2,8 @@
 
 The algorithm is FlashAttention-2 (Dao 2023) as Triton's fused-attention tutorial arranges it: one loop over the
 unmasked tiles, one over the diagonal's, pointers that step from tile to tile, statistics in log2; backward by rows for
-dq, by columns for dk and dv. It knows no gists, documents or packed heads, so it is the least that a flash kernel has to
-do. For comparison only: the package does not import it. Shapes and names as in kernels/, with N rows of q, k and v alike.
+dq, by columns for dk and dv. It knows no gists, documents or packed heads, so it is the least that a flash kernel has
+to do. The package does not import it. Shapes and names as in kernels/, with N rows of q, k and v alike.
 """
 
 from __future__ import annotations

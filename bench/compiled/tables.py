@@ -10,8 +10,6 @@ from bench.compiled.kernels import ARCHS, KERNELS, PLAIN
 from bench.compiled.machine_code import FORMS
 from bench.markdown import measured_on, table
 
-__all__ = ["tables"]
-
 DIM = 128
 CUDA_ARCH = "sm_90"
 

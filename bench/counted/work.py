@@ -19,18 +19,6 @@ from gistkern.kernels.chips import Chip
 from gistkern.kernels.configs import pick
 from gistkern.kernels.schedule import chunk_count, pack_heads, padded, section_heads
 
-__all__ = [
-    "FAR",
-    "Shape",
-    "Work",
-    "backward_work",
-    "balance",
-    "forward_work",
-    "least_bytes",
-    "uncompacted_tiles",
-    "visible_pairs",
-]
-
 FAR = 1 << 30
 # matrix products per tile: S and P V; S, dP and dS K; S, dP, P^T dO and dS^T Q
 PRODUCTS = {"fwd": 2, "bwd_dq": 3, "bwd_dkv": 4}
@@ -48,25 +36,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel launch does.
+    """What one kernel launch does."""
 
-    Parameters
-    ----------
-    kernel : str
-        Name of the config; ``bwd_dkv`` counts once for local and once for gist columns.
-    tiles, masked : int
-        Tiles visited over all programs, and those of them under a mask.
-    flops : int
-        Of the visited tiles, counting whole tiles.
-    costs : array
-        Tiles of every program, in the order of launch.
-    """
-
-    kernel: str
-    tiles: int
-    masked: int
-    flops: int
-    costs: np.ndarray
+    kernel: str  # name of the config; bwd_dkv counts once for local and once for gist columns
+    tiles: int  # visited over all programs
+    masked: int  # those of them under a mask
+    flops: int  # of the visited tiles, counting whole tiles
+    costs: np.ndarray  # tiles of every program, in the order of launch
 
 
 def visible_pairs(layout: GistLayout) -> int:

@@ -16,8 +16,6 @@ from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
 from gistkern.testing import Inputs
 
-__all__ = ["PASSES", "attention_case", "attention_plan"]
-
 PASSES = ("forward", "backward", "both")
 # of a product with fp32 accumulation: relative to each entry, to the largest entry, and of the whole tensor's norm;
 # bf16 carries 8 bits, and a baseline that calls once per segment sums a gist's gradient over hundreds of them in bf16
@@ -35,23 +33,10 @@ def attention_case(
     device: str = "cpu",
     only: Collection[str] | None = None,
 ) -> Case:
-    """The calls of one layout and size, each checked against ours before it is one.
+    """The calls of one layout and size (as `bench.shapes`), of all `BASELINES` or `only` some.
 
-    Parameters
-    ----------
-    layout_name, rows, heads : str, int, str
-        As `bench.shapes`.
-    passes : str
-        ``"forward"``, ``"backward"`` (the gradients of q, k and v of a forward made before) or ``"both"``.
-    device : str
-        ``"cpu"`` (fp32) or ``"cuda"`` (bf16).
-    only : collection of str, optional
-        Names of `BASELINES` to plan; all of them without.
-
-    Raises
-    ------
-    AssertionError
-        If a baseline computes something else.
+    Each is checked against ours before it is one: an AssertionError if a baseline computes something else.
+    ``"backward"`` is the gradients of q, k and v of a forward made before; fp32 on a CPU, bf16 on a GPU.
     """
     layout, inputs = _inputs(layout_name, rows, heads, device)
     query_heads, dim = inputs.q.shape[1], inputs.q.shape[3]

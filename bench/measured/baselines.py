@@ -18,8 +18,6 @@ from bench.measured.limits import largest
 from bench.measured.segments import Run, runs_of
 from gistkern import GistLayout, gist_attention
 
-__all__ = ["BASELINES", "OURS", "Baseline"]
-
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

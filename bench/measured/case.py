@@ -8,8 +8,6 @@ from typing import Any
 
 from bench.measured.timing import Call, Seconds, interleaved, ratio
 
-__all__ = ["OURS", "Case", "measured", "serve"]
-
 OURS = "ours"
 
 
@@ -31,6 +29,7 @@ class Case:
     limit_work: float = 1.0
     repeat: int = 1
     queued: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def work_of(self, name: str) -> float:
         """FLOPs or bytes of one call."""

@@ -21,20 +21,9 @@ import torch
 
 from bench.measured.grid import GRIDS, Grid, quick
 from bench.measured.report import DOCS, device_name
-from bench.measured.sections import SECTIONS
-
-__all__ = ["compared", "main", "regressions"]
+from bench.measured.sections import BESIDE, beside
 
 TOLERANCE = 0.2
-# what a section's rows are told apart by
-KEYS = {
-    "attention": ("layout", "rows", "heads", "pass"),
-    "compaction": ("layout", "rows", "heads"),
-    "decoding": ("gist rows", "tail rows", "batch", "heads"),
-    "models": ("model", "context", "batch"),
-    "compressing": ("model", "tokens"),
-    "layouts": ("layout", "rows"),
-}
 Ratios = Mapping[str, Mapping[str, float]]
 
 
@@ -52,9 +41,9 @@ def compared(
     report: Mapping[str, Any], grid: Grid, device: str, rounds: int
 ) -> Iterator[tuple[str, Ratios | None, Ratios]]:
     """Title, recorded ratios (None where there are none) and new ratios of every row of a grid."""
-    for section, keys in KEYS.items():
+    for section, (keys, *_) in BESIDE.items():
         known = {tuple(row[key] for key in keys): row["slower_than_ours"] for row in report.get(section, [])}
-        for row in SECTIONS[section](grid, device, rounds):
+        for row in beside(section, grid, device, rounds):
             place = tuple(row[key] for key in keys)
             recorded = known.get(place)
             if recorded is not None and section == "attention":

@@ -11,8 +11,6 @@ from bench.shapes import HEADS, layout_of
 from gistkern import backends
 from gistkern.ops import library
 
-__all__ = ["BASELINES", "compaction_case"]
-
 BASELINES = ("indexing",)
 LIMIT = "copy"
 

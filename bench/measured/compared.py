@@ -7,8 +7,6 @@ from typing import Any
 
 from bench.markdown import measured_on, table
 
-__all__ = ["tables"]
-
 
 def tables(report: Mapping[str, Any]) -> dict[str, str]:
     """Exact answers by length, and what several keys at once leave of them."""

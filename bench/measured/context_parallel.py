@@ -34,8 +34,6 @@ from gistkern import GistLayout, patch_llama
 from gistkern.distributed import count_traffic, split_layout
 from gistkern.hf.context_parallel import row_cost
 
-__all__ = ["main", "step_on_this_rank", "tables"]
-
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 MODEL = "SmolLM2-135M, 4 of 30 layers"
 RANKS = (1, 2, 4)

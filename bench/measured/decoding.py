@@ -14,8 +14,6 @@ from bench.measured.timing import captured
 from bench.shapes import HEADS
 from gistkern import GistLayout, gist_attention
 
-__all__ = ["BASELINES", "decoding_case"]
-
 LIMIT = "copy"
 PAGE = 16  # rows, the usual of vLLM, one of those FlashInfer takes
 BASELINES = {

@@ -15,8 +15,6 @@ import torch
 from bench.measured.segments import runs_of
 from gistkern import GistLayout
 
-__all__ = ["plan", "second", "third", "why_not"]
-
 
 def second(layout: GistLayout) -> Callable[..., torch.Tensor]:
     """flash-attn 2."""

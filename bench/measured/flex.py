@@ -11,8 +11,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from bench.measured.limits import largest
 from gistkern import GistLayout
 
-__all__ = ["block_mask", "natural", "no_backward", "permuted", "why_not", "why_not_natural"]
-
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., torch.Tensor]:

@@ -9,49 +9,25 @@ from bench.measured.baselines import BASELINES
 from bench.measured.case import OURS
 from bench.shapes import LAYOUTS
 
-__all__ = ["GRIDS", "Grid", "quick"]
-
 SMOLLM2, LLAMA, SMALL = "SmolLM2-135M", "Llama-3-8B", "2 heads, D 64"
 ONCE = "forward", "both"  # the backward alone is left out where a round takes minutes
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of one device.
+    """Sizes of one device."""
 
-    Parameters
-    ----------
-    attention : tuple of (layout, rows, heads, passes)
-        Beside all `baselines`.
-    growth_heads : str
-        Heads of the growth section; `growth` its rows for us, of which baselines get those up to `growth_baselines`.
-    compaction : tuple of (layout, rows, heads)
-        Gathering the gist rows of one layer.
-    decoding : tuple of (gist rows, tail rows, batch, heads)
-        The op alone.
-    models : tuple of (model, context, batches)
-        Whole models, decoding.
-    compressing : tuple of (model, tokens)
-        `compress` beside a prefill.
-    layouts : tuple of (layout, rows)
-        Construction beside the masks that a layout replaces.
-    memory : tuple of (case, names)
-        Peak memory of calls of a case, as `bench.measured.memory.peak_bytes` takes it.
-    baselines : tuple of str
-        Those of the attention section.
-    """
-
-    attention: tuple[tuple[str, int, str, tuple[str, ...]], ...]
+    attention: tuple[tuple[str, int, str, tuple[str, ...]], ...]  # (layout, rows, heads, passes)
     growth_heads: str
-    growth: tuple[int, ...]
-    growth_baselines: int
-    compaction: tuple[tuple[str, int, str], ...]
-    decoding: tuple[tuple[int, int, int, str], ...]
-    models: tuple[tuple[str, int, tuple[int, ...]], ...]
-    compressing: tuple[tuple[str, int], ...]
-    layouts: tuple[tuple[str, int], ...]
-    memory: tuple[tuple[tuple[object, ...], tuple[str, ...]], ...]
-    baselines: tuple[str, ...] = tuple(BASELINES)
+    growth: tuple[int, ...]  # rows
+    growth_baselines: int  # baselines get the rows up to this
+    compaction: tuple[tuple[str, int, str], ...]  # (layout, rows, heads)
+    decoding: tuple[tuple[int, int, int, str], ...]  # (gist rows, tail rows, batch, heads)
+    models: tuple[tuple[str, int, tuple[int, ...]], ...]  # (model, context, batches)
+    compressing: tuple[tuple[str, int], ...]  # (model, tokens)
+    layouts: tuple[tuple[str, int], ...]  # (layout, rows)
+    memory: tuple[tuple[tuple[object, ...], tuple[str, ...]], ...]  # (case, names), as `peak_bytes` takes them
+    baselines: tuple[str, ...] = tuple(BASELINES)  # of the attention section
 
 
 _BATCHES = (1, 4, 16, 64, 256)

@@ -12,8 +12,6 @@ from bench.measured.case import OURS, Case
 from bench.shapes import SEGMENTS
 from gistkern import GistLayout
 
-__all__ = ["BASELINES", "layout_case"]
-
 BASELINES = ("dense mask", "block mask")
 GIST = 1_000_000  # first gist id
 

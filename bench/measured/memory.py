@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["ENVIRONMENT", "peak_bytes", "resident", "start_peak"]
-
 Call = Callable[[], Any]
 # glibc keeps freed memory and hands it out again, which the resident set does not show: every block of 64 KiB or more
 # gets pages of its own, and they go back when it is freed

@@ -17,16 +17,6 @@ from bench.measured.limits import copy as copy_limit
 from bench.measured.limits import largest
 from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
 
-__all__ = [
-    "FULL",
-    "MODELS",
-    "PREFILL",
-    "cache_bytes",
-    "compressing_case",
-    "model_decoding_case",
-    "models",
-]
-
 GISTS, SEGMENT = 10, 512
 LIMIT = "copy"
 FULL = "DynamicCache"
@@ -101,8 +91,8 @@ def cache_bytes(cache: GistCache | DynamicCache) -> int:
 
 
 @torch.no_grad()
-def model_decoding_case(name: str, context: int, batch: int, device: str = "cpu") -> tuple[Case, dict[str, int]]:
-    """One decoding step of a model whose context had `context` tokens, and the bytes that each cache holds.
+def model_decoding_case(name: str, context: int, batch: int, device: str = "cpu") -> Case:
+    """One decoding step of a model whose context had `context` tokens.
 
     The number of gist rows does not depend on the context's length, so a short one is compressed; the full cache
     is filled with random rows.
@@ -113,10 +103,10 @@ def model_decoding_case(name: str, context: int, batch: int, device: str = "cpu"
     short = compress(gist, torch.randint(0, 1000, (1, 16), device=device))
     short.batch_repeat_interleave(batch)
     size = _full_bytes(full, context, batch)
-    held = {OURS: cache_bytes(short), FULL: size, "rows": GISTS}
     weights = sum(p.nbytes for p in full.parameters())  # a step reads all of them: embeddings are the output matrix too
-    work = {OURS: weights + held[OURS], FULL: weights + held[FULL]}
-    case = Case(device, {OURS: _step(gist, short, token)}, limit=LIMIT, work=work)
+    facts = {"gist rows": GISTS, "gist bytes": cache_bytes(short), "full bytes": size}
+    work = {OURS: weights + facts["gist bytes"], FULL: weights + size}
+    case = Case(device, {OURS: _step(gist, short, token)}, limit=LIMIT, work=work, facts=facts)
     if size > largest(device):
         case.not_measured[FULL] = f"its cache would take {size / 2**30:.1f} GiB"
     else:
@@ -124,7 +114,7 @@ def model_decoding_case(name: str, context: int, batch: int, device: str = "cpu"
         assert cache_bytes(filled) == size
         case.calls[FULL] = _step(full, filled, token)
     case.calls[LIMIT], case.limit_work = copy_limit(device)
-    return case, held
+    return case
 
 
 def _full_bytes(full: LlamaForCausalLM, context: int, batch: int) -> int:

@@ -14,8 +14,6 @@ from matplotlib import pyplot
 from bench.measured.baselines import BASELINES
 from bench.measured.case import OURS
 
-__all__ = ["draw"]
-
 BARS = ("512/8", 4096)
 
 

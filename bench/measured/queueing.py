@@ -15,8 +15,6 @@ from bench.shapes import HEADS
 from gistkern import GistLayout, gist_attention
 from gistkern.testing import make_inputs
 
-__all__ = ["SDPA", "calls", "microseconds"]
-
 SDPA = "sdpa"
 CALLS = 50  # queued in a row for one time
 

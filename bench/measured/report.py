@@ -30,8 +30,6 @@ from bench.measured.tables import tables
 from bench.rows import write_report
 from gistkern.backends import native
 
-__all__ = ["device_name", "main", "measure"]
-
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # beside our own: whose speed the baselines depend on
 PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flashinfer-python")

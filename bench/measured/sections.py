@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -17,12 +18,10 @@ from bench.measured.decoding import decoding_case
 from bench.measured.grid import Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
-from bench.measured.models import FULL, compressing_case, model_decoding_case
+from bench.measured.models import compressing_case, model_decoding_case
 from bench.measured.queueing import calls, microseconds
 from bench.measured.timing import Call, interleaved, ratio
 from bench.shapes import layout_of
-
-__all__ = ["GROWTH", "SECTIONS", "attention"]
 
 Rows = list[dict[str, Any]]
 # what grows with the rows: a layout and, but for ours, a baseline
@@ -36,65 +35,88 @@ GROWTH = (
 )
 
 
-def attention(grid: Grid, device: str, rounds: int) -> Rows:
-    """Forward, backward and both, of every layout."""
-    found = []
-    cases = [(*row, one) for *row, passes in grid.attention for one in passes]
-    for layout, rows, heads, passes in tqdm(cases, desc="attention", disable=None):
-        case = attention_case(layout, rows, heads, passes, device, grid.baselines)
-        found.append({"layout": layout, "rows": rows, "heads": heads, "pass": passes, **measured(case, rounds, 0)})
-        _free(case)
+class Beside(NamedTuple):
+    """A section of cases, each timed side by side: a row's keys, their values, and the case of one of them."""
+
+    keys: tuple[str, ...]
+    places: Callable[[Grid], Iterable[tuple]]
+    make: Callable[..., Case]
+    times: int = 1  # as many rounds as others have
+    warmup: int = 1
+
+
+BESIDE = {
+    "attention": Beside(
+        ("layout", "rows", "heads", "pass"),
+        lambda grid: [(*row, one) for *row, passes in grid.attention for one in passes],
+        lambda *place, device, grid: attention_case(*place, device, grid.baselines),
+        warmup=0,
+    ),
+    "compaction": Beside(
+        ("layout", "rows", "heads"),
+        lambda grid: grid.compaction,
+        lambda *place, device, grid: compaction_case(*place, device),
+    ),
+    "decoding": Beside(
+        ("gist rows", "tail rows", "batch", "heads"),
+        lambda grid: grid.decoding,
+        lambda *place, device, grid: decoding_case(*place, device),
+        2,
+        0,
+    ),
+    "models": Beside(
+        ("model", "context", "batch"),
+        lambda grid: [(name, context, batch) for name, context, batches in grid.models for batch in batches],
+        lambda *place, device, grid: model_decoding_case(*place, device),
+    ),
+    "compressing": Beside(
+        ("model", "tokens"),
+        lambda grid: grid.compressing,
+        lambda *place, device, grid: compressing_case(*place, device),
+    ),
+    "layouts": Beside(
+        ("layout", "rows"), lambda grid: grid.layouts, lambda *place, device, grid: layout_case(*place, device)
+    ),
+}
+
+
+def beside(name: str, grid: Grid, device: str, rounds: int) -> Rows:
+    """The rows of a section of cases."""
+    section, found = BESIDE[name], []
+    for place in tqdm(list(section.places(grid)), desc=name, disable=None):
+        case = section.make(*place, device=device, grid=grid)
+        row = dict(zip(section.keys, place, strict=True)) | case.facts
+        found.append(row | measured(case, section.times * rounds, section.warmup))
+        case.calls.clear()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
     return found
 
 
 def growth(grid: Grid, device: str, rounds: int) -> Rows:
     """Forward by rows, all in the same rounds, as multiples of ours at the fewest rows."""
-    calls: dict[str, Call] = {}
-    reasons: dict[str, str] = {}
+    timed: dict[str, Call] = {}
+    found = []
     for layout, name in GROWTH:
         for rows in grid.growth:
             key = f"{layout} {name} {rows}"
+            row = {"layout": layout, "name": name, "rows": rows, "heads": grid.growth_heads}
+            row["visible_pairs"] = visible_pairs(layout_of(layout, rows))
+            found.append((key, row))
             if name != OURS and rows > grid.growth_baselines:
-                reasons[key] = f"only up to {grid.growth_baselines:,} rows"
+                row["not_measured"] = f"only up to {grid.growth_baselines:,} rows"
                 continue
             case = attention_case(layout, rows, grid.growth_heads, "forward", device, [name] if name != OURS else [])
             if name in case.calls:
-                calls[key] = case.calls[name]
+                timed[key] = case.calls[name]
             else:
-                reasons[key] = case.not_measured[name]
-    seconds = interleaved(calls, rounds, device, queued=True)
-    first = f"512/8 {OURS} {grid.growth[0]}"
+                row["not_measured"] = case.not_measured[name]
+    seconds = interleaved(timed, rounds, device, queued=True)
+    first = found[0][0]
     return [
-        {
-            "layout": layout,
-            "name": name,
-            "rows": rows,
-            "heads": grid.growth_heads,
-            "visible_pairs": visible_pairs(layout_of(layout, rows)),
-            "rounds": len(seconds[first]),
-            **({"time": ratio(seconds, key, first)} if key in calls else {"not_measured": reasons[key]}),
-        }
-        for layout, name in GROWTH
-        for rows in grid.growth
-        for key in [f"{layout} {name} {rows}"]
-    ]
-
-
-def compaction(grid: Grid, device: str, rounds: int) -> Rows:
-    """Gathering the gist rows of one layer."""
-    return [
-        {"layout": layout, "rows": rows, "heads": heads}
-        | measured(compaction_case(layout, rows, heads, device), rounds)
-        for layout, rows, heads in tqdm(grid.compaction, desc="compaction", disable=None)
-    ]
-
-
-def decoding(grid: Grid, device: str, rounds: int) -> Rows:
-    """One step of the op over cached rows."""
-    return [
-        {"gist rows": gists, "tail rows": tail, "batch": batch, "heads": heads}
-        | measured(decoding_case(gists, tail, batch, heads, device), 2 * rounds, 0)
-        for gists, tail, batch, heads in tqdm(grid.decoding, desc="decoding", disable=None)
+        row | {"rounds": len(seconds[first])} | ({"time": ratio(seconds, key, first)} if key in timed else {})
+        for key, row in found
     ]
 
 
@@ -105,36 +127,6 @@ def queueing(grid: Grid, device: str, rounds: int) -> Rows:
     return [
         {"call": what, "heads": grid.growth_heads} | {name: microseconds(call, rounds) for name, call in both.items()}
         for what, both in calls(grid.growth_heads, device).items()
-    ]
-
-
-def models(grid: Grid, device: str, rounds: int) -> Rows:
-    """One step of a model over a GistCache and over a DynamicCache."""
-    found = []
-    for name, context, batches in grid.models:
-        for batch in tqdm(batches, desc=f"{name}, {context} tokens", disable=None):
-            case, held = model_decoding_case(name, context, batch, device)
-            row = {"model": name, "context": context, "batch": batch, "gist rows": held["rows"]}
-            found.append(row | {"gist bytes": held[OURS], "full bytes": held[FULL], **measured(case, rounds)})
-            _free(case)
-    return found
-
-
-def compressing(grid: Grid, device: str, rounds: int) -> Rows:
-    """Reading a context."""
-    found = []
-    for name, tokens in tqdm(grid.compressing, desc="compressing", disable=None):
-        case = compressing_case(name, tokens, device)
-        found.append({"model": name, "tokens": tokens} | measured(case, rounds))
-        _free(case)
-    return found
-
-
-def layouts(grid: Grid, device: str, rounds: int) -> Rows:
-    """Making a layout."""
-    return [
-        {"layout": name, "rows": rows} | measured(layout_case(name, rows, device), rounds)
-        for name, rows in tqdm(grid.layouts, desc="layouts", disable=None)
     ]
 
 
@@ -149,21 +141,14 @@ def memory(grid: Grid, device: str, rounds: int) -> Rows:
     return found
 
 
-def _free(case: Case) -> None:
-    case.calls.clear()
-    gc.collect()
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
-
-
 SECTIONS: dict[str, Callable[[Grid, str, int], Rows]] = {
-    "attention": attention,
+    "attention": partial(beside, "attention"),
     "growth": growth,
-    "compaction": compaction,
-    "decoding": decoding,
+    "compaction": partial(beside, "compaction"),
+    "decoding": partial(beside, "decoding"),
     "queueing": queueing,
-    "models": models,
-    "compressing": compressing,
-    "layouts": layouts,
+    "models": partial(beside, "models"),
+    "compressing": partial(beside, "compressing"),
+    "layouts": partial(beside, "layouts"),
     "memory": memory,
 }

@@ -8,8 +8,6 @@ import torch
 
 from gistkern import GistLayout
 
-__all__ = ["Run", "runs_of"]
-
 
 @dataclass(frozen=True)
 class Run:

@@ -12,8 +12,6 @@ from bench.measured.case import OURS
 from bench.measured.models import FULL, PREFILL
 from bench.measured.queueing import SDPA
 
-__all__ = ["tables"]
-
 Rows = Sequence[Mapping[str, Any]]
 BOTH_OF = "512/8"  # the layout whose backward is in the table
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["FEWEST", "PATIENCE", "captured", "finished", "interleaved", "ratio", "spent"]
-
 FEWEST = 3  # rounds, however long they take
 PATIENCE = 25.0  # seconds after which no further round begins
 AHEAD_BYTES, AHEAD_TIMES = 2 << 30, 2  # written before what is timed on a GPU: longer than queueing a call takes

@@ -35,7 +35,7 @@ OURS = [kernel for kernel in KERNELS if not kernel.startswith("plain_")]
 @pytest.mark.parametrize(("kernel", "arch"), SUBSET, ids=[f"{kernel}-{arch}" for kernel, arch in SUBSET])
 def test_no_spills_tensor_cores_in_the_loop_and_shared_memory_within_limits(kernel, arch):
     row = aot.row_of(kernel, arch, 128)
-    assert not aot.problems(row) or (kernel, arch) in aot.REASONS, aot.problems(row)
+    assert aot.problems(row) == []
     assert row["inner_loop"]["tensor_core_instructions"] > 0
     assert row["inner_loop"]["async_copies"] > 0, "keys and values come by cp.async while the tile before is used"
     assert row["blocks_per_multiprocessor"] >= 1
@@ -49,16 +49,14 @@ def test_the_gate_fails_on_a_tile_that_spills():
     assert row["spill_bytes"] > 0
     assert row["stack_bytes"] > 0
     assert row["spill_instructions"] > 0
-    failures = aot.check([row], {})
+    failures = aot.check([row])
     assert len(failures) == 1
     assert "spills" in failures[0]
-    assert aot.check([row], {("fwd", "sm_80"): "a test"}) == []
-    assert row["reason"] == "a test"
 
 
 def test_the_gate_fails_on_more_shared_memory_than_the_chip_has():
     with configs.overridden(fwd=configs.Config(128, 64, 8, 5, "too deep")):
-        failures = aot.check([aot.row_of("fwd", "sm_86", 128)], {})
+        failures = aot.check([aot.row_of("fwd", "sm_86", 128)])
     assert len(failures) == 1
     assert "bytes of shared memory" in failures[0]
 
@@ -77,10 +75,11 @@ def test_the_gate_fails_on_a_warning_of_ptxas_and_on_a_kernel_that_does_not_comp
     assert aot.problems(row) == ["does not compile: RuntimeError PassManager::run failed"]
 
 
-def test_a_reason_that_excuses_nothing_is_an_error():
-    row = aot.row_of("sum_chunks", "sm_80", 64)
-    assert "REASONS" in aot.check([row], {("sum_chunks", "sm_80"): "no longer needed"})[0]
-    assert aot.check([row], {("fwd", "sm_80"): "not compiled in this run"}) == []
+def test_a_plain_kernel_may_spill_in_our_tiles_but_must_compile():
+    row = {"kernel": "plain_fwd", "arch": "sm_80", "head_dim": 64, "plain": True}
+    spilling = row | {"spill_bytes": 8, "spill_instructions": 2, "shared_bytes": 0, "shared_limit": 1}
+    assert aot.check([spilling | {"inner_loop": {"tensor_core_instructions": 4}}]) == []
+    assert aot.check([row | {"error": "no"}]) == ["plain_fwd on sm_80, D=64: does not compile: no"]
 
 
 def leaves(arguments, path=()):
@@ -223,7 +222,7 @@ def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed
     assert committed["grade"] == "compiled"
     for key, row in rows.items():
         assert row["problems"] == aot.problems(row), key
-        assert not row["problems"] or row.get("reason"), key
+        assert not row["problems"] or row["plain"], key
     page = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
     assert filled(page, tables(committed)) == page, "run python -m bench.fill"
     assert str(ROOT) not in json.dumps(committed)
@@ -293,7 +292,7 @@ def test_the_gates_fail_on_a_cuda_kernel_without_its_instructions(compact_row):
     ]
     (beside,) = aot.problems(compact_row | {"spilling_beside": ["another_kernel"]})
     assert beside == "another_kernel of the same file spills"
-    failures = aot.check([compact_row | {"shared_bytes": 200 * 1024}], {})
+    failures = aot.check([compact_row | {"shared_bytes": 200 * 1024}])
     assert "bytes of shared memory" in failures[0]
 
 

@@ -193,11 +193,11 @@ def test_compaction_gathers_what_indexing_does():
 
 
 def test_models_hold_the_bytes_of_their_rows(tiny_model):
-    case, held = model_decoding_case(tiny_model, 300, 4)
+    case = model_decoding_case(tiny_model, 300, 4)
     row = 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, dims, fp32
-    assert held == {OURS: 4 * 10 * row, "DynamicCache": 4 * 300 * row, "rows": 10}
+    assert case.facts == {"gist rows": 10, "gist bytes": 4 * 10 * row, "full bytes": 4 * 300 * row}
     weights = sum(p.nbytes for p in models(tiny_model, "cpu")[1].parameters())
-    assert case.work == {OURS: weights + held[OURS], "DynamicCache": weights + held["DynamicCache"]}
+    assert case.work == {OURS: weights + 4 * 10 * row, "DynamicCache": weights + 4 * 300 * row}
     for name in (OURS, "DynamicCache"):
         call = case.calls[name]
         first = call()
@@ -208,7 +208,7 @@ def test_models_hold_the_bytes_of_their_rows(tiny_model):
 
 def test_caches_that_do_not_fit_are_not_filled(tiny_model, monkeypatch):
     monkeypatch.setattr(limits, "LARGEST_ON_CPU", 1000)
-    case, _ = model_decoding_case(tiny_model, 300, 4)
+    case = model_decoding_case(tiny_model, 300, 4)
     assert set(case.calls) == {OURS, "copy"}
     assert case.not_measured["DynamicCache"].startswith("its cache would take")
 
@@ -405,7 +405,7 @@ def test_the_guard_measures_again_and_says_what_has_regressed(small_report, monk
         return left.value.code, capsys.readouterr().out
 
     # nobody is a thousand times faster than a moment ago
-    for value in (value for section in check.KEYS for value in every(section)):
+    for value in (value for section in sections.BESIDE for value in every(section)):
         value.update({key: number / 1000 for key, number in value.items()})
     code, out = run()
     assert (code, "0 of 7 rows have regressed" in out) == (0, True), out
