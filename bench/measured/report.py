@@ -108,9 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     for report in measure(given.device, given.rounds, given.section or list(SECTIONS)):
         if not given.section:
-            write(report, _target(given.device))
+            write_report(_target(given.device), report)
     if given.section:
         print("\n\n".join(tables(report).values()))
+    else:
+        write(report, _target(given.device))
 
 
 if __name__ == "__main__":
