@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import gistkern
 import serve_queue
 import vllm_queue
+from gistkern.cache.versions import CACHE
 from passkey.trained import open_trained
 
 
@@ -37,8 +38,8 @@ def test_a_queue_is_answered_and_handed_on(finished, tmp_path, capsys):
     document, question = requests[0]["document"], torch.tensor([[5, 6, 7]])
     cache = gistkern.GistStore(tmp_path / "corpus")[document]
     with torch.no_grad():
-        found = plain(question, past_key_values=gistkern.plain_prefix(cache, plain.config)).logits
-        expected = opened.model(question, past_key_values=cache).logits
+        found = plain(question, **{CACHE: gistkern.plain_prefix(cache, plain.config)}).logits
+        expected = opened.model(question, **{CACHE: cache}).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
