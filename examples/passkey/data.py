@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gistkern import GistHandle, GistLayout
-from gistkern.training import Curriculum, GistDataCollator, Share, Stage, StepDataset, unlabelled
+from gistkern.training import Curriculum, GistDataCollator, Share, Stage, StepDataset, unlabeled
 from passkey.niah import KEY_DIGITS, Haystack
 from passkey.settings import Settings
 from passkey.shared_haystack import needle_segments, plain_segments
@@ -70,7 +70,7 @@ class PasskeyData(StepDataset):
     def draw(self, step: int, share: Share) -> dict[str, Any]:
         """The contexts of `share` in a step: all are drawn, those are kept."""
         batch = self.batch(self.curriculum.stage, random.Random(f"{self.settings.seed}-{step}"), share)
-        return batch if share.own(self.size) else unlabelled(batch)
+        return batch if share.own(self.size) else unlabeled(batch)
 
     def batch(self, stage: Stage, rng: random.Random, share: Share) -> dict[str, Any]:
         """A batch of the stage's contexts; of the first where the share has none."""

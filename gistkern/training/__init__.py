@@ -19,7 +19,7 @@ _EXPORTS = {
     "distillation_loss": "gistkern.training.objectives",
     "ignore_gist_labels": "gistkern.training.labels",
     "reconstruction_loss": "gistkern.training.objectives",
-    "unlabelled": "gistkern.training.steps",
+    "unlabeled": "gistkern.training.steps",
 }
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "distillation_loss",
     "ignore_gist_labels",
     "reconstruction_loss",
-    "unlabelled",
+    "unlabeled",
 ]
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gistkern.training.curriculum import Curriculum, Stage
     from gistkern.training.labels import ignore_gist_labels
     from gistkern.training.objectives import Objectives, answer_loss, distillation_loss, reconstruction_loss
-    from gistkern.training.steps import Share, StepDataset, unlabelled
+    from gistkern.training.steps import Share, StepDataset, unlabeled
     from gistkern.training.trainer import GistTrainer
 
 

@@ -104,9 +104,7 @@ class GistDataCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate `features`."""
-        if not features:
-            raise ValueError("there is nothing to collate: the list of features is empty")
-        samples = [self._sample(place, feature) for place, feature in enumerate(features)]
+        samples = self.parts(features)
         contexts, questions, answers = ([sample[part] for sample in samples] for part in _PARTS)
         batch = self.streams.batch(contexts, questions, answers, self.pad_id)
         if self.teacher:
@@ -119,6 +117,12 @@ class GistDataCollator:
             cues = [self.cue] * len(samples)
             batch["reconstruction"] = self.streams.batch(contexts, cues, spans or contexts, self.pad_id)
         return batch
+
+    def parts(self, features: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """`context`, `question`, `answer` and `span` of each feature, checked, as int64 ``[tokens]`` on the CPU."""
+        if not features:
+            raise ValueError("there is nothing to collate: the list of features is empty")
+        return [self._sample(place, feature) for place, feature in enumerate(features)]
 
     def _sample(self, place: int, feature: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The parts of a feature as ids."""

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from gistkern.training.streams import IGNORED
 
-__all__ = ["Share", "StepDataset", "unlabelled"]
+__all__ = ["Share", "StepDataset", "unlabeled"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class StepDataset(Dataset):
         """The batch of this share of a step, as `GistDataCollator` makes batches.
 
         A share without a sample of its own still needs a batch, since every process takes part in every micro-batch:
-        return any sample, `unlabelled`.
+        return any sample, `unlabeled`.
         """
 
     def __getitem__(self, index: Any) -> Any:
@@ -68,7 +68,7 @@ class StepDataset(Dataset):
         raise TypeError("a StepDataset is drawn step by step: train on it with GistTrainer")
 
 
-def unlabelled(batch: Mapping[str, Any]) -> dict[str, Any]:
+def unlabeled(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch of `GistDataCollator` without labels, in its teacher's stream and its reconstruction too."""
-    found = {name: unlabelled(value) if isinstance(value, Mapping) else value for name, value in batch.items()}
+    found = {name: unlabeled(value) if isinstance(value, Mapping) else value for name, value in batch.items()}
     return {**found, "labels": torch.full_like(batch["labels"], IGNORED)}

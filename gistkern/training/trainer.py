@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer
 
@@ -15,6 +17,7 @@ from gistkern.hf.handle import handle_of
 from gistkern.training.callback import GistCallback
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.curriculum import Curriculum
+from gistkern.training.generation import Generated, generate_answers, generation_metrics
 from gistkern.training.interrupt import Interrupt
 from gistkern.training.objectives import Losses, Objectives
 from gistkern.training.steps import Share, StepDataset
@@ -33,6 +36,7 @@ class GistTrainer(Trainer):
       `report_to` says, and to log.jsonl in the output folder.
     - Evaluation: the answer's loss, and `eval_exact` and `eval_token_accuracy` unless `compute_metrics` is given;
       a `compute_metrics` of your own gets logits ``[n, T, vocabulary]`` and the labels ``[n, T]`` that they predict.
+      `evaluate_generation` lets the model answer from its gist rows alone.
     - Checkpoints: transformers' own. With peft that is the adapter, which holds the gist rows, and beside it
       gistkern.json: the settings to patch a fresh base model with, and what contexts began with (BOS).
     - Ctrl-C: `train` ends the step, saves a checkpoint, whatever `save_strategy` says, and raises KeyboardInterrupt
@@ -156,6 +160,88 @@ class GistTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"], outputs["labels"])
+
+    def evaluate_generation(
+        self,
+        eval_dataset: Any = None,
+        *,
+        max_new_tokens: int | None = None,
+        compute_metrics: Callable[[Generated], dict[str, float]] = generation_metrics,
+        metric_key_prefix: str = "generation",
+    ) -> dict[str, float]:
+        """Compress the contexts of a data set, answer its questions from the gist rows alone, and compare.
+
+        Greedy, `per_device_eval_batch_size` samples at a time. `evaluate` tells the model the right tokens in front of
+        each that it predicts; this is what a user of the model gets.
+
+        Parameters
+        ----------
+        eval_dataset : Dataset, optional
+            Of features as the `GistDataCollator` takes them; by default the trainer's.
+        max_new_tokens : int, optional
+            Most tokens of an answer; by default as many as the right one has, for models that were not trained to stop.
+        compute_metrics : callable
+            Makes named numbers of a `gistkern.training.generation.Generated`; by default `exact`, `contained` and
+            `token_accuracy` (`generation_metrics`).
+        metric_key_prefix : str
+            Put in front of their names.
+
+        Returns
+        -------
+        dict
+            The metrics, the same on every process. They are also logged.
+
+        Raises
+        ------
+        ValueError
+            If there is no data set, the trainer has another collator, or FSDP shards the model.
+
+        Examples
+        --------
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from gistkern.training import GistDataCollator, GistTrainer
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        ...                                      num_attention_heads=2, vocab_size=100))
+        >>> collator = GistDataCollator(0, patch_llama(model, num_gist_tokens=2))
+        >>> arguments = TrainingArguments(report_to="none", use_cpu=True)
+        >>> trainer = GistTrainer(model, arguments, data_collator=collator)
+        >>> asked = [{"context_ids": [5, 6, 7], "question_ids": [8], "answer_ids": [9, 1]}]
+        >>> sorted(trainer.evaluate_generation(asked))
+        ['generation_contained', 'generation_exact', 'generation_token_accuracy']
+        """
+        model: Any = self.model
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if data is None:
+            raise ValueError("there is nothing to evaluate: pass eval_dataset, here or to the trainer")
+        collator = self.data_collator
+        if not isinstance(collator, GistDataCollator):
+            raise ValueError(
+                f"a GistDataCollator tells contexts from questions, the trainer has {type(collator).__name__}"
+            )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "a model that FSDP shards cannot compress contexts: save it, and evaluate in a process alone"
+            )
+        index, count = self.args.process_index, self.args.world_size
+        size, places, said = self.args.per_device_eval_batch_size, range(index, len(data), count), Generated([], [])
+        was_training = model.training
+        model.eval()
+        try:
+            for begin in range(0, len(places), size):
+                features = [data[place] for place in places[begin : begin + size]]
+                with self.accelerator.autocast():
+                    answers = generate_answers(model, collator, features, max_new_tokens)
+                said.predictions.extend(answers.predictions)
+                said.labels.extend(answers.labels)
+        finally:
+            model.train(was_training)
+        if count > 1:
+            parts = gather_object([(said.predictions, said.labels)])
+            order = [divmod(place, count) for place in range(len(data))]
+            said = Generated(*([parts[rank][kind][row] for row, rank in order] for kind in range(2)))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in compute_metrics(said).items()}
+        self.log(dict(metrics))
+        return metrics
 
     # ---- measures and logs
 

@@ -80,6 +80,12 @@ def train(case, folder, processes):
     )
     trainer.train()
     found = {"seen": collate.seen, "curriculum": curriculum.state_dict(), "eval": trainer.evaluate()}
+    asked = make_features(7, seed=5)
+    try:
+        found["said"] = []
+        trainer.evaluate_generation(asked, compute_metrics=lambda one: found["said"].extend(one.predictions) or {})
+    except ValueError as error:
+        found["said"] = str(error)
     trained = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
     found["sharded"] = [name for name, value in trained.items() if isinstance(value, DTensor)]
     weights = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in trained.items()}

@@ -45,6 +45,11 @@ def test_two_processes_equal_one(launched, case, tmp_path):
         assert rank[case]["curriculum"] == alone["curriculum"]
         for name in ("eval_exact", "eval_token_accuracy"):
             assert rank[case]["eval"][name] == alone["eval"][name]
+        if case == "fsdp":
+            assert "FSDP shards cannot compress" in rank[case]["said"]
+        else:
+            assert rank[case]["said"] == alone["said"], "to each question, in their order, on every process"
+            assert len(alone["said"]) == 7
 
 
 @pytest.mark.parametrize("case", CASES)
