@@ -102,6 +102,13 @@ class CallPlan:
     keep_tail: Kept = None
     has_padding: bool = True
 
+    def on(self, device: torch.device) -> CallPlan:
+        """The same plan with its tensors on a device."""
+        if self.layout.device == device:
+            return self
+        moved: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        return CallPlan(**moved | {"layout": self.layout.to(device), "after": self.after.on(device)})
+
 
 def plan_call(
     state: CacheState,
@@ -111,10 +118,12 @@ def plan_call(
     scheme: str,
     sink_tokens: int,
     documents: torch.Tensor | None = None,
+    closed: bool = False,
 ) -> CallPlan:
     """Plan for new tokens of known roles (bool ``[B, N]``; `valid` None means no padding).
 
     `documents` (bool ``[B, N]``) marks the first token of each where a sample packs several; the state is then empty.
+    `closed` ends the last segment: its gists are kept, and no tail.
 
     Raises
     ------
@@ -144,6 +153,7 @@ def plan_call(
             documents=documents,
         )
     )
+    whole = whole.closed() if closed else whole
     layout = whole.last_rows(rows)
     if scheme == "gist_first" and tail:
         began_before = layout.local_begin < (tail + left)[:, None]

@@ -105,14 +105,17 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         if "gist_parallel" not in arguments:  # the inner model was called by itself
             arguments = _parallel(handle, arguments)
         return (), _shard_call(handle, arguments)
+    plan = arguments.pop("gist_plan", None)  # of gistkern.compress, which knows its calls beforehand
     ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
     if ids is not None:
         embeds = embed(handle, ids, is_gist)
     handle.check_settings()
-    documents = None if layout is not None else packed_documents(arguments, is_gist.shape, is_gist.device)
+    packs = plan is None and layout is None
+    documents = packed_documents(arguments, is_gist.shape, is_gist.device) if packs else None
     cache = cache_of(handle, module, arguments, len(is_gist), documents is not None)
-    plan = _plan(handle, arguments, layout, is_gist, cache, documents)
+    if plan is None:
+        plan = _plan(handle, arguments, layout, is_gist, cache, documents)
     if cache is not None:
         cache.begin(plan, ids)
     arguments.update(

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gistkern.cache.cache import GistCache
-from gistkern.cache.plan import CacheState, plan_call
+from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.cache.tokens_read import ContextRead, TokensRead
 from gistkern.cache.versions import CACHE
 from gistkern.hf.contexts import evaluating, read_context
 from gistkern.hf.handle import GistHandle, handle_of
-from gistkern.layout import GistLayout, positions
+from gistkern.layout import positions
+from gistkern.layout.checks import trusted
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import from_roles
 from gistkern.layout.streams import check_segmentation, left_padded, segments_of
+from gistkern.rows import check_gist_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,8 @@ def compress(
     attention_mask: torch.Tensor | None = None,
     segment_length: int | None = None,
     segment_overlap: int = 0,
+    *,
+    gist_dtype: torch.dtype | None = None,
 ) -> GistCache:
     """Read a context and keep its gist rows only.
 
@@ -59,6 +63,9 @@ def compress(
     segment_overlap : int
         Raw tokens at the start of each segment that repeat the end of the one before, so that what a boundary
         cuts is whole in one of the two. They are read, and counted, twice.
+    gist_dtype : torch.dtype, optional
+        What the gist rows are held in when all is read: int8 or float8_e4m3fn, as `GistCache.to` makes them of the
+        model's own dtype, in which they stay by default.
 
     Returns
     -------
@@ -68,12 +75,15 @@ def compress(
     Raises
     ------
     ValueError
-        If the model is not patched, a sample is empty, or the context holds gist tokens already.
+        If the model is not patched, a sample is empty, the context holds gist tokens already, or gist rows are not
+        held in `gist_dtype`.
     TypeError
         If the context is a text.
 
     Notes
     -----
+    The calls of the model are planned on the host, one after the other, and none waits for the device.
+
     Threads may compress with one model at the same time; a model in training is put to evaluation meanwhile. Gist rows
     that were never trained are warned of, once.
     """
@@ -81,123 +91,118 @@ def compress(
     check_segmentation(segment_length, segment_overlap)
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
-    ids, valid = read_context(handle, input_ids, attention_mask)
+    check_gist_dtype(gist_dtype, handle.model.dtype)
+    given, valid = read_context(handle, input_ids, attention_mask)
     handle.check_settings()
     handle.warn_if_untrained()
 
-    cache = GistCache()
-    length = segment_length or ids.shape[1]
-    real = [sample[mask] for sample, mask in zip(ids, valid, strict=True)]
+    length = segment_length or given.shape[1]
+    real = [sample[mask] for sample, mask in zip(given.cpu(), valid.cpu(), strict=True)]
     samples = [segments_of(sample, length, segment_overlap) for sample in real]
     scheme = _hierarchical if handle.segment_gist_token_ids else _segment_wise
     with evaluating(handle.inner):
-        scheme(handle, cache, samples, length)
-    cache.state, cache.read = replace(_state(cache, ids), fed=0), TokensRead()
-    cache.contexts = {ContextRead.of(sample.cpu()) for sample in real}
+        cache = scheme(_Compression(handle, samples, length, given.device))
+    assert cache.state is not None
+    cache.state, cache.read = replace(cache.state, fed=0), TokensRead()
+    cache.contexts = set(map(ContextRead.of, real))
     cache.fingerprint = handle.fingerprint()
-    return cache
+    return cache.to(gist_dtype=gist_dtype)
 
 
-def _segment_wise(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]], length: int) -> None:
+class _Compression:
+    """A compression under way: the cache, and on the host the segments and the state that calls are planned from."""
+
+    def __init__(
+        self, handle: GistHandle, samples: list[list[torch.Tensor]], length: int, device: torch.device
+    ) -> None:
+        self.handle, self.samples, self.length, self.device = handle, samples, length, device
+        self.cache, self.state = GistCache(), CacheState.empty(len(samples), "cpu")
+
+    def calls(self, ends: list[int], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids of calls of about `tokens` raw tokens, and which are real: segments, each with its gists behind it."""
+        step, gists = max(1, tokens // self.length), torch.tensor(ends)
+        for first in range(0, max(len(segments) for segments in self.samples), step):
+            now = [segments[first : first + step] for segments in self.samples]
+            yield left_padded(
+                [torch.cat([gists[:0], *(t for one in segments for t in (one, gists))]) for segments in now]
+            )
+
+    def run(self, ids: torch.Tensor, plan: CallPlan) -> None:
+        """One call of the inner model; each layer's raw rows go as soon as the layer is through."""
+        there = plan.on(self.device)
+        self.handle.inner(
+            input_ids=ids.to(self.device, non_blocking=True), gist_plan=there, use_cache=True, **{CACHE: self.cache}
+        )
+        self.state = plan.after
+
+
+def _segment_wise(work: _Compression) -> GistCache:
     """Segments that see the gists of all before them, many per call; samples that have ended bring padding only."""
-    first = samples[0][0]
-    tokens = CPU_CALL_TOKENS if first.device.type == "cpu" else CALL_TOKENS
-    for pieces in _calls(samples, first.new_tensor(handle.gist_token_ids), tokens // length):
-        ids, valid = left_padded(pieces)
+    handle = work.handle
+    tokens = CPU_CALL_TOKENS if work.device.type == "cpu" else CALL_TOKENS
+    for ids, valid in work.calls(handle.gist_token_ids, tokens):
         plan = plan_call(
-            _state(cache, ids),
+            work.state,
             handle.is_gist(ids) & valid,
-            valid,
+            None if bool(valid.all()) else valid,
             scheme=handle.positions,
             sink_tokens=handle.sink_tokens,
+            closed=True,
         )
-        _run(handle, cache, ids, valid, plan.layout.closed(), plan.position_ids)
+        work.run(ids, plan)
+    return work.cache
 
 
-def _calls(samples: list[list[torch.Tensor]], gists: torch.Tensor, step: int) -> Iterator[list[torch.Tensor]]:
-    """The tokens of each call, by sample: `step` segments (at least one), each with its gists behind it."""
-    step = max(1, step)
-    for first in range(0, max(len(segments) for segments in samples), step):
-        yield [
-            torch.cat([gists[:0], *(part for segment in segments[first : first + step] for part in (segment, gists))])
-            for segments in samples
-        ]
-
-
-def _hierarchical(handle: GistHandle, cache: GistCache, samples: list[list[torch.Tensor]], length: int) -> None:
+def _hierarchical(work: _Compression) -> GistCache:
     """Independent segments, many per call, then one call of summary gists that sees all segment gists."""
-    if handle.sink_tokens > length:
-        raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
-    ends = samples[0][0].new_tensor(handle.segment_gist_token_ids)
-    for pieces in _calls(samples, ends, CALL_TOKENS // length):
-        _run_independent(handle, cache, *left_padded(pieces))
+    handle = work.handle
+    if handle.sink_tokens > work.length:
+        raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {work.length}")
+    for ids, valid in work.calls(handle.segment_gist_token_ids, CALL_TOKENS):
+        work.run(ids, _independent(work, handle.is_gist(ids), valid))
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
-    sinks = ends.new_tensor([min(len(segments[0]), handle.sink_tokens) for segments in samples])
-    _sinks_last(cache, _state(cache, ends), sinks)
-    _run_summary(handle, cache, ends.new_tensor(handle.gist_token_ids), sinks)
+    sinks = torch.tensor([min(len(segments[0]), handle.sink_tokens) for segments in work.samples])
+    work.cache.take_gists(_sinks_last(work.state, sinks).to(work.device))
+    ids = torch.tensor(handle.gist_token_ids).expand(len(sinks), -1)
+    work.run(ids, _summary(work, torch.ones_like(ids, dtype=torch.bool), sinks))
+    return work.cache
 
 
-def _run_independent(handle: GistHandle, cache: GistCache, ids: torch.Tensor, valid: torch.Tensor) -> None:
-    state = _state(cache, ids)
+def _independent(work: _Compression, is_gist: torch.Tensor, valid: torch.Tensor) -> CallPlan:
+    """Segments of which none sees another."""
+    state, scheme = work.state, work.handle.positions
     layout = layout_of(
         from_roles(
-            handle.is_gist(ids),
+            is_gist,
             valid,
-            sink_tokens=handle.sink_tokens,
+            sink_tokens=work.handle.sink_tokens,
             past=state.gist_columns,
             past_rows=state.gist_rows,
             seen=state.seen,
         )
     )
     starts = valid & (layout.local_begin == layout.row_index())
-    layout = replace(
+    apart = replace(
         layout.closed(),
-        gist_end=layout.gist_begin,  # an empty interval: no segment sees another
+        gist_end=layout.gist_begin,  # an empty interval
         gist_first_position=positions.gist_first(layout.is_gist, valid, starts, restart=True),
     )
-    place = layout.positions(handle.positions)
-    if handle.positions == "absolute":
+    place = apart.positions(scheme)
+    if scheme == "absolute":
         place = place + state.seen[:, None]
-    _run(handle, cache, ids, valid, layout, place)
+    return plan_layout(state, trusted(apart, layout), place.masked_fill(~valid, 0), is_gist)
 
 
-def _run_summary(handle: GistHandle, cache: GistCache, summary: torch.Tensor, sinks: torch.Tensor) -> None:
-    state = _state(cache, sinks)
-    ids = summary.expand(len(sinks), -1)
-    valid = torch.ones_like(ids, dtype=torch.bool)
+def _summary(work: _Compression, valid: torch.Tensor, sinks: torch.Tensor) -> CallPlan:
+    """The gists that stay, which see all others; of those the last rows, each sample's sinks, stay too."""
+    state = work.state
     layout = layout_of(from_roles(valid, valid, sink_tokens=0, past=state.gist_columns, past_rows=state.gist_rows))
-    layout = replace(layout.closed(), keep_begin=state.gist_columns - sinks)
-    place = layout.positions(handle.positions) + state.tail_position[:, None]
-    _run(handle, cache, ids, valid, layout, place)
+    last = trusted(replace(layout.closed(), keep_begin=state.gist_columns - sinks), layout)
+    return plan_layout(state, last, last.positions(work.handle.positions) + state.tail_position[:, None], valid)
 
 
-def _sinks_last(cache: GistCache, state: CacheState, sinks: torch.Tensor) -> None:
-    """Move each sample's `sinks` sink rows behind its gist rows, next to the summary that stays with them."""
-    column = torch.arange(state.gist_columns, device=state.seen.device)
+def _sinks_last(state: CacheState, sinks: torch.Tensor) -> torch.Tensor:
+    """Gist columns with each sample's `sinks` sink rows behind its gists, next to the summary that stays with them."""
+    column = torch.arange(state.gist_columns)
     first = (state.gist_columns - state.gist_rows)[:, None]
-    source = torch.where(column >= first, first + (column - first + sinks[:, None]) % state.gist_rows[:, None], column)
-    cache.take_gists(source)
-
-
-def _run(
-    handle: GistHandle,
-    cache: GistCache,
-    ids: torch.Tensor,
-    valid: torch.Tensor,
-    layout: GistLayout,
-    position_ids: torch.Tensor,
-) -> None:
-    """One call of the inner model; each layer's raw rows go as soon as the layer is through."""
-    handle.inner(
-        input_ids=ids,
-        attention_mask=valid,
-        position_ids=position_ids.masked_fill(~valid, 0),
-        gist_layout=layout,
-        use_cache=True,
-        **{CACHE: cache},
-    )
-
-
-def _state(cache: GistCache, ids: torch.Tensor) -> CacheState:
-    """The cache's state; an empty one, of the batch size of `ids`, before the first call."""
-    return CacheState.empty(len(ids), ids.device) if cache.state is None else cache.state
+    return torch.where(column >= first, first + (column - first + sinks[:, None]) % state.gist_rows[:, None], column)
