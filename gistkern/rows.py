@@ -90,6 +90,11 @@ class KeyValueRows:
                 f"keys, values and scales are on {[str(t.device) for t in self.tensors()]}: use one device"
             )
 
+    def __reduce__(self) -> tuple[Callable[..., KeyValueRows], tuple[torch.Tensor | torch.dtype, ...]]:
+        """Float8 elements as bytes: plain pickle writes what it cannot read of them."""
+        held = [t.view(torch.int8) if t.dtype == torch.float8_e4m3fn else t for t in self.tensors()]
+        return _unpickled, (self.key.dtype, *held)
+
     @classmethod
     def empty(
         cls,
@@ -152,6 +157,10 @@ def dequantize(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtyp
     if scale is None:
         return rows.to(dtype)
     return (rows.float() * scale[..., None]).to(dtype)
+
+
+def _unpickled(dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor, *scales: torch.Tensor) -> KeyValueRows:
+    return KeyValueRows(key.view(dtype), value.view(dtype), *scales)
 
 
 def quantize_rows(rows: KeyValueRows, dtype: torch.dtype) -> KeyValueRows:

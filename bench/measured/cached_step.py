@@ -1,8 +1,9 @@
 """``python bench/measured/cached_step.py TREE [TREE ...]``: a cached decode step and `compress`, of several checkouts.
 
-Each round runs every checkout once, in a process of its own, one after the other, so that what else the machine does
-falls on all of them. Printed is the median of the rounds: milliseconds, Python and C calls of one step, operations on
-tensors, and the bytes that copying operations (``cat``, ``copy_``, ``clone``, ``index``, ``gather``) wrote in it.
+Each round runs every checkout once, in a process of its own, one after the other and then the other way round, so that
+what else the machine does falls on all of them. Printed is the median of the rounds: milliseconds of processor time,
+Python and C calls of one step, operations on tensors, and the bytes that copying operations (``cat``, ``copy_``,
+``clone``, ``index``, ``gather``) wrote in it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 
-ROUNDS = 5
+ROUNDS = 3
 MODELS = {
     "2 layers of 64": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "SmolLM2-135M, 6 of its layers": {
@@ -28,8 +29,8 @@ QUESTION, STEPS = 256, 64
 def main(trees: list[str]) -> None:
     """Run all checkouts in turns and print a line for each model and number."""
     found: dict[str, list[dict]] = {tree: [] for tree in trees}
-    for _ in range(ROUNDS):
-        for tree in trees:
+    for number in range(ROUNDS):
+        for tree in trees if number % 2 else trees[::-1]:
             environment = {**os.environ, "PYTHONPATH": tree, "OMP_NUM_THREADS": "1", "MEASURE": "1"}
             done = subprocess.run(
                 [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
@@ -74,9 +75,9 @@ def numbers(model, gistkern, torch) -> dict[str, float]:
 
     cache, times = asked(), []
     for _ in range(STEPS):
-        begin = time.perf_counter()
+        begin = time.process_time()
         model(token, past_key_values=cache)
-        times.append(1e3 * (time.perf_counter() - begin))
+        times.append(1e3 * (time.process_time() - begin))
 
     calls = 0
 
@@ -93,9 +94,9 @@ def numbers(model, gistkern, torch) -> dict[str, float]:
     long = torch.randint(0, 200, (1, 2048))
     compressing = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         gistkern.compress(model, long, segment_length=128)
-        compressing.append(1e3 * (time.perf_counter() - begin))
+        compressing.append(1e3 * (time.process_time() - begin))
     compress_operations, compress_copied = counted(torch, lambda _: gistkern.compress(model, long, segment_length=128))
     return {
         "step, ms": statistics.median(times),

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from gistkern.cache import file
 from gistkern.cache.fingerprint import check_cache
-from gistkern.cache.layer import GistLayer, kept_rows
+from gistkern.cache.layer import GistLayer
 from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState, CallPlan
 from gistkern.cache.pool import PoolIntervals, gathered, refuse_changes
@@ -20,7 +20,7 @@ from gistkern.cache.tail import TailRows
 from gistkern.cache.tokens_read import UNKNOWN, ContextRead, TokensRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
 from gistkern.layout import GistLayout
-from gistkern.rows import LARGEST, check_gist_dtype, dequantize_rows
+from gistkern.rows import LARGEST, KeyValueRows, check_gist_dtype, dequantize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,16 +179,16 @@ class GistCache(Signed, Cache):
     @property
     def dtype(self) -> torch.dtype | None:
         """What the model that reads the cache computes in; None before the first call."""
-        return next((layer.dtype for layer in self.layers), None)
+        return self.layers[0].dtype if self.layers else None
 
     @property
     def gist_dtype(self) -> torch.dtype | None:
         """What the gist rows are held in; None before the first call."""
-        return next((layer.gist.key.dtype for layer in self.layers if layer.filled), None)
+        return self.layers[0].gist.key.dtype if self.layers and self.layers[0].gist is not None else None
 
     def shape(self) -> set[tuple[int, int, int]]:
         """Layers, key/value heads and width: one of each for all layers."""
-        rows = (layer.tail.key for layer in self.layers if layer.filled)
+        rows = (layer.tail.key for layer in self.layers if layer.gist is not None)
         return {(len(self.layers), key.shape[1], key.shape[3]) for key in rows}
 
     def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,7 +343,7 @@ class GistCache(Signed, Cache):
     def take_gists(self, columns: torch.Tensor) -> None:
         """Replace the gist rows by those listed per sample (int64 ``[B, gist columns]``)."""
         for layer in self.layers:
-            layer.gist = kept_rows(layer.gist, columns)
+            layer.keep_gists(columns)
 
     # ---- disk
 
@@ -365,7 +365,7 @@ class GistCache(Signed, Cache):
             dtype=self.layers[0].dtype,
             state=vars(state),
             read=torch.empty(len(state.seen), 0, dtype=torch.int64) if read is None else read,
-            layers=[(layer.gist, layer.tail.rows()) for layer in self.layers],
+            layers=[(layer.gist, KeyValueRows(*layer.tail.pair)) for layer in self.layers],
         )
         file.save(found, path)
 

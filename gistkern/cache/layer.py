@@ -14,17 +14,14 @@ from gistkern.layout import GistLayout
 from gistkern.ops.attention import attend
 from gistkern.rows import KeyValueRows, dequantize_rows, gather_rows, quantize_rows
 
-__all__ = ["GistLayer", "kept_rows"]
+__all__ = ["GistLayer"]
 
 
-def kept_rows(rows: KeyValueRows, kept: Kept) -> KeyValueRows:
-    """Those of the compact rows ``[B, Hkv, G, D]`` that later calls may see."""
-    if kept is None:
-        return rows
-    if isinstance(kept, torch.Tensor):
-        index = kept.to(rows.key.device)
-        return rows.map(lambda t: gather_rows(t, index))
-    return rows.map(lambda t: t[:, :, kept].clone())
+def _kept(rows: KeyValueRows, kept: slice | torch.Tensor) -> KeyValueRows:
+    if isinstance(kept, slice):
+        return rows.map(lambda t: t[:, :, kept].clone())  # a view would hold the others in memory
+    index = kept.to(rows.key.device)
+    return rows.map(lambda t: gather_rows(t, index))
 
 
 class GistLayer(DynamicLayer):
@@ -32,8 +29,9 @@ class GistLayer(DynamicLayer):
 
     Attributes
     ----------
-    gist : KeyValueRows
+    gist : KeyValueRows or None
         ``[B, Hkv, G, D]``, right-aligned per sample, perhaps quantized; of a shared cache the pool ``[R, Hkv, D]``.
+        None before the first call.
     tail : TailRows
         ``[B, Hkv, T, D]``, right-aligned per sample.
     dtype : torch.dtype
@@ -41,7 +39,7 @@ class GistLayer(DynamicLayer):
     """
 
     is_compileable = False
-    gist: KeyValueRows
+    gist: KeyValueRows | None = None
     tail: TailRows
 
     @classmethod
@@ -57,19 +55,9 @@ class GistLayer(DynamicLayer):
         """Type and place; written here because what transformers' own takes and sets differs between versions."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
-    @property
-    def filled(self) -> bool:
-        """Whether a call has left rows here, if only none."""
-        return hasattr(self, "gist")
-
-    @property
-    def shared(self) -> bool:
-        """Whether the gist rows are a pool."""
-        return self.filled and self.gist.key.dim() == 3
-
     def tensors(self) -> list[torch.Tensor]:
         """All that is stored."""
-        return [*self.gist.tensors(), self.tail.key, self.tail.value] if self.filled else []
+        return [*self.gist.tensors(), self.tail.key, self.tail.value] if self.gist is not None else []
 
     # ---- a model call
 
@@ -99,76 +87,96 @@ class GistLayer(DynamicLayer):
 
         `intervals` are of rows that are read where they stand (shared or quantized ones), None for others.
         """
-        learns = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or (self.filled and self.gist.key.requires_grad)
-        )
-        if not self.filled:
+        gist = self.gist
+        if gist is None:
+            learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             self.tail = TailRows(k, v)
-            past = None
         else:
-            q, k, v = self._alike(q, k, v)
+            if not gist.key.dtype == v.dtype == self.tail.key.dtype:
+                q, k, v = self._alike(q, k, v)
+            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, gist.key))
             self.tail.extend(k, v, in_place=not learns)
-            past = self.gist
         if plan.arrange is not None:
             self.tail.take(plan.arrange)
-        grows = layout.gather.shape[1] > 0 and not self.shared
-        if past is not None and intervals is not None and not grows and decodes(q, learns):
-            pool = past if self.shared else pooled(past)
-            pool = pool if pool.quantized else dequantize_rows(pool, q.dtype)
-            out = intervals.decode(q, pool, self.tail.rows(), layout, scale, backend)
+        if intervals is None or gist is None:
+            out = self._attend_own(gist, q, layout, scale, backend)
         else:
-            if past is not None and self.shared:
-                assert intervals is not None
-                past = gathered(past, intervals.base, layout.past, q.dtype)
-            elif past is not None:
-                past = dequantize_rows(past, q.dtype)
-            past_key, past_value = (None, None) if past is None else (past.key, past.value)
-            out, _, key, value = attend(
-                q,
-                self.tail.key,
-                self.tail.value,
-                layout,
-                past_key=past_key,
-                past_value=past_value,
-                scale=scale,
-                backend=backend,
-            )
-            if past is None or grows:
-                self._store(key, value, layout.past, learns)
-        if not self.shared and plan.keep_gists is not None:
-            kept = kept_rows(self.gist, plan.keep_gists)
-            self.gist = row_by_row(kept) if kept.quantized else kept
-        self.tail.keep(plan.keep_tail)
+            out = self._attend_in_place(gist, q, layout, intervals, learns, scale, backend)
+        if plan.keep_gists is not None:
+            self.keep_gists(plan.keep_gists)
+        if plan.keep_tail is not None:
+            self.tail.keep(plan.keep_tail)
         return out
+
+    def _attend_own(
+        self, gist: KeyValueRows | None, q: torch.Tensor, layout: GistLayout, scale: float | None, backend: str
+    ) -> torch.Tensor:
+        """Over rows of each sample's own, as floats: the compact rows of the call take their place."""
+        key, value = (None, None) if gist is None else (gist.key, gist.value)
+        if key is not None and key.dtype != q.dtype:  # stored under autocast
+            key, value = key.to(q.dtype), value.to(q.dtype)  # type: ignore[union-attr]
+        tail = self.tail
+        out, _, key, value = attend(
+            q, tail.key, tail.value, layout, past_key=key, past_value=value, scale=scale, backend=backend
+        )
+        if gist is None or layout.gather.shape[1]:
+            self.gist = KeyValueRows(key, value)
+        return out
+
+    def _attend_in_place(
+        self,
+        gist: KeyValueRows,
+        q: torch.Tensor,
+        layout: GistLayout,
+        intervals: PoolIntervals,
+        learns: bool,
+        scale: float | None,
+        backend: str,
+    ) -> torch.Tensor:
+        """Over rows that `gist_decode` reads where they stand, or over a copy of them that goes with the layer."""
+        shared, grows = gist.key.dim() == 3, layout.gather.shape[1] > 0
+        if (shared or not grows) and decodes(q, learns):
+            pool = gist if shared else pooled(gist)
+            pool = pool if pool.quantized else dequantize_rows(pool, q.dtype)
+            return intervals.decode(q, pool, KeyValueRows(*self.tail.pair), layout, scale, backend)
+        past = gathered(gist, intervals.base, layout.past, q.dtype) if shared else dequantize_rows(gist, q.dtype)
+        out, _, key, value = attend(
+            q, *self.tail.pair, layout, past_key=past.key, past_value=past.value, scale=scale, backend=backend
+        )
+        if grows and not shared:
+            self._add_quantized(gist, key[:, :, layout.past :], value[:, :, layout.past :], learns)
+        return out
+
+    def keep_gists(self, kept: Kept) -> None:
+        """Take those of the gist rows in place of all; shared ones stay."""
+        assert self.gist is not None
+        if self.gist.key.dim() == 4 and kept is not None:
+            rows = _kept(self.gist, kept)
+            self.gist = row_by_row(rows) if rows.quantized else rows
 
     def _alike(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of a call in the type of the rows, where that is wider: under autocast."""
+        assert self.gist is not None
         given = tensors[-1].dtype
         stored = given if self.gist.quantized else self.gist.key.dtype
-        if given == stored == self.tail.key.dtype:
-            return tensors
         wide = torch.promote_types(torch.promote_types(given, stored), self.tail.key.dtype)
         return tensors if wide == given else tuple(t.to(wide) for t in tensors)
 
-    def _store(self, key: torch.Tensor, value: torch.Tensor, past: int, learns: bool) -> None:
-        """Take over the compact rows of a call, of which the first `past` were here before."""
-        if not self.filled or not self.gist.quantized:
-            self.gist = KeyValueRows(key, value)
-            return
+    def _add_quantized(self, gist: KeyValueRows, key: torch.Tensor, value: torch.Tensor, learns: bool) -> None:
+        """Compact rows of a call behind those that are here, which stay as they are."""
         if learns:
             raise ValueError(
                 "gist rows that are trained are not quantized: use torch.no_grad(), or cache.to(gist_dtype=...) with "
                 "the dtype of the model"
             )
-        new = quantize_rows(KeyValueRows(key[:, :, past:], value[:, :, past:]), self.gist.key.dtype)
-        both = zip(self.gist.tensors(), new.tensors(), strict=True)
+        both = zip(gist.tensors(), quantize_rows(KeyValueRows(key, value), gist.key.dtype).tensors(), strict=True)
         self.gist = row_by_row(KeyValueRows(*(torch.cat(pair, 2) for pair in both)))
 
     # ---- the whole layer
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], gists: bool = True) -> GistLayer:
         """A layer of what `function` makes of tails and, with `gists`, of gist rows; it may copy and pick samples."""
-        if not self.filled:
+        if self.gist is None:
             return GistLayer()
         gist = self.gist.map(function) if gists else self.gist
         return GistLayer.holding(gist, self.tail.map(function), self.dtype)
@@ -181,7 +189,7 @@ class GistLayer(DynamicLayer):
         non_blocking: bool = False,
     ) -> GistLayer:
         """See `GistCache.to`; itself where nothing changes."""
-        if not self.filled:
+        if self.gist is None:
             return self
         dtype = self.dtype if dtype is None else dtype
         float_dtype = self.tail.key.dtype if dtype == self.dtype else dtype  # narrower under autocast

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gistkern.cache.plan import Kept
-from gistkern.rows import KeyValueRows, gather_rows
+from gistkern.rows import gather_rows
 
 __all__ = ["TailRows"]
 
@@ -29,9 +29,10 @@ class TailRows:
         """Copies of the rows, without the room."""
         return {"key": self.key.clone(), "value": self.value.clone(), "_room": None}
 
-    def rows(self) -> KeyValueRows:
-        """The rows as those of an op."""
-        return KeyValueRows(self.key, self.value)
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values."""
+        return self.key, self.value
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TailRows:
         """Rows of what `function` makes of keys and values. Whoever writes behind them has room of its own."""
@@ -47,12 +48,17 @@ class TailRows:
             self._room = None
         else:
             room = self._room
-            # who may not write into an inference tensor gets room of another kind
-            if room is None or room[0].shape[2] < rows + more or room[0].is_inference() != key.is_inference():
+            # outside inference mode nobody may write into what was made inside
+            if (
+                room is None
+                or room[0].shape[2] < rows + more
+                or (room[0].is_inference() and not torch.is_inference_mode_enabled())
+            ):
                 room = self._room = self._copied(max(2 * (rows + more), _LEAST_ROOM))
-            room[0].narrow(2, rows, more).copy_(key)
-            room[1].narrow(2, rows, more).copy_(value)
-            self.key, self.value = room[0].narrow(2, 0, rows + more), room[1].narrow(2, 0, rows + more)
+            keys, values = room
+            keys.narrow(2, rows, more).copy_(key)
+            values.narrow(2, rows, more).copy_(value)
+            self.key, self.value = keys.narrow(2, 0, rows + more), values.narrow(2, 0, rows + more)
 
     def _copied(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for `capacity` rows with those that are there in front."""
@@ -72,7 +78,7 @@ class TailRows:
         """Drop the rows that no later call may see."""
         if isinstance(kept, torch.Tensor):
             self.take(kept)
-        elif kept is not None:
+        elif kept is not None:  # a run of them
             # copied: a view would hold the others in memory
             self.key, self.value = (t[:, :, kept].clone() for t in (self.key, self.value))
             self._room = None

@@ -53,15 +53,13 @@ class GistCall:
         """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
         if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
-        layout = self._layout_on(q.device)
+        layout = self.layout if self.layout.device == q.device else self._layout_on(q.device)
         if self.others is not None:
             return self.others.attend(layer, q, k, v, layout, scale, self.backend)
         return attend(q, k, v, layout, scale=scale, backend=self.backend)[0]
 
     def _layout_on(self, device: torch.device) -> GistLayout:
         """The layout on a layer's device: accelerate may have put layers on several."""
-        if self.layout.device == device:
-            return self.layout
         if device not in self.elsewhere:
             self.elsewhere[device] = self.layout.to(device)
         return self.elsewhere[device]
