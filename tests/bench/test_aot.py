@@ -20,7 +20,7 @@ from bench.compiled import aot
 from bench.compiled import cuda as aot_cuda
 from bench.compiled.control_flow import Instruction, working_loop
 from bench.compiled.kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of
-from bench.compiled.machine_code import FORMS, Cubin, describe_cubin
+from bench.compiled.machine_code import CLASSES, FORMS, Cubin, describe_cubin
 from bench.compiled.tables import tables
 from bench.fill import filled
 from gistkern.kernels import configs
@@ -40,7 +40,7 @@ def test_no_spills_tensor_cores_in_the_loop_and_shared_memory_within_limits(kern
     assert row["inner_loop"]["async_copies"] > 0, "keys and values come by cp.async while the tile before is used"
     assert row["blocks_per_multiprocessor"] >= 1
     # unclassified opcodes would appear in the mix under their own names
-    assert set(row["inner_loop"]["full_tile"]) <= set(aot.CLASSES)
+    assert set(row["inner_loop"]["full_tile"]) <= set(CLASSES)
 
 
 def test_the_gate_fails_on_a_tile_that_spills():
@@ -243,7 +243,7 @@ def test_the_committed_evidence_is_about_the_cuda_launches_of_today(committed, c
             found = row["function"], row["config"], row["shared_bytes"]
             assert found == (launch.function, launch.config, launch.shared_bytes), "run `make aot`"
             assert row["forms"].keys() == FORMS.keys()
-            assert set(row["inner_loop"]["full_tile"]) <= set(aot.CLASSES)
+            assert set(row["inner_loop"]["full_tile"]) <= set(CLASSES)
             assert row["functions_beside"] > 20 or row["kernel"] == "cuda_compact"
 
 
@@ -279,7 +279,7 @@ def test_a_cuda_kernel_is_compiled_and_passes_the_gates(compact_row):
     assert compact_row["blocks_per_multiprocessor"] >= 1
     assert compact_row["forms"]["LDG 128"] > 0
     assert compact_row["inner_loop"]["full_tile"]["global memory"] > 0
-    assert set(compact_row["inner_loop"]["full_tile"]) <= set(aot.CLASSES)
+    assert set(compact_row["inner_loop"]["full_tile"]) <= set(CLASSES)
 
 
 def test_the_gates_fail_on_a_cuda_kernel_without_its_instructions(compact_row):
