@@ -20,6 +20,18 @@ LAYOUTS = (*SEGMENTS, "hierarchical", "sliding", "packed")
 HEADS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64), "2 heads, D 64": (2, 2, 64)}
 
 
+# shapes as published with the models; fewer layers where all of them would take hours on a CPU
+_SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "tie_word_embeddings": True}
+_SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3}
+_LLAMA = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "tie_word_embeddings": True}
+_LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+MODELS = {
+    "SmolLM2-135M": _SMOLLM2 | {"num_hidden_layers": 30},
+    "SmolLM2-135M, 4 of 30 layers": _SMOLLM2 | {"num_hidden_layers": 4},
+    "Llama-3-8B, 2 of 32 layers": _LLAMA | {"num_hidden_layers": 2},
+    "Llama-3-8B": _LLAMA | {"num_hidden_layers": 32, "tie_word_embeddings": False},
+}
+
 # raw tokens of the documents of a packed batch, over and over: ragged, as a training set is
 PACKED = (700, 150, 1900, 420, 60, 1100)
 

@@ -10,6 +10,7 @@ from math import ceil
 from types import SimpleNamespace
 
 from bench.calculated.memory_terms import Precision, base_bytes
+from bench.shapes import MODELS
 from gistkern.kernels.chips import Gpu
 
 # question and answer so far, as in training_memory.py; gist rows of a context; tokens of a context
@@ -19,17 +20,7 @@ RESERVE = 10**9
 WEIGHTS = ("bf16", "NF4, rest bf16", "NF4, rest fp32")
 
 
-# by the names that transformers' config has
-LLAMA_3_8B = SimpleNamespace(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=False,
-)
+LLAMA_3_8B = SimpleNamespace(**MODELS["Llama-3-8B"], head_dim=128)
 
 
 @dataclass(frozen=True)

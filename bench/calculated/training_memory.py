@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from bench.calculated.memory_terms import (
     optimizer_bytes,
     trained_tensors,
 )
+from bench.markdown import table
 
 # tokens of a question and its answer, and of the answer alone; a passkey takes no more with a Llama tokenizer
 TAIL, ANSWER = 32, 5
@@ -107,14 +108,8 @@ class MemoryEstimate:
 
     def table(self) -> str:
         """A Markdown table."""
-        rows = [(_ROWS[one.name], getattr(self, one.name)) for one in fields(self) if one.name in _ROWS]
-        rows.append(("**peak of a training step** (the larger of the last two counts)", self.total))
-        rows += [
-            ("KV cache of one compressed context, bf16", self.kv_gist),
-            ("the same context's full KV cache, bf16", self.kv_full),
-        ]
-        lines = ["| what | bytes | GB |", "|---|---:|---:|"]
-        return "\n".join(lines + [f"| {name} | {value:,} | {value / 1e9:.3f} |" for name, value in rows])
+        sizes = {name: getattr(self, key) for key, name in _ROWS.items()}
+        return table(["what", "bytes", "GB"], [[name, f"{n:,}", f"{n / 1e9:.3f}"] for name, n in sizes.items()])
 
 
 _ROWS = {
@@ -125,30 +120,16 @@ _ROWS = {
     "activations": "activations kept for the backward pass",
     "logits": "logits, log-probabilities, their gradients",
     "working": "one layer's backward pass",
+    "total": "**peak of a training step** (the larger of the last two counts)",
+    "kv_gist": "KV cache of one compressed context, bf16",
+    "kv_full": "the same context's full KV cache, bf16",
 }
 
 
 def estimate(config: Any, setup: TrainingSetup) -> MemoryEstimate:
-    """Memory of a training step of a Llama-like model.
+    """Bytes of a training step of a Llama, Mistral, Qwen2 or Qwen3 model without biases (its transformers config).
 
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        Of a Llama, Mistral, Qwen2 or Qwen3 model without biases.
-    setup : TrainingSetup
-        The rest.
-
-    Returns
-    -------
-    MemoryEstimate
-        In bytes. Not in it: the driver's own memory, fragments, and the temporaries of optimizers that are not fused.
-
-    Examples
-    --------
-    >>> from transformers import LlamaConfig
-    >>> small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    >>> estimate(small, TrainingSetup(tokens=100, weights="float32", autocast=False)).kv_gist
-    5632
+    Not in them: the driver's own memory, fragments, and the temporaries of optimizers that are not fused.
     """
     precision = Precision(setup.weights, setup.autocast)
     gists = setup.num_gist_tokens
@@ -167,9 +148,8 @@ def estimate(config: Any, setup: TrainingSetup) -> MemoryEstimate:
         activations=config.num_hidden_layers * layer,
         logits=_head(config, setup, saved),
         working=_working(config, setup, saved),
-        paged=optimizer_bytes(trained, OPTIMIZERS[setup.optimizer], paged_only=True)
-        if setup.optimizer.startswith("paged_")
-        else 0,
+        paged=setup.optimizer.startswith("paged_")
+        * optimizer_bytes(trained, OPTIMIZERS[setup.optimizer], paged_only=True),
         kv_gist=row * setup.compact_rows,
         kv_full=row * setup.tokens,
         trainable_parameters=sum(one.elements for one in trained),
@@ -178,7 +158,8 @@ def estimate(config: Any, setup: TrainingSetup) -> MemoryEstimate:
 
 def _head(config: Any, setup: TrainingSetup, saved: Saved) -> int:
     """Last norm, output matrix, log-softmax: what they keep, and gradients in flight."""
-    logits, matrix = _logit_elements(config, setup), config.vocab_size * config.hidden_size
+    rows = setup.tokens if setup.logit_rows is None else setup.logit_rows
+    logits, matrix = setup.batch_size * rows * config.vocab_size, config.vocab_size * config.hidden_size
     kept = saved.norm + saved.hidden
     if setup.autocast and saved.precision.base == 4:
         kept += matrix * 2  # autocast's copy of the output matrix
@@ -203,11 +184,6 @@ def _working(config: Any, setup: TrainingSetup, saved: Saved) -> int:
     if setup.lora is None:
         needed += largest * saved.precision.base
     return needed + (saved.layer if setup.gradient_checkpointing else 0)
-
-
-def _logit_elements(config: Any, setup: TrainingSetup) -> int:
-    rows = setup.tokens if setup.logit_rows is None else setup.logit_rows
-    return setup.batch_size * rows * config.vocab_size
 
 
 def setup_of(recipe: Mapping[str, Any], all_logits: bool = False) -> TrainingSetup:
@@ -246,9 +222,7 @@ def config_of(recipe: Mapping[str, Any]) -> LlamaConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.calculated.training_memory", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a recipe, say examples/configs/llama3-8b.yaml")
     parser.add_argument("--card", type=float, default=24.0, help="memory of the card in GB (10^9 bytes)")
     parser.add_argument("--reserve", type=float, default=1.0, help="GB of it for driver, allocator and fragments")

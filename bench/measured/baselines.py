@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.measured import flash_varlen, flex
+from bench.measured.flash_varlen import Run, runs_of
 from bench.measured.limits import largest
-from bench.measured.segments import Run, runs_of
 from gistkern import GistLayout, gist_attention
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Collection
 
 import torch
@@ -15,11 +14,9 @@ from bench.shapes import HEADS
 from gistkern import GistLayout, gist_attention
 
 LIMIT = "copy"
-PAGE = 16  # rows, the usual of vLLM, one of those FlashInfer takes
 BASELINES = {
     "sdpa": "SDPA over one buffer of all rows",
     "sdpa cuDNN": "SDPA, cuDNN",
-    "flashinfer": "FlashInfer, batch decode",
 }
 Decode = Callable[[], torch.Tensor]
 
@@ -56,21 +53,12 @@ def decoding_case(
         torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)  # no number on a red check
 
     for name in BASELINES if only is None else only:
-        if reason := _why_not(name, device):
-            case.not_measured[name] = reason
+        if name != "sdpa" and device == "cpu":
+            case.not_measured[name] = "needs a GPU"
         else:
             serve(case, name, lambda name=name: captured(_MAKE[name](q, keys, values), device), check)
     case.calls[LIMIT], case.limit_work = copy(device)
     return case
-
-
-def _why_not(name: str, device: str) -> str:
-    if name == "sdpa":
-        return ""
-    if device == "cpu":
-        return "needs a GPU"
-    missing = name == "flashinfer" and importlib.util.find_spec("flashinfer") is None
-    return "flashinfer is not installed" if missing else ""
 
 
 def _packed(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -89,27 +77,4 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Decode:
     return lambda: attend(_packed(q, k), k, v, None, False)[0].view(q.shape)
 
 
-def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Decode:
-    """Paged decoding, planned outside the clock; the last page of a sample is part full."""
-    import flashinfer
-
-    batch, heads, _, dim = q.shape
-    kv_heads, rows = k.shape[1], k.shape[2]
-    count = -(-rows // PAGE)
-    short = count * PAGE - rows
-    # HND: [samples * pages, 2, Hkv, PAGE, D]
-    padded = torch.stack([F.pad(t, (0, 0, 0, short)) for t in (k, v)], 1)
-    pages = padded.unflatten(3, (count, PAGE)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).contiguous()
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(128 << 20, dtype=torch.uint8, device=q.device),
-        "HND",
-        use_tensor_cores=heads // kv_heads >= 4,  # what its documentation advises for grouped queries
-    )
-    begins = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * count
-    indices = torch.arange(batch * count, dtype=torch.int32, device=q.device)
-    last = torch.full((batch,), PAGE - short, dtype=torch.int32, device=q.device)
-    wrapper.plan(begins, indices, last, heads, kv_heads, dim, PAGE, q_data_type=q.dtype, kv_data_type=k.dtype)
-    return lambda: wrapper.run(q[:, :, 0], pages)[:, :, None]
-
-
-_MAKE = {"sdpa": _sdpa, "sdpa cuDNN": _cudnn, "flashinfer": _flashinfer}
+_MAKE = {"sdpa": _sdpa, "sdpa cuDNN": _cudnn}

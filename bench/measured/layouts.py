@@ -61,13 +61,13 @@ def _dense(ids: torch.Tensor) -> torch.Tensor:
     return (causal & ((segment[:, None] == segment) | lasting))[None]
 
 
-def _rule(ids: torch.Tensor):  # type: ignore[no-untyped-def]
-    segment, lasting = _facts(ids)
-    return lambda b, h, row, key: (key <= row) & ((segment[row] == segment[key]) | lasting[key])
-
-
 def _block_mask(ids: torch.Tensor) -> BlockMask:
-    return flex.block_mask(_rule(ids), ids.shape[1], ids.shape[1], ids.device)
+    segment, lasting = _facts(ids)
+
+    def seen(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= row) & ((segment[row] == segment[key]) | lasting[key])
+
+    return flex.block_mask(seen, ids.shape[1], ids.shape[1], ids.device)
 
 
 def _blocks(layout: GistLayout, size: int = 128) -> torch.Tensor:

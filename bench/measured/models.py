@@ -15,35 +15,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from bench.measured.case import OURS, Case
 from bench.measured.limits import copy as copy_limit
 from bench.measured.limits import largest
+from bench.shapes import MODELS
 from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
 
 GISTS, SEGMENT = 10, 512
 LIMIT = "copy"
 FULL = "DynamicCache"
 PREFILL = "plain prefill"
-_SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
-_LLAMA = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
-# shapes as published with the models; fewer layers where all of them would take hours on a CPU
-MODELS = {
-    "SmolLM2-135M": _SMOLLM2 | {"num_hidden_layers": 30},
-    "SmolLM2-135M, 4 of 30 layers": _SMOLLM2 | {"num_hidden_layers": 4},
-    "Llama-3-8B, 2 of 32 layers": _LLAMA | {"num_hidden_layers": 2},
-    "Llama-3-8B": _LLAMA | {"num_hidden_layers": 32, "tie_word_embeddings": False},
-}
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,7 @@ from gistkern.backends import native
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # beside our own: whose speed the baselines depend on
-PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flashinfer-python")
+PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3")
 
 
 def measure(device: str, rounds: int, sections: list[str]) -> Iterator[dict[str, Any]]:

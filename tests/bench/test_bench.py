@@ -4,9 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from bench.measured import (
     check,
     compared,
     context_parallel,
-    decoding,
     flash_varlen,
     flex,
     limits,
@@ -33,11 +30,11 @@ from bench.measured.baselines import BASELINES, Baseline
 from bench.measured.case import OURS, Case, measured
 from bench.measured.compaction import compaction_case
 from bench.measured.decoding import decoding_case
+from bench.measured.flash_varlen import runs_of
 from bench.measured.grid import GRIDS, Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
 from bench.measured.models import MODELS, compressing_case, model_decoding_case, models
-from bench.measured.segments import runs_of
 from bench.measured.timing import interleaved, ratio
 from bench.shapes import LAYOUTS, layout_of
 from gistkern import GistLayout, gist_attention
@@ -255,38 +252,6 @@ def test_what_a_machine_refuses_is_named_and_the_rest_is_measured(monkeypatch, e
     assert case.not_measured == {"sdpa dense": f"{type(error).__name__}: {error}"}
 
 
-class PagedDecode:
-    """What flashinfer.BatchDecodeWithPagedKVCacheWrapper documents, for pages in its HND layout."""
-
-    def __init__(self, workspace, kv_layout, use_tensor_cores):
-        assert kv_layout == "HND"
-
-    def plan(self, indptr, indices, last, heads, kv_heads, dim, page, *, q_data_type, kv_data_type):
-        assert {t.dtype for t in (indptr, indices, last)} == {torch.int32}
-        self.indptr, self.indices, self.last, self.page = indptr.tolist(), indices, last.tolist(), page
-        self.heads, self.shape = heads, (2, kv_heads, page, dim)
-
-    def run(self, q, pages):
-        assert q.shape[1:] == (self.heads, self.shape[-1])
-        assert pages.shape[1:] == self.shape
-        out = []
-        for row, (begin, end) in enumerate(itertools.pairwise(self.indptr)):
-            keys, values = pages[self.indices[begin:end]].permute(1, 2, 0, 3, 4).flatten(2, 3)
-            rows = (end - begin - 1) * self.page + self.last[row]
-            one = q[row][None, :, None], keys[None, :, :rows], values[None, :, :rows]
-            out.append(F.scaled_dot_product_attention(*one, enable_gqa=True)[0, :, 0])
-        return torch.stack(out)
-
-
-@pytest.mark.parametrize("rows", [16, 17, 40])
-def test_pages_for_flashinfer_hold_every_row(monkeypatch, rows):
-    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PagedDecode))
-    q, k, v = torch.randn(3, 8, 1, 16), *torch.randn(2, 3, 2, rows, 16)
-    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    for make in (decoding._flashinfer, decoding._sdpa):
-        torch.testing.assert_close(make(q, k, v)(), expected)
-
-
 def test_measured_names_the_slower_and_the_limit():
     calls = {OURS: list, "other": list, "peak": list}
     case = Case("cpu", calls, {"x": "why"}, "peak", 2, 4)
@@ -351,7 +316,7 @@ def test_a_report_fills_a_page(small_report, tmp_path):
     assert f"| tiny | 300 | 2 | {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} |" in text
     assert "| 64/4, 300, 2 heads, D 64, both | ours | 5 | 1.0 |" in text
     pictures = sorted(picture.name for picture in (tmp_path / "docs" / "pictures").iterdir())
-    assert pictures == ["benchmarks-attention.png", "benchmarks-growth.png"]
+    assert pictures == ["benchmarks-growth.png"]
     # what whoever measured writes around the tables stays
     path.with_suffix(".md").write_text("Mine.\n\n" + text.replace("## growth", "## Growing"))
     report.write(small_report, path)
