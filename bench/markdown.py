@@ -1,7 +1,5 @@
 """Cells and tables of the pages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import floor, log10
 from typing import Any

@@ -4,8 +4,6 @@ A report is a dictionary: a header of short values, and tables, which are lists 
 on a line of its own, and a table's rows on a line each. Any JSON reader reads it.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterable

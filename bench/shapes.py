@@ -1,7 +1,5 @@
 """Layouts and heads that the benchmarks and the work counter use, in one place."""
 
-from __future__ import annotations
-
 import itertools
 
 from gistkern import GistLayout

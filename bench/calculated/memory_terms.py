@@ -4,8 +4,6 @@ Read off the operations of transformers' Llama layers, peft's LoRA layers, bitsa
 gistkern's attention; tests/bench/test_training_memory.py compares each with what torch really keeps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
@@ -129,62 +127,39 @@ def optimizer_bytes(trained: Iterable[Trained], bits: int, paged_only: bool = Fa
     return total
 
 
-@dataclass(frozen=True)
 class Saved:
     """Bytes that autograd keeps of a forward pass over `rows` rows (of all samples) and `compact_rows` gist rows.
 
     `mask_element` is what dropout keeps per element: 1 byte on a GPU, a float on a CPU.
     """
 
-    config: Any
-    precision: Precision
-    lora: Any
-    rows: int
-    compact_rows: int
-    mask_element: int
-
-    @property
-    def hidden(self) -> int:
-        """One tensor of hidden states: all that a checkpointed layer keeps."""
-        return self.rows * self.config.hidden_size * self.precision.base
-
-    @property
-    def inner(self) -> int:
-        """One tensor of the MLP's width."""
-        return self.rows * self.config.intermediate_size * self.precision.linear
-
-    @property
-    def norm_input(self) -> int:
-        """Hidden states in fp32, in which norms compute."""
-        return self.rows * self.config.hidden_size * 4
-
-    @property
-    def norm(self) -> int:
-        """An RMSNorm: its input and a factor per row; also the normed rows if its weight trains."""
-        return self.norm_input + self.rows * 4 + (self.hidden if self.lora is None else 0)
-
-    @property
-    def attention(self) -> int:
-        """q, k, v, out, log-sum-exp and the compact rows of `gistkern.ops.attention`: nothing is N x N."""
-        shapes = linear_shapes(self.config)
-        queries, keys = shapes["q_proj"][0], shapes["k_proj"][0]
-        elements = self.rows * (2 * queries + 2 * keys) + self.compact_rows * 2 * keys
-        return elements * self.precision.linear + self.rows * self.config.num_attention_heads * 4
-
-    @property
-    def layer(self) -> int:
-        """A decoder layer. Of the MLP the gate, its activation and the factor beside it are kept."""
+    def __init__(
+        self, config: Any, precision: Precision, lora: Any, rows: int, compact_rows: int, mask_element: int
+    ) -> None:
+        self.precision, self.lora, self.rows, self.mask_element = precision, lora, rows, mask_element
+        self.shapes = linear_shapes(config)
+        queries, keys = self.shapes["q_proj"][0], self.shapes["k_proj"][0]
+        # of hidden states, all that a checkpointed layer keeps; in fp32, in which norms compute; of the MLP's width
+        self.hidden = rows * config.hidden_size * precision.base
+        self.norm_input = rows * config.hidden_size * 4
+        self.inner = rows * config.intermediate_size * precision.linear
+        # an RMSNorm: its input and a factor per row; also the normed rows if its weight trains
+        self.norm = self.norm_input + rows * 4 + (self.hidden if lora is None else 0)
+        # q, k, v, out, log-sum-exp and the compact rows: nothing is N x N
+        elements = rows * (2 * queries + 2 * keys) + compact_rows * 2 * keys
+        attention = elements * precision.linear + rows * config.num_attention_heads * 4
         inputs = (
-            self._inputs(("q_proj", "k_proj", "v_proj"), self.precision.base)
-            + self._inputs(("o_proj",), self.precision.linear)
-            + self._inputs(("gate_proj", "up_proj"), self.precision.base)
-            + self._inputs(("down_proj",), self.precision.linear)
+            self._inputs(("q_proj", "k_proj", "v_proj"), precision.base)
+            + self._inputs(("o_proj",), precision.linear)
+            + self._inputs(("gate_proj", "up_proj"), precision.base)
+            + self._inputs(("down_proj",), precision.linear)
         )
-        return 2 * self.norm + self.attention + 3 * self.inner + inputs + self._weight_copies()
+        # a decoder layer; of the MLP the gate, its activation and the factor beside it are kept
+        self.layer = 2 * self.norm + attention + 3 * self.inner + inputs + self._weight_copies()
 
     def _inputs(self, group: tuple[str, ...], source: int) -> int:
         """What the trained ones of a group of linears keep of the input they share, of `source` bytes an element."""
-        width = self.rows * linear_shapes(self.config)[group[0]][1]
+        width = self.rows * self.shapes[group[0]][1]
         if self.lora is None:
             product = self.precision.product
             return width * product * (1 if source == product else len(group))  # a cast makes a tensor for each
@@ -200,7 +175,7 @@ class Saved:
         if not self.precision.autocast:
             return 0
         total = 0
-        for name, (outputs, inputs) in linear_shapes(self.config).items():
+        for name, (outputs, inputs) in self.shapes.items():
             if self.precision.weights == "float32":
                 total += outputs * inputs
             if self.lora is not None and name in self.lora.target_modules:

@@ -6,10 +6,8 @@
 The attention op is counted here, the model around it (weights, caches, decoding) in bench/calculated/serving.py.
 """
 
-from __future__ import annotations
-
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,9 @@ SHAPE = Shape(*HEADS["Llama-3-8B"])
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@dataclass(frozen=True)
-class Time:
-    """Seconds of a perfect kernel, and what bounds it: ``"compute"`` or ``"memory"``."""
-
-    seconds: float
-    bound: str
-
-
-def perfect_time(gpu: Gpu, flops: int, moved: int) -> Time:
-    """The longer of arithmetic at peak and memory traffic at full bandwidth, which overlap completely."""
-    compute, memory = flops / gpu.flops, moved / gpu.bandwidth
-    return Time(compute, "compute") if compute > memory else Time(memory, "memory")
+def perfect_time(gpu: Gpu, flops: int, moved: int) -> tuple[float, str]:
+    """The longer of arithmetic at peak and memory traffic at full bandwidth, which overlap completely; and which."""
+    return max((moved / gpu.bandwidth, "memory"), (flops / gpu.flops, "compute"))
 
 
 def flops_of(pairs: int, shape: Shape, backward: bool = False) -> int:
@@ -60,12 +49,9 @@ def op(name: str, rows: int, shape: Shape = SHAPE) -> dict[str, Any]:
         found[key] = {"flops": flops, "tensors": moved, "bytes": sum(moved.values()), "gpus": {}}
         for gpu in GPUS:
             tiles = _tile_flops(layout, shape, gpu, backward)
-            time, own = (perfect_time(gpu, count, found[key]["bytes"]) for count in (flops, tiles))
-            found[key]["gpus"][gpu.name] = asdict(time) | {
-                "tile_flops": tiles,
-                "tile_seconds": own.seconds,
-                "causal_seconds": perfect_time(gpu, *plain).seconds,
-            }
+            (time, bound), (own, _) = (perfect_time(gpu, count, found[key]["bytes"]) for count in (flops, tiles))
+            found[key]["gpus"][gpu.name] = {"seconds": time, "bound": bound, "tile_flops": tiles, "tile_seconds": own}
+            found[key]["gpus"][gpu.name]["causal_seconds"] = perfect_time(gpu, *plain)[0]
     return found
 
 
@@ -80,15 +66,9 @@ def decoding(batch: int, gist_rows: int, raw_rows: int, shape: Shape = SHAPE) ->
     layout = GistLayout.decode(gist_rows, raw_rows - 1)
     flops = batch * flops_of(visible_pairs(layout), shape)
     moved = batch * sum(least_bytes(layout, shape).values())
-    times = {gpu.name: asdict(perfect_time(gpu, flops, moved)) for gpu in GPUS}
-    return {
-        "batch": batch,
-        "gist_rows": gist_rows,
-        "raw_rows": raw_rows,
-        "flops": flops,
-        "bytes": moved,
-        "gpus": times,
-    }
+    times = {gpu.name: dict(zip(("seconds", "bound"), perfect_time(gpu, flops, moved), strict=True)) for gpu in GPUS}
+    rows = {"batch": batch, "gist_rows": gist_rows, "raw_rows": raw_rows}
+    return rows | {"flops": flops, "bytes": moved, "gpus": times}
 
 
 def report() -> dict[str, Any]:
@@ -113,8 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = report()
     if given.rows:
         write_report(given.rows, found)
-        return
-    fill(DOCS / "roofline.md", tables(found))
+    else:
+        fill(DOCS / "roofline.md", tables(found))
 
 
 if __name__ == "__main__":

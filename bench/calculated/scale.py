@@ -6,8 +6,6 @@ Nothing here ran on several GPUs. Pairs come from the layouts, shards from `gist
 training step would cut them; speeds are published peaks, of the card and of its links.
 """
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from collections.abc import Callable, Sequence

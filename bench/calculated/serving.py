@@ -3,8 +3,6 @@
 A decoding step reads every weight but the input embedding once, and every sequence's cached rows once.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import ceil
 from types import SimpleNamespace

@@ -1,7 +1,6 @@
 """The tables of docs/roofline.md: cards and the op (roofline.py), the model around it (serving.py)."""
 
-from __future__ import annotations
-
+from dataclasses import asdict
 from typing import Any
 
 from bench.calculated import serving
@@ -17,19 +16,16 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     first = GPUS[0].name
     op = [row for row in found["op"] if row["rows"] in SHOWN_ROWS]
     return {
-        "cards": table(
-            ["card", "bf16 TFLOP/s", "GB/s", "FLOPs per byte", "GB", "source"],
-            [
-                [
-                    gpu.name,
-                    f"{gpu.flops / 1e12:g}",
-                    f"{gpu.bandwidth / 1e9:,.0f}",
-                    f"{gpu.ridge:.0f}",
-                    f"{gpu.memory / 1e9:g}",
-                    gpu.source,
-                ]
-                for gpu in GPUS
-            ],
+        "cards": columns(
+            map(asdict, GPUS),
+            {
+                "card": "name",
+                "bf16 TFLOP/s": lambda gpu: f"{gpu['flops'] / 1e12:g}",
+                "GB/s": lambda gpu: f"{gpu['bandwidth'] / 1e9:,.0f}",
+                "FLOPs per byte": lambda gpu: f"{gpu['flops'] / gpu['bandwidth']:.0f}",
+                "GB": lambda gpu: f"{gpu['memory'] / 1e9:g}",
+                "source": "source",
+            },
         ),
         "op": columns(
             op,

@@ -6,8 +6,6 @@ prints a Markdown table and whether the step fits a card. The numbers are formul
 allocates at small scale (docs/memory.md, tests/bench/test_training_memory.py).
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

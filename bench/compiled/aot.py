@@ -8,8 +8,6 @@
 Compiled, not run: nothing here says how long a kernel takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

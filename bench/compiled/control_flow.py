@@ -4,8 +4,6 @@ Assembly of any target is first reduced to a list of `Instruction` (machine_code
 about labels and jumps alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise

@@ -4,8 +4,6 @@ Nothing here repeats a launch. csrc/testing/plan_report.cpp runs the launchers o
 what they would launch: the function, its threads, its shared memory, its tile. The same layer as for Triton's kernels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -82,8 +80,6 @@ CUDA_KERNELS = {
 def build_tools() -> ModuleType:
     """csrc/build_extension.py, which is no part of a package: it knows where the compilers are."""
     spec = importlib.util.spec_from_file_location("gistkern_build_tools", BUILD_TOOLS)
-    assert spec is not None, BUILD_TOOLS
-    assert spec.loader is not None, BUILD_TOOLS
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)

@@ -5,8 +5,6 @@ chip, their launches are recorded instead of executed, and Triton's own binder t
 compiler's input. So what is compiled is what a user's first call would compile.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -5,8 +5,6 @@ the log of the very ptxas run that made it gives spills, `nvdisasm` the instruct
 own assembly text.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import subprocess

@@ -6,8 +6,6 @@ dq, by columns for dk and dv. It knows no gists, documents or packed heads, so i
 to do. The package does not import it. Shapes and names as in kernels/, with N rows of q, k and v alike.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The tables of docs/evidence/kernels.md: every kernel at head dimension 128; the rest is in the report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ make work
 make work ARGS="--rows rows.json"     # every chip, layout and length, with tiles, FLOPs and balance of each launch
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ row intervals and chunks) on the configs a call would pick; tests/bench/test_wor
 kernels really make in the interpreter. Nothing here is a time.
 """
 
-from __future__ import annotations
-
 import heapq
 from dataclasses import dataclass
 

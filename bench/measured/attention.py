@@ -1,7 +1,5 @@
 """Gist-masked attention beside its baselines: forward, backward, and both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from typing import Any
 

@@ -5,8 +5,6 @@ would for all layers of a model. Its answer on the same inputs must be ours, exc
 purpose. Layouts of one batch row only; packed documents are one row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

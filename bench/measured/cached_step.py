@@ -6,8 +6,6 @@ Python and C calls of one step, operations on tensors, and the bytes that copyin
 ``clone``, ``index``, ``gather``) wrote in it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -1,7 +1,5 @@
 """A case: calls that compute the same, to be timed side by side, and why others are not among them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -8,8 +8,6 @@ than the tolerance, and below the smallest recorded ratio, or where a baseline t
 exit status is 1 if there is such a row.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

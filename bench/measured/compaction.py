@@ -1,7 +1,5 @@
 """Filling the compact rows: what a prefill does once per layer beside attention."""
 
-from __future__ import annotations
-
 import torch
 
 from bench.measured.case import OURS, Case

@@ -6,8 +6,6 @@ One training step (forward and backward) of a model with random weights on one c
 the loopback device, whose bytes the kernel counts: that is the wire. Times are not reported: the ranks share two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -1,7 +1,5 @@
 """One decoding step over gist rows and tail: the op beside what else attends to the same rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 import torch

@@ -3,8 +3,6 @@
 Their causal mask is aligned to the lower right corner, which is what a segment behind its gists needs.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable

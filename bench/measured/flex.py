@@ -1,7 +1,5 @@
 """FlexAttention (torch.nn.attention.flex_attention), compiled: the mask rule as a function of row and key."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """What is measured on which device: the sizes of every section of docs/benchmarks.md, in one place."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from bench.measured.attention import PASSES

@@ -1,7 +1,5 @@
 """What a batch costs before its first layer: the layout beside the masks that it replaces."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import torch

@@ -1,7 +1,5 @@
 """What a device can do at most, measured beside everything else, and what fits on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ a first call needs (FlexAttention compiles). On CPU it is the growth of the resi
 torch's allocator.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

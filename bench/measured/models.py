@@ -3,8 +3,6 @@
 Weights are random: time and bytes depend on shapes alone. Both sides have the same ones.
 """
 
-from __future__ import annotations
-
 import copy
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """The picture of docs/benchmarks.md."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

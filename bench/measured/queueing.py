@@ -1,7 +1,5 @@
 """What the host takes to queue a call for a GPU: hidden where the device works longer, all there is otherwise."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

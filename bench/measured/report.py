@@ -8,8 +8,6 @@
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

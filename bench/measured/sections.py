@@ -1,7 +1,5 @@
 """The sections of docs/benchmarks.md as rows: what each measures, and what is said where it cannot."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable
 from functools import partial

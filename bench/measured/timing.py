@@ -1,7 +1,5 @@
 """Times that can be compared: every call of a round follows the other, so that they share the machine's noise."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -49,8 +49,8 @@ def test_peaks_are_dense_and_accumulate_in_fp32(name, cycle):
 def test_perfect_time_is_the_longer_of_two():
     gpu = Gpu("test", "sm_90", 1, flops=1000, bandwidth=10, memory=1, source="")
     assert gpu.ridge == 100
-    assert roofline.perfect_time(gpu, 2000, 19) == roofline.Time(2.0, "compute")
-    assert roofline.perfect_time(gpu, 2000, 21) == roofline.Time(2.1, "memory")
+    assert roofline.perfect_time(gpu, 2000, 19) == (2.0, "compute")
+    assert roofline.perfect_time(gpu, 2000, 21) == (2.1, "memory")
 
 
 def test_bytes_of_a_tiny_layout_by_hand():
