@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.calculated import serving
 from bench.counted.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
-from bench.fill import fill
+from bench.fill import DOCS, fill
 from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
@@ -23,7 +23,6 @@ COUNTED = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical")
 ROWS = (4096, 16384, 32768, 131072)
 DECODED = (4096, 6096, 32768, 131072)
 SHAPE = Shape(*HEADS["Llama-3-8B"])
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def perfect_time(gpu: Gpu, flops: int, moved: int) -> tuple[float, str]:

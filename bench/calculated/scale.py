@@ -10,18 +10,16 @@ import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from bench.calculated.serving import LLAMA_3_8B
-from bench.fill import fill
+from bench.fill import DOCS, fill
 from bench.markdown import columns, significant
 from bench.shapes import layout_of
 from gistkern import GistLayout
 from gistkern.distributed import split_layout
 from gistkern.kernels.chips import LINKS, gpu_named
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 GPU = "H100 SXM 80 GB"
 ITEM = 2  # bytes of bf16
 NODE = 8

@@ -16,14 +16,7 @@ from typing import Any
 import yaml
 from transformers import LlamaConfig
 
-from bench.calculated.memory_terms import (
-    Precision,
-    Saved,
-    base_bytes,
-    linear_shapes,
-    optimizer_bytes,
-    trained_tensors,
-)
+from bench.calculated.memory_terms import Precision, Saved, base_bytes, linear_shapes, optimizer_bytes, trained_tensors
 from bench.markdown import table
 
 # tokens of a question and its answer, and of the answer alone; a passkey takes no more with a Llama tokenizer

@@ -26,12 +26,12 @@ from bench.compiled.cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_prob
 from bench.compiled.kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
 from bench.compiled.machine_code import describe
 from bench.compiled.tables import tables
-from bench.fill import fill
+from bench.fill import DOCS, fill
 from bench.rows import write_report
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
 
-EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence"
+EVIDENCE = DOCS / "evidence"
 # constexprs that are choices of ours, for the config column
 _CHOSEN = ("PACK", "BM", "BN", "BG", "BLOCK")
 

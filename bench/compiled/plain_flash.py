@@ -173,8 +173,7 @@ def _launch(fn: Any, kernel: str, buffers: tuple[torch.Tensor, ...], rest: tuple
     width = padded(q.shape[3])
     config = pick(kernel, facts_of(q.device).arch, width, q.element_size())
     meta = Plain(
-        *(q.shape[1], q.shape[1] // k.shape[1], q.shape[3], width),
-        *(config.block_rows, config.block_cols, precision),
+        *(q.shape[1], q.shape[1] // k.shape[1], q.shape[3], width), *(config.block_rows, config.block_cols, precision)
     )
     heads, block = (k.shape[1], meta.BN) if kernel == "bwd_dkv" else (q.shape[1], meta.BM)
     with guard(q.device):

@@ -18,7 +18,7 @@ from bench.counted.work import (
     uncompacted_tiles,
     visible_pairs,
 )
-from bench.fill import fill
+from bench.fill import DOCS, fill
 from bench.markdown import table
 from bench.rows import write_report
 from bench.shapes import layout_of
@@ -30,7 +30,6 @@ COUNTED = ("64/4", "256/16", "256/64", "1024/128", "one segment")
 ROWS = (4096, 8192, 16384, 32768, 65536, 131072)
 ARCHES = ("sm_80", "sm_90", "sm_100")
 SHOWN_ROWS = (4096, 16384, 131072)
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from bench.fill import DOCS
 from bench.measured.grid import GRIDS, Grid, quick
-from bench.measured.report import DOCS, device_name
+from bench.measured.report import device_name
 from bench.measured.sections import BESIDE, beside
 
 TOLERANCE = 0.2

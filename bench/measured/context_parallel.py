@@ -22,7 +22,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.calculated.scale import ring_bytes
-from bench.fill import fill
+from bench.fill import DOCS, fill
 from bench.markdown import columns, measured_on
 from bench.measured.memory import ENVIRONMENT, resident, start_peak
 from bench.measured.models import MODELS
@@ -32,7 +32,7 @@ from gistkern import GistLayout, patch_llama
 from gistkern.distributed import count_traffic, split_layout
 from gistkern.hf.context_parallel import row_cost
 
-EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence"
+EVIDENCE = DOCS / "evidence"
 MODEL = "SmolLM2-135M, 4 of 30 layers"
 RANKS = (1, 2, 4)
 ROWS = 8192

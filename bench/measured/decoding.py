@@ -12,10 +12,7 @@ from bench.shapes import HEADS
 from gistkern import GistLayout, gist_attention
 
 LIMIT = "copy"
-BASELINES = {
-    "sdpa": "SDPA over one buffer of all rows",
-    "sdpa cuDNN": "SDPA, cuDNN",
-}
+BASELINES = {"sdpa": "SDPA over one buffer of all rows", "sdpa cuDNN": "SDPA, cuDNN"}
 Decode = Callable[[], torch.Tensor]
 
 

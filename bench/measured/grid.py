@@ -45,11 +45,7 @@ GRIDS = {
         growth_baselines=16384,
         compaction=(("64/4", 4096, LLAMA), ("512/8", 16384, LLAMA)),
         decoding=tuple((*sizes, LLAMA) for sizes in _DECODING),
-        models=(
-            (SMOLLM2, 64, _BATCHES),
-            (SMOLLM2, 4096, _BATCHES),
-            ("Llama-3-8B, 2 of 32 layers", 4096, (1, 16)),
-        ),
+        models=((SMOLLM2, 64, _BATCHES), (SMOLLM2, 4096, _BATCHES), ("Llama-3-8B, 2 of 32 layers", 4096, (1, 16))),
         compressing=tuple(("SmolLM2-135M, 4 of 30 layers", tokens) for tokens in (1024, 4096)),
         layouts=(("64/4", 4096), ("512/8", 4096), ("512/8", 16384)),
         memory=(

@@ -13,22 +13,22 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.fill import fill
+from bench.fill import DOCS, fill
+from bench.measured.baselines import BASELINES
+from bench.measured.case import OURS
 from bench.measured.grid import GRIDS
-from bench.measured.plots import draw
 from bench.measured.sections import SECTIONS
 from bench.measured.tables import tables
 from bench.rows import write_report
 from gistkern.backends import native
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 # beside our own: whose speed the baselines depend on
 PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3")
 
@@ -87,6 +87,32 @@ def write(report: dict[str, Any], path: Path) -> None:
     write_report(path, report)
     draw(report, path.parent / "pictures", path.stem)
     fill(path.with_suffix(".md"), tables(report))
+
+
+def draw(report: Mapping[str, Any], folder: Path, stem: str) -> None:
+    """Cost against rows, both logarithmic: a straight line of slope 1 is linear, of slope 2 quadratic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    rows = report["growth"]
+    for layout, name in dict.fromkeys((row["layout"], row["name"]) for row in rows):
+        points = [
+            (row["rows"], row["time"]["median"])
+            for row in rows
+            if (row["layout"], row["name"]) == (layout, name) and "time" in row
+        ]
+        if points:
+            title = "gistkern" if name == OURS else BASELINES[name].title
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{title}, {layout}", lw=2.2 if name == OURS else 1)
+    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="time, of ours for 512/8 at the fewest rows")
+    axes.legend(fontsize="x-small")
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / f"{stem}-growth.png", dpi=110)
+    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
