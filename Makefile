@@ -79,7 +79,7 @@ aot: setup ## compile every kernel for every listed chip: docs/evidence/kernels.
 	$(BIN)/python -m bench.compiled.aot $(ARGS)
 
 work: setup ## count the schedule's tiles, FLOPs and balance: the table of docs/evidence/work.md
-	$(BIN)/python -m bench.counted.report $(ARGS)
+	$(BIN)/python -m bench.counted.work $(ARGS)
 
 roofline: setup ## calculate what perfect kernels would take and how many documents fit: docs/roofline.md
 	$(BIN)/python -m bench.calculated.roofline $(ARGS)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bench.measured import compaction, decoding, layouts
+from bench.measured import decoding, layouts
 from bench.measured.attention import PASSES
 from bench.measured.baselines import BASELINES
 from bench.measured.case import OURS
@@ -34,7 +34,7 @@ GRID = replace(
 )
 NAMES = {
     "attention": BASELINES,
-    "compaction": compaction.BASELINES,
+    "compaction": decoding.COMPACTION,
     "decoding": decoding.BASELINES,
     "models": (FULL,),
     "compressing": ("compress, one segment", PREFILL),

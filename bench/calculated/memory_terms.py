@@ -5,17 +5,15 @@ gistkern's attention; tests/bench/test_training_memory.py compares each with wha
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 # bitsandbytes: weights per block of 4-bit weights, blocks per block of their own 8-bit scales, entries per block of
 # 8-bit optimizer state, and the elements from which a tensor's state is in 8 bits, and is paged
 _BLOCK, _NESTED_BLOCK, _STATE_BLOCK, _LEAST_8BIT, _LEAST_PAGED = 64, 256, 256, 4096, 100_000
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """A trained tensor: elements, bytes of an element, and whether it is the weight of an `nn.Embedding`."""
 
     elements: int
@@ -23,8 +21,7 @@ class Trained:
     embedding: bool = False
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """Bytes of an element by where it is, for base weights of one kind, with or without bf16 autocast."""
 
     weights: str

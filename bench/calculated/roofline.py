@@ -14,6 +14,7 @@ from typing import Any
 from bench.calculated import serving
 from bench.counted.work import Shape, backward_work, forward_work, least_bytes, visible_pairs
 from bench.fill import DOCS, fill
+from bench.markdown import columns, significant, table
 from bench.rows import write_report
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
@@ -21,7 +22,6 @@ from gistkern.kernels.chips import GPUS, Gpu
 
 COUNTED = ("one segment", "64/4", "256/16", "512/8", "1024/128", "hierarchical")
 ROWS = (4096, 16384, 32768, 131072)
-DECODED = (4096, 6096, 32768, 131072)
 SHAPE = Shape(*HEADS["Llama-3-8B"])
 
 
@@ -60,32 +60,94 @@ def _tile_flops(layout: GistLayout, shape: Shape, gpu: Gpu, backward: bool) -> i
     return sum(work.flops for work in backward_work(layout, shape, gpu.chip).values())
 
 
-def decoding(batch: int, gist_rows: int, raw_rows: int, shape: Shape = SHAPE) -> dict[str, Any]:
-    """One layer's attention of a decoding step; each sequence sees its gist rows and its raw rows, itself included."""
-    layout = GistLayout.decode(gist_rows, raw_rows - 1)
-    flops = batch * flops_of(visible_pairs(layout), shape)
-    moved = batch * sum(least_bytes(layout, shape).values())
-    times = {gpu.name: dict(zip(("seconds", "bound"), perfect_time(gpu, flops, moved), strict=True)) for gpu in GPUS}
-    rows = {"batch": batch, "gist_rows": gist_rows, "raw_rows": raw_rows}
-    return rows | {"flops": flops, "bytes": moved, "gpus": times}
-
-
 def report() -> dict[str, Any]:
-    """Every layout and length, and one layer's decoding step of one sequence."""
-    contexts = [(serving.GIST_ROWS, serving.TAIL), *((0, tokens + serving.TAIL) for tokens in DECODED)]
+    """Every layout and length."""
     return {
         "grade": "calculated, not measured",
         "command": "make roofline",
-        "shape": asdict(SHAPE),
+        "shape": SHAPE._asdict(),
         "op": [op(name, rows) for rows in ROWS for name in COUNTED],
-        "decoding": [decoding(1, gists, raw) for gists, raw in contexts],
     }
+
+
+SHOWN_ROWS = (16384, 131072)
+BATCHES = (1, 16, 64)
+
+
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """By name, of a report of roofline.py."""
+    first = GPUS[0].name
+    op = [row for row in found["op"] if row["rows"] in SHOWN_ROWS]
+    return {
+        "cards": columns(
+            map(asdict, GPUS),
+            {
+                "card": "name",
+                "bf16 TFLOP/s": lambda gpu: f"{gpu['flops'] / 1e12:g}",
+                "GB/s": lambda gpu: f"{gpu['bandwidth'] / 1e9:,.0f}",
+                "FLOPs per byte": lambda gpu: f"{gpu['flops'] / gpu['bandwidth']:.0f}",
+                "GB": lambda gpu: f"{gpu['memory'] / 1e9:g}",
+                "source": "source",
+            },
+        ),
+        "op": columns(
+            op,
+            {
+                "segments": "segments",
+                "rows": "rows",
+                "pairs of causal": lambda row: f"{row['share_of_causal']:.1%}",
+                "forward ms": lambda row: _ms(row["forward"]["gpus"][first]["seconds"]),
+                "bound": lambda row: row["forward"]["gpus"][first]["bound"],
+                "tiles": lambda row: _ms(row["forward"]["gpus"][first]["tile_seconds"]),
+                "causal": lambda row: f"{_gain(row['forward']['gpus'][first]):.1f}",
+                "backward ms": lambda row: _ms(row["backward"]["gpus"][first]["seconds"]),
+                "its tiles": lambda row: _ms(row["backward"]["gpus"][first]["tile_seconds"]),
+            },
+        ),
+        "weights": table(
+            ["weights", "bytes in memory", "read per step", "KV of memory", "KV of a step", "KV larger from"],
+            [_weights(kind) for kind in serving.WEIGHTS],
+        ),
+        "documents": table(
+            ["card", "weights", *serving.DOCUMENTS],
+            [
+                [gpu.name, kind, *(f"{serving.largest_batch(gpu, kind, n):,}" for n in serving.DOCUMENTS.values())]
+                for gpu in GPUS
+                for kind in serving.WEIGHTS[:2]
+            ],
+            2,
+        ),
+        "limits": table(
+            ["card", "rows", *(f"batch {batch}" for batch in BATCHES), "largest", "its limit"],
+            [[gpu.name, *_limits(gpu, rows)] for gpu in GPUS for rows in serving.rows_seen()[:2]],
+        ),
+    }
+
+
+def _weights(kind: str) -> list[str]:
+    held, rows = serving.weights_of(kind), serving.CONTEXTS[0]
+    shares = serving.kv_share_of_memory(kind, rows), serving.kv_share(kind, 1, rows + serving.TAIL)
+    from_ = held.read // serving.kv_row() + 1
+    return [kind, f"{held.resident:,}", f"{held.read:,}", *(f"{share:.1%}" for share in shares), f"{from_:,}"]
+
+
+def _limits(gpu: Any, rows: int) -> list[str]:
+    most = serving.largest_batch(gpu, "bf16", rows)
+    rates = [serving.tokens_per_second(gpu, "bf16", batch, rows) for batch in (*BATCHES, most)]
+    fit = [significant(rate) if batch <= most else "-" for batch, rate in zip(BATCHES, rates, strict=False)]
+    return [f"{rows:,}", *fit, f"{most:,}", significant(rates[-1])]
+
+
+def _gain(time: dict[str, Any]) -> float:
+    return time["causal_seconds"] / time["seconds"]
+
+
+def _ms(seconds: float) -> str:
+    return significant(seconds * 1e3)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Calculate and write."""
-    from bench.calculated.tables import tables
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, metavar="REPORT.json", help="write every row, and leave the page alone")
     given = parser.parse_args(arguments)

@@ -9,8 +9,7 @@ training step would cut them; speeds are published peaks, of the card and of its
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.calculated.serving import LLAMA_3_8B
 from bench.fill import DOCS, fill
@@ -28,8 +27,7 @@ SCHEMES = ("512/8", "hierarchical")
 CASES = tuple((tokens, ranks) for tokens, many in ((1 << 20, (8, 64)), (10 << 20, (64, 1024))) for ranks in many)
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """One layer's forward on the busiest rank. Sizes in bytes, times in seconds."""
 
     scheme: str
@@ -112,7 +110,7 @@ def tables(scales: Sequence[Scale]) -> dict[str, str]:
         return lambda row: significant(factor * row[name])
 
     rows = [
-        asdict(one) | {"receiving": one.seconds(one.received), "ring time": one.seconds(one.ring)} for one in scales
+        one._asdict() | {"receiving": one.seconds(one.received), "ring time": one.seconds(one.ring)} for one in scales
     ]
     cells = {"layout": "scheme", "tokens": "tokens", "GPUs": "ranks", "gist rows": "gist_rows"}
     sizes = {"received, MB": shown("received", 1e-6), "ring, MB": shown("ring", 1e-6), "link": "link"}

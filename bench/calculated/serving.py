@@ -3,9 +3,9 @@
 A decoding step reads every weight but the input embedding once, and every sequence's cached rows once.
 """
 
-from dataclasses import dataclass
 from math import ceil
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from bench.calculated.memory_terms import Precision, base_bytes
 from bench.shapes import MODELS
@@ -21,8 +21,7 @@ WEIGHTS = ("bf16", "NF4, rest bf16", "NF4, rest fp32")
 LLAMA_3_8B = SimpleNamespace(**MODELS["Llama-3-8B"], head_dim=128)
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """Bytes of the weights in memory, and of those that a decoding step reads."""
 
     resident: int

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import LlamaConfig
@@ -59,8 +59,7 @@ class TrainingSetup:
             raise ValueError("4-bit weights cannot be trained: pass lora")
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(NamedTuple):
     """Bytes of one training step, by what they are for; `total` is the step's peak.
 
     `logits` and `working` are not needed at the same time, so the larger one counts. `paged` bytes of `optimizer` move
@@ -230,16 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{given.config.stem}, calculated: {found.trainable_parameters:,} trained parameters,")
     print(f"{setup.batch_size} x {setup.tokens:,} tokens, logits of {logits}.\n")
     print(found.table())
-    print(f"\n{_verdict(found, card, reserve)} ({given.reserve:g} GB of it kept for the driver and fragments).")
-
-
-def _verdict(found: MemoryEstimate, card: int, reserve: int) -> str:
-    size = f"a card of {card / 1e9:g} GB"
-    if found.fits(card, reserve):
-        return f"It fits {size}"
+    size, paged = f"a card of {given.card:g} GB", f"optimizer states ({found.paged / 1e9:.1f} GB) are paged to the host"
+    verdict = f"It does not fit {size}, even with the optimizer states paged to the host"
     if found.fits(card, reserve, paging=True):
-        return f"It fits {size} only while optimizer states ({found.paged / 1e9:.1f} GB) are paged to the host"
-    return f"It does not fit {size}, even with the optimizer states paged to the host"
+        verdict = f"It fits {size}" + ("" if found.fits(card, reserve) else f" only while {paged}")
+    print(f"\n{verdict} ({given.reserve:g} GB of it kept for the driver and fragments).")
 
 
 if __name__ == "__main__":

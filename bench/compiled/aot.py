@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from bench.compiled.cuda import CUDA_KERNELS, CudaLaunch, build_tools, cuda_problems, missing, planner, rows_of
 from bench.compiled.kernels import ARCHS, HEAD_DIMS, HEADS, KERNELS, KV_HEADS, PLAIN, Launch, build, launch_of
-from bench.compiled.machine_code import describe
-from bench.compiled.tables import tables
+from bench.compiled.machine_code import FORMS, describe
 from bench.fill import DOCS, fill
+from bench.markdown import measured_on, table
 from bench.rows import write_report
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
@@ -98,6 +99,67 @@ def every_row() -> list[tuple[str, str, int]]:
     return [(kernel, arch, dim) for arch in ARCHS for kernel in of_arch[arch] for dim in HEAD_DIMS]
 
 
+DIM = 128
+CUDA_ARCH = "sm_90"
+
+Row = Mapping[str, Any]
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """By name, of the report of `make aot`."""
+    rows = report["rows"]
+    found = {(row["kernel"], row["arch"]): row for row in rows if row["head_dim"] == DIM and "error" not in row}
+    ours = [name for name in (*KERNELS, *CUDA_KERNELS) if not name.startswith("plain_")]
+    bad = [row for row in rows if row["problems"]]
+    return {
+        "compiled by": f"{measured_on(report)} {report['shapes']}. {len(rows) - len(bad)} of {len(rows)} rows pass.",
+        "exceptions": table(
+            ["kernel", "arch", "D", "problem"],
+            [[row["kernel"], row["arch"], row["head_dim"], "; ".join(row["problems"])] for row in bad],
+            4,
+        ),
+        "chips": table(
+            ["kernel", *ARCHS], [[name, *(_chip(found.get((name, arch))) for arch in ARCHS)] for name in ours]
+        ),
+        "loops": table(
+            ["kernel", *ARCHS],
+            [
+                [name, *(_against(found.get((name, arch)), found.get((plain, arch))) for arch in ARCHS)]
+                for name, plain in PLAIN.items()
+                if plain
+            ],
+        ),
+        "cuda": table(
+            ["kernel", *FORMS, "one turn"],
+            [
+                [name, *(row["forms"][form] or "-" for form in FORMS), _turn(row) or "-"]
+                for name in CUDA_KERNELS
+                for row in [found.get((name, CUDA_ARCH))]
+                if row
+            ],
+        ),
+    }
+
+
+def _chip(row: Row | None) -> str:
+    """Registers, KiB of shared memory, and what fits at a time."""
+    if row is None:
+        return "-"
+    fits = row.get("waves_per_simd") or row["blocks_per_multiprocessor"]
+    return f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}, {fits}"
+
+
+def _against(ours: Row | None, plain: Row | None) -> str:
+    if not (ours and plain and (turn := _turn(ours)) and (other := _turn(plain))):
+        return "-"
+    return f"{turn} / {other} = {turn / other:.2f}"
+
+
+def _turn(row: Row) -> int:
+    """Instructions of one turn of the inner loop on a tile that needs no mask; 0 without such a loop."""
+    return row["inner_loop"]["full_tile_instructions"] if row.get("inner_loop") else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,7 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if os.environ.get(tuned.ENVIRONMENT):
         parser.error(f"unset {tuned.ENVIRONMENT}: this is about the configs that the package ships")
-
     asked = {(kernel, arch, dim) for arch in args.arch for kernel in args.kernel for dim in args.head_dim}
     wanted = [key for key in every_row() if key in asked]
     if not wanted:
@@ -146,8 +207,8 @@ def _compile_all(wanted: list[tuple[str, str, int]], jobs: int) -> list[dict[str
     return [rows[key] for key in wanted]
 
 
-def _triton_row(kernel: str, arch: str, dim: int) -> dict[tuple[str, str, int], dict[str, Any]]:
-    return {(kernel, arch, dim): row_of(kernel, arch, dim)}
+def _triton_row(*key: Any) -> dict[tuple[str, str, int], dict[str, Any]]:
+    return {key: row_of(*key)}
 
 
 def _cuda_files(wanted: list[tuple[str, str, int]]) -> dict[tuple[str, str], dict[tuple[str, int], CudaLaunch]]:

@@ -5,14 +5,13 @@ about labels and jumps alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import networkx as nx
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction: its opcode, the labels that stand before it, and how control leaves it.
 
     `target` is the label it may jump to; `falls_through` says whether the next instruction may follow.
@@ -24,8 +23,7 @@ class Instruction:
     falls_through: bool = True
 
 
-@dataclass(frozen=True)
-class Loop:
+class Loop(NamedTuple):
     """The opcodes of a loop: of its whole body, and of its shortest turn.
 
     The shortest turn goes from the loop's first block back to it, through every block that holds wanted opcodes. In a

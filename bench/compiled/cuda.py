@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuxray.parse import ptxasv
 
@@ -30,8 +29,7 @@ FLAGS = ("-std=c++17", "-O3")
 _SIMT = 1
 
 
-@dataclass(frozen=True)
-class CudaKernel:
+class CudaKernel(NamedTuple):
     """A kernel as `make aot` lists it.
 
     A call of the launcher of csrc/`source`.cu, with `numbers` beyond the layer's, launches it as its `index`-th kernel.
@@ -45,8 +43,7 @@ class CudaKernel:
     index: int = 0
 
 
-@dataclass(frozen=True)
-class CudaLaunch:
+class CudaLaunch(NamedTuple):
     """What the host code launches: a function of a cubin, by its symbol and readably, and the shape of its tile."""
 
     symbol: str
@@ -90,10 +87,7 @@ def missing() -> str | None:
     """Why the CUDA kernels cannot be compiled here, or None."""
     tools = build_tools()
     if tools.nvcc() is None:
-        return (
-            "the CUDA kernels need nvcc (CUDA_HOME, nvcc on the path, or PyPI's nvidia-cuda-nvcc; "
-            "GISTKERN_CUDA_ARCHS=none hides it)"
-        )
+        return "the CUDA kernels need nvcc (CUDA_HOME, the path, nvidia-cuda-nvcc; GISTKERN_CUDA_ARCHS=none hides it)"
     if tools.cxx() is None:
         return "the CUDA kernels need a C++ compiler (g++, clang++ or c++ on the path, or CXX)"
     return None

@@ -10,8 +10,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -20,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from bench.compiled.plain_flash import launch_plain_bwd_dkv, launch_plain_bwd_dq, launch_plain_fwd
+from bench.compiled.plain_flash import launch_plain
 from gistkern.kernels import device
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
@@ -39,8 +38,7 @@ BATCH, HEADS, KV_HEADS, ROWS, GISTS = 1, 32, 8, 2048, 256
 SCALE = 0.125
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One recorded kernel launch: ``fn[grid](*args, **kwargs)`` without the grid."""
 
     fn: JITFunction
@@ -48,13 +46,8 @@ class Launch:
     kwargs: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CompilerInput:
-    """What Triton's runtime hands to its compiler for a launch.
-
-    `signature` maps argument names to types (``"constexpr"`` included), `constexprs` and `attrs` are keyed by
-    argument position; `options` are the backend's (num_warps and num_stages among them).
-    """
+class CompilerInput(NamedTuple):
+    """What Triton's runtime hands to its compiler: constexprs and attrs are keyed by argument position."""
 
     fn: JITFunction
     signature: dict[str, str]
@@ -63,11 +56,9 @@ class CompilerInput:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Build:
-    """A compiled kernel, what it was compiled from, and the log of ptxas (empty for AMD)."""
+class Build(NamedTuple):
+    """A compiled kernel, and the log of ptxas (empty for AMD)."""
 
-    source: CompilerInput
     compiled: CompiledKernel
     ptxas_log: str
 
@@ -92,35 +83,25 @@ def _attention(dim: int) -> dict[str, Callable[[], Any]]:
         "decode": lambda: launch_gist_decode(step, "ieee"),
         "compact": lambda: launch_gist_compact(k, k, None, None, gather),
         "compact_bwd": lambda: launch_gist_compact_bwd(g, g, gather, ROWS),
-        "plain_fwd": lambda: launch_plain_fwd(q, k, k, *how),
-        "plain_bwd_dq": lambda: launch_plain_bwd_dq((q, k, k, q), q, stat, *how),
-        "plain_bwd_dkv": lambda: launch_plain_bwd_dkv((q, k, k, q), stat, stat, *how),
+        "plain_fwd": lambda: launch_plain("fwd", (q, k, k), (q, stat), *how),
+        "plain_bwd_dq": lambda: launch_plain("bwd_dq", (q, k, k, q), (q, stat, stat, q), *how),
+        "plain_bwd_dkv": lambda: launch_plain("bwd_dkv", (q, k, k, q), (stat, stat, k, k), *how),
     }
 
 
+_CALLS = ("fwd", "bwd_dq", "bwd_dkv_gist", "bwd_dkv_local", "sum_chunks", "decode", "merge_splits")
+_CALLS += ("compact", "compact_bwd", "plain_fwd", "plain_bwd_dq", "plain_bwd_dkv")
+_SECOND = {"sum_chunks": "bwd_dkv_gist", "merge_splits": "decode"}
 # row name -> (the call that launches it, which of that call's launches it is)
-KERNELS = {
-    "fwd": ("fwd", 0),
-    "bwd_dq": ("bwd_dq", 0),
-    "bwd_dkv_gist": ("bwd_dkv_gist", 0),
-    "bwd_dkv_local": ("bwd_dkv_local", 0),
-    "sum_chunks": ("bwd_dkv_gist", 1),
-    "decode": ("decode", 0),
-    "merge_splits": ("decode", 1),
-    "compact": ("compact", 0),
-    "compact_bwd": ("compact_bwd", 0),
-    "plain_fwd": ("plain_fwd", 0),
-    "plain_bwd_dq": ("plain_bwd_dq", 0),
-    "plain_bwd_dkv": ("plain_bwd_dkv", 0),
-}
+KERNELS = {name: (_SECOND.get(name, name), int(name in _SECOND)) for name in _CALLS}
 # attention kernels and the plain flash kernel that does the same work under a causal mask
 PLAIN = {
     "fwd": "plain_fwd",
     "bwd_dq": "plain_bwd_dq",
     "bwd_dkv_gist": "plain_bwd_dkv",
     "bwd_dkv_local": "plain_bwd_dkv",
-    "decode": None,
 }
+PLAIN |= {"decode": None}
 
 
 def launch_of(kernel: str, arch: str, dim: int) -> Launch:
@@ -158,7 +139,7 @@ def build(launch: Launch, arch: str) -> Build:
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(ast, target=target_of(arch), options=source.options)
-    return Build(source, compiled, log.getvalue())
+    return Build(compiled, log.getvalue())
 
 
 def target_of(arch: str) -> GPUTarget:

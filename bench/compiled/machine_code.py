@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuxray.archspec
 import cuxray.occupancy
@@ -79,8 +78,7 @@ _SASS_TARGET = re.compile(r"^(.*)`\(([^)]+)\)")
 _AMD = re.compile(r"^\t([a-z]\w+)\s*([^;]*)")
 
 
-@dataclass(frozen=True)
-class Cubin:
+class Cubin(NamedTuple):
     """One function of NVIDIA machine code, the log of the ptxas that made it, and what its launch adds."""
 
     code: bytes

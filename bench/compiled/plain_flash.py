@@ -6,7 +6,7 @@ dq, by columns for dk and dv. It knows no gists, documents or packed heads, so i
 to do. The package does not import it. Shapes and names as in kernels/, with N rows of q, k and v alike.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -167,46 +167,23 @@ def plain_bwd_dkv_kernel(buffers, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale, n_r
     store_rows(dv_ptr + o_out, b_dv.to(dv_ptr.dtype.element_ty), m_col, META.D, META.BD)
 
 
-def _launch(fn: Any, kernel: str, buffers: tuple[torch.Tensor, ...], rest: tuple, scale: float, precision: str) -> None:
-    """A program for each tile of rows (of columns for dk and dv), in the tiles of our kernel of that name."""
+_KERNELS = {"fwd": plain_fwd_kernel, "bwd_dq": plain_bwd_dq_kernel, "bwd_dkv": plain_bwd_dkv_kernel}
+
+
+def launch_plain(
+    kernel: str, buffers: tuple[torch.Tensor, ...], rest: tuple[torch.Tensor, ...], scale: float, precision: str
+) -> None:
+    """``"fwd"``, ``"bwd_dq"`` or ``"bwd_dkv"``, in the tiles of ours of that name; `rest` are its other tensors."""
     q, k = buffers[:2]
-    width = padded(q.shape[3])
+    width, heads = padded(q.shape[3]), q.shape[1]
     config = pick(kernel, facts_of(q.device).arch, width, q.element_size())
-    meta = Plain(
-        *(q.shape[1], q.shape[1] // k.shape[1], q.shape[3], width), *(config.block_rows, config.block_cols, precision)
-    )
-    heads, block = (k.shape[1], meta.BN) if kernel == "bwd_dkv" else (q.shape[1], meta.BM)
+    tile = config.block_rows, config.block_cols
+    # a program for each tile of rows of a head, for dk and dv of columns
+    programs = (k.shape[1], tile[1]) if kernel == "bwd_dkv" else (heads, tile[0])
     with guard(q.device):
-        fn[triton.cdiv(q.shape[2], block), q.shape[0] * heads](
+        _KERNELS[kernel][triton.cdiv(q.shape[2], programs[1]), q.shape[0] * programs[0]](
             *(strided(*buffers), *rest, scale, q.shape[2]),
-            META=meta,
+            META=Plain(heads, heads // k.shape[1], q.shape[3], width, *tile, precision),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-
-def launch_plain_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and natural-log LSE."""
-    results = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _launch(plain_fwd_kernel, "fwd", (q, k, v), results, scale, precision)
-    return results
-
-
-def launch_plain_bwd_dq(
-    buffers: tuple[torch.Tensor, ...], out: torch.Tensor, lse: torch.Tensor, scale: float, precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dq and delta; buffers: q, k, v and grad_out."""
-    dq, delta = torch.empty_like(buffers[0]), torch.empty_like(lse)
-    _launch(plain_bwd_dq_kernel, "bwd_dq", buffers, (out, lse, delta, dq), scale, precision)
-    return dq, delta
-
-
-def launch_plain_bwd_dkv(
-    buffers: tuple[torch.Tensor, ...], lse: torch.Tensor, delta: torch.Tensor, scale: float, precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv; buffers as for dq."""
-    results = torch.empty_like(buffers[1]), torch.empty_like(buffers[2])
-    _launch(plain_bwd_dkv_kernel, "bwd_dkv", buffers, (lse, delta, *results), scale, precision)
-    return results

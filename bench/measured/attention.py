@@ -9,7 +9,7 @@ from bench.counted.work import visible_pairs
 from bench.measured.baselines import BASELINES, OURS, Attention, Baseline
 from bench.measured.case import OURS as NAME
 from bench.measured.case import Case, serve
-from bench.measured.limits import matmul
+from bench.measured.timing import matmul
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout
 from gistkern.testing import Inputs

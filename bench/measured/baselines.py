@@ -5,18 +5,52 @@ would for all layers of a model. Its answer on the same inputs must be ours, exc
 purpose. Layouts of one batch row only; packed documents are one row.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from bench.measured import flash_varlen, flex
-from bench.measured.flash_varlen import Run, runs_of
-from bench.measured.limits import largest
+from bench.measured import flex
+from bench.measured.timing import largest
 from gistkern import GistLayout, gist_attention
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Run(NamedTuple):
+    """Rows ``[begin, end)``, which see compact rows ``[gist_begin, gist_end)`` and their own from `local_begin` on."""
+
+    begin: int
+    end: int
+    gist_begin: int
+    gist_end: int
+    local_begin: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows."""
+        return self.end - self.begin
+
+    @property
+    def keys(self) -> int:
+        """Keys that the last row sees."""
+        return self.gist_end - self.gist_begin + self.end - self.local_begin
+
+
+def runs_of(layout: GistLayout) -> list[Run]:
+    """The runs of a layout of one batch row; ValueError if it has more, or rows of earlier calls."""
+    if layout.batch_size != 1 or layout.past or layout.tail:
+        raise ValueError("baselines take layouts of one batch row without rows of earlier calls")
+    vectors = torch.cat([layout.gist_begin, layout.gist_end, layout.local_begin])
+    changes = (vectors[:, 1:] != vectors[:, :-1]).any(0).nonzero().flatten() + 1
+    begins = [0, *changes.tolist()]
+    seen = vectors[:, begins].T.tolist()
+    ends = [*begins[1:], layout.num_rows]
+    return [Run(begin, end, *row) for begin, end, row in zip(begins, ends, seen, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -95,25 +129,59 @@ def _causal(layout: GistLayout) -> Attention:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def _eager(layout: GistLayout) -> Attention:
-    """transformers' own `eager` attention, with the mask that its masking functions would make."""
-    from types import SimpleNamespace
+def of_package(package: str) -> Callable[[GistLayout], Callable[..., torch.Tensor]]:
+    """flash-attn 2 (``flash_attn``) or 3, a package of its own, some versions of which also return the log-sum-exp."""
 
-    from transformers.models.llama.modeling_llama import eager_attention_forward
+    def planned(layout: GistLayout) -> Callable[..., torch.Tensor]:
+        varlen = importlib.import_module(package).flash_attn_varlen_func
+        return flash_varlen(layout, lambda *tensors, **options: _first(varlen(*tensors, **options)))
 
-    dtype = torch.float32 if layout.device.type == "cpu" else torch.bfloat16
-    mask = torch.zeros(1, 1, layout.num_rows, layout.num_rows, dtype=dtype, device=layout.device)
-    mask.masked_fill_(~layout.token_mask()[:, None], torch.finfo(dtype).min)
+    return planned
+
+
+def _first(found: Any) -> torch.Tensor:
+    return found[0] if isinstance(found, tuple) else found
+
+
+def flash_varlen(layout: GistLayout, varlen: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Attention by a function with the interface of ``flash_attn_varlen_func``."""
+    runs, gather = runs_of(layout), layout.gather[0].cpu()
+    pieces = [
+        piece
+        for run in runs
+        for piece in (gather[run.gist_begin : run.gist_end], torch.arange(run.local_begin, run.end))
+    ]
+    index = torch.cat(pieces).to(layout.device)
+
+    def starts(lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *lengths], dtype=torch.int32, device=layout.device).cumsum(0, dtype=torch.int32)
+
+    options = {
+        "cu_seqlens_q": starts([run.rows for run in runs]),
+        "cu_seqlens_k": starts([run.keys for run in runs]),
+        "max_seqlen_q": max(run.rows for run in runs),
+        "max_seqlen_k": max(run.keys for run in runs),
+        "causal": True,
+    }
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False)
-        return eager_attention_forward(module, q, k, v, mask, q.shape[-1] ** -0.5)[0].transpose(1, 2)
+        rows, keys, values = (t[0].transpose(0, 1) for t in (q, k, v))  # [N, H, D]
+        return varlen(rows, keys[index], values[index], **options).transpose(0, 1)[None]
 
     return attend
 
 
-def _eager_fits(layout: GistLayout, heads: int) -> str:
-    return _fits(4 * heads * layout.num_rows**2, "its scores", layout)
+def lacks(package: str, moves: Callable[[GistLayout, int], str]) -> Callable[[GistLayout, int], str]:
+    """Why a package cannot serve a layout."""
+
+    def reason(layout: GistLayout, heads: int) -> str:
+        if layout.device.type == "cpu":
+            return f"{package} needs a GPU"
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        return moves(layout, heads)
+
+    return reason
 
 
 OURS = Baseline("gistkern", _ours)
@@ -125,11 +193,14 @@ BASELINES = {
         "FlexAttention, compiled, keys as [gists, raw]", flex.permuted, flex.why_not, flex.no_backward
     ),
     "causal": Baseline("SDPA, causal: the mask ignored", _causal, masked=False),
-    "eager": Baseline("transformers, eager", _eager, _eager_fits),
     "flash-attn 2": Baseline(
-        "flash-attn 2 varlen, gists gathered", flash_varlen.second, flash_varlen.why_not("flash_attn", _moves)
+        "flash-attn 2 varlen, gists gathered",
+        of_package("flash_attn"),
+        lacks("flash_attn", _moves),
     ),
     "flash-attn 3": Baseline(
-        "flash-attn 3 varlen, gists gathered", flash_varlen.third, flash_varlen.why_not("flash_attn_interface", _moves)
+        "flash-attn 3 varlen, gists gathered",
+        of_package("flash_attn_interface"),
+        lacks("flash_attn_interface", _moves),
     ),
 }

@@ -11,8 +11,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -88,41 +86,35 @@ def _loopback() -> int:
     return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
 
 
-def _worker(out: Path) -> None:
+def _worker(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     found = {}
     for scheme in SCHEMES:
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, step_on_this_rank(scheme))
-        found[scheme] = every
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(found))
+        found[scheme] = [None] * ranks
+        dist.all_gather_object(found[scheme], step_on_this_rank(scheme))
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def measured() -> dict[str, Any]:
     """The report over all numbers of processes."""
-    report: dict[str, Any] = {
+    os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": "1"})  # of the processes, which are started afresh
+    runs = []
+    for ranks in RANKS:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_worker, (ranks, folder), ranks)
+            found = json.loads(Path(folder, "found.json").read_text())
+            runs += [{"scheme": scheme, "ranks": ranks, "by rank": every} for scheme, every in found.items()]
+    return {
         "grade": "measured",
         "command": "python -m bench.measured.context_parallel",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "model": MODEL,
-        "runs": [],
+        "runs": runs,
     }
-    for ranks in RANKS:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "found.json"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            subprocess.run(
-                [*command, "-m", "bench.measured.context_parallel", "--worker", str(out)],
-                check=True,
-                env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-            )
-            for scheme, every in json.loads(out.read_text()).items():
-                report["runs"].append({"scheme": scheme, "ranks": ranks, "by rank": every})
-    return report
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
@@ -151,11 +143,7 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.worker:
-        _worker(given.worker)
-        return
+    parser.parse_args(arguments)
     report = measured()
     write_report(EVIDENCE / "context-parallel.json", report)
     fill(EVIDENCE / "context-parallel.md", tables(report))

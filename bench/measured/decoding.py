@@ -1,4 +1,4 @@
-"""One decoding step over gist rows and tail: the op beside what else attends to the same rows."""
+"""The ops of decoding and of compaction beside what else attends to the same rows, or gathers them."""
 
 from collections.abc import Callable, Collection
 
@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from bench.measured.case import OURS, Case, serve
-from bench.measured.limits import copy
-from bench.measured.timing import captured
-from bench.shapes import HEADS
-from gistkern import GistLayout, gist_attention
+from bench.measured.timing import captured, copy
+from bench.shapes import HEADS, layout_of
+from gistkern import GistLayout, backends, gist_attention
+from gistkern.ops import library
 
 LIMIT = "copy"
 BASELINES = {"sdpa": "SDPA over one buffer of all rows", "sdpa cuDNN": "SDPA, cuDNN"}
+COMPACTION = ("indexing",)
 Decode = Callable[[], torch.Tensor]
 
 
@@ -54,6 +55,25 @@ def decoding_case(
             serve(case, name, lambda name=name: captured(_MAKE[name](q, keys, values), device), check)
     case.calls[LIMIT], case.limit_work = copy(device)
     return case
+
+
+def compaction_case(layout_name: str, rows: int, heads: str, device: str = "cpu") -> Case:
+    """Gist rows of keys and values gathered by the op, and by plain indexing."""
+    _, kv_heads, dim = HEADS[heads]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    layout = layout_of(layout_name, rows).to(device)
+    k, v = (torch.randn(1, kv_heads, rows, dim, device=device).to(dtype) for _ in range(2))
+    gather, index = layout.gather, layout.gather[0]
+    backend = backends.choose("auto", k, False)
+    calls = {
+        OURS: captured(lambda: library.compact(k, v, None, None, gather, backend), device),
+        "indexing": captured(lambda: (k[:, :, index], v[:, :, index]), device),
+    }
+    for one, other in zip(calls[OURS](), calls["indexing"](), strict=True):
+        assert torch.equal(one, other), "compaction gathers other rows than indexing"
+    calls[LIMIT], limit_work = copy(device)
+    moved = 2.0 * 2 * kv_heads * layout.num_compact * dim * k.itemsize
+    return Case(device, calls, {}, LIMIT, moved, limit_work, repeat=20, queued=True)
 
 
 def _packed(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench.measured.limits import largest
+from bench.measured.timing import largest
 from gistkern import GistLayout
 
 

@@ -86,5 +86,5 @@ def quick(grid: Grid, most_rows: int = 4096, most_batch: int = 16) -> Grid:
         models=tuple((name, context, (min(most_batch, max(batches)),)) for name, context, batches in grid.models[:2]),
         compressing=tuple(row for row in grid.compressing if row[1] <= most_rows)[:1],
         layouts=tuple(row for row in grid.layouts if row[1] <= most_rows),
-        baselines=tuple(name for name in grid.baselines if "flex" not in name and name != "eager"),
+        baselines=tuple(name for name in grid.baselines if "flex" not in name),
     )

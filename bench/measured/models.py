@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bench.measured.case import OURS, Case
-from bench.measured.limits import copy as copy_limit
-from bench.measured.limits import largest
+from bench.measured.timing import copy as copy_limit
+from bench.measured.timing import largest
 from bench.shapes import MODELS
 from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
 

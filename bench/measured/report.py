@@ -1,9 +1,9 @@
-"""Measure everything in one process, write docs/benchmarks.json and its plots, and fill the tables of benchmarks.md.
+"""Measure everything in one process, write docs/benchmarks.json, and fill the tables of benchmarks.md.
 
     make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
     python -m bench.measured.report --device cuda               # the same for a GPU: docs/benchmarks-<its name>.*
     python -m bench.measured.report --section decoding          # a part of it, printed only
-    python -m bench.measured.report --page docs/benchmarks.json # plots and tables again
+    python -m bench.measured.report --page docs/benchmarks.json # the tables again
 
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from typing import Any
 import torch
 
 from bench.fill import DOCS, fill
-from bench.measured.baselines import BASELINES
-from bench.measured.case import OURS
 from bench.measured.grid import GRIDS
 from bench.measured.sections import SECTIONS
 from bench.measured.tables import tables
@@ -67,12 +65,9 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
+    facts = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", facts.read_text() if facts.exists() else "")
+    return named[1] if named else platform.processor() or "unknown processor"
 
 
 def _target(device: str) -> Path:
@@ -83,36 +78,9 @@ def _target(device: str) -> Path:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """The report, its plots and the tables of its page, beside each other."""
+    """The report, and the tables of the page beside it."""
     write_report(path, report)
-    draw(report, path.parent / "pictures", path.stem)
     fill(path.with_suffix(".md"), tables(report))
-
-
-def draw(report: Mapping[str, Any], folder: Path, stem: str) -> None:
-    """Cost against rows, both logarithmic: a straight line of slope 1 is linear, of slope 2 quadratic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(exist_ok=True)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    rows = report["growth"]
-    for layout, name in dict.fromkeys((row["layout"], row["name"]) for row in rows):
-        points = [
-            (row["rows"], row["time"]["median"])
-            for row in rows
-            if (row["layout"], row["name"]) == (layout, name) and "time" in row
-        ]
-        if points:
-            title = "gistkern" if name == OURS else BASELINES[name].title
-            axes.plot(*zip(*points, strict=True), marker="o", label=f"{title}, {layout}", lw=2.2 if name == OURS else 1)
-    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="time, of ours for 512/8 at the fewest rows")
-    axes.legend(fontsize="x-small")
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / f"{stem}-growth.png", dpi=110)
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; nothing is written")
-    parser.add_argument("--page", type=Path, metavar="REPORT.json", help="plots and tables of a report again")
+    parser.add_argument("--page", type=Path, metavar="REPORT.json", help="tables of a report again")
     given = parser.parse_args(arguments)
     if given.page:
         write(json.loads(given.page.read_text("utf-8")), given.page)

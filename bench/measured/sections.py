@@ -11,8 +11,7 @@ from tqdm import tqdm
 from bench.counted.work import visible_pairs
 from bench.measured.attention import attention_case
 from bench.measured.case import OURS, Case, measured
-from bench.measured.compaction import compaction_case
-from bench.measured.decoding import decoding_case
+from bench.measured.decoding import compaction_case, decoding_case
 from bench.measured.grid import Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
@@ -139,14 +138,5 @@ def memory(grid: Grid, device: str, rounds: int) -> Rows:
     return found
 
 
-SECTIONS: dict[str, Callable[[Grid, str, int], Rows]] = {
-    "attention": partial(beside, "attention"),
-    "growth": growth,
-    "compaction": partial(beside, "compaction"),
-    "decoding": partial(beside, "decoding"),
-    "queueing": queueing,
-    "models": partial(beside, "models"),
-    "compressing": partial(beside, "compressing"),
-    "layouts": partial(beside, "layouts"),
-    "memory": memory,
-}
+SECTIONS: dict[str, Callable[[Grid, str, int], Rows]] = {name: partial(beside, name) for name in BESIDE}
+SECTIONS |= {"growth": growth, "queueing": queueing, "memory": memory}

@@ -30,7 +30,7 @@ def _share(name: str) -> Callable[[Any], str]:
 
 def _attention(rows: Rows) -> str:
     shown = [row for row in rows if row["pass"] == "forward" or (row["layout"], row["pass"]) == (BOTH_OF, "both")]
-    names = [name for name in BASELINES if name != "eager" and any(name in row["slower_than_ours"] for row in rows)]
+    names = [name for name in BASELINES if any(name in row["slower_than_ours"] for row in rows)]
     return columns(
         shown,
         {name: name for name in ("layout", "rows", "heads", "pass")}

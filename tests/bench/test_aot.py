@@ -21,7 +21,6 @@ from bench.compiled import cuda as aot_cuda
 from bench.compiled.control_flow import Instruction, working_loop
 from bench.compiled.kernels import ARCHS, HEAD_DIMS, KERNELS, Build, compiler_input, launch_of, target_of
 from bench.compiled.machine_code import CLASSES, FORMS, Cubin, describe_cubin
-from bench.compiled.tables import tables
 from bench.fill import filled
 from gistkern.kernels import configs
 from gistkern.kernels.chips import chip_named
@@ -176,7 +175,7 @@ CHECK_PLAIN_FLASH = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from gistkern.kernels import configs
-from bench.compiled.plain_flash import launch_plain_bwd_dkv, launch_plain_bwd_dq, launch_plain_fwd
+from bench.compiled.plain_flash import launch_plain
 
 config = configs.Config(BM, BN, 4, 1, "test")
 q, grad_out = torch.randn(2, 4, 45, 16, requires_grad=True), torch.randn(2, 4, 45, 16)
@@ -185,9 +184,11 @@ expected = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True
 gradients = torch.autograd.grad(expected, (q, k, v), grad_out)
 lse = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~torch.ones(45, 45).tril().bool(), -torch.inf).logsumexp(-1)
 with torch.no_grad(), configs.overridden(fwd=config, bwd_dq=config, bwd_dkv=config):
-    out, found_lse = launch_plain_fwd(q, k, v, 0.25, "ieee")
-    dq, delta = launch_plain_bwd_dq((q, k, v, grad_out), out, found_lse, 0.25, "ieee")
-    dk, dv = launch_plain_bwd_dkv((q, k, v, grad_out), found_lse, delta, 0.25, "ieee")
+    (out, dq), (dk, dv) = ([torch.full_like(one, torch.nan) for _ in range(2)] for one in (q, k))
+    found_lse, delta = (torch.full_like(lse, torch.nan) for _ in range(2))
+    launch_plain("fwd", (q, k, v), (out, found_lse), 0.25, "ieee")
+    launch_plain("bwd_dq", (q, k, v, grad_out), (out, found_lse, delta, dq), 0.25, "ieee")
+    launch_plain("bwd_dkv", (q, k, v, grad_out), (found_lse, delta, dk, dv), 0.25, "ieee")
 for found, wanted in zip((out, found_lse, dq, dk, dv), (expected, lse, *gradients), strict=True):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 """
@@ -224,7 +225,7 @@ def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed
         assert row["problems"] == aot.problems(row), key
         assert not row["problems"] or row["plain"], key
     page = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
-    assert filled(page, tables(committed)) == page, "run python -m bench.fill"
+    assert filled(page, aot.tables(committed)) == page, "run python -m bench.fill"
     assert str(ROOT) not in json.dumps(committed)
 
 

@@ -13,11 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.fill import filled
 from bench.measured import (
+    baselines,
     check,
     context_parallel,
-    flash_varlen,
     flex,
-    limits,
     queueing,
     report,
     sections,
@@ -25,11 +24,9 @@ from bench.measured import (
     timing,
 )
 from bench.measured.attention import PASSES, attention_case
-from bench.measured.baselines import BASELINES, Baseline
+from bench.measured.baselines import BASELINES, Baseline, runs_of
 from bench.measured.case import OURS, Case, measured
-from bench.measured.compaction import compaction_case
-from bench.measured.decoding import decoding_case
-from bench.measured.flash_varlen import runs_of
+from bench.measured.decoding import compaction_case, decoding_case
 from bench.measured.grid import GRIDS, Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
@@ -73,7 +70,7 @@ def tiny_model(monkeypatch):
 def test_every_baseline_of_every_layout_is_checked_and_called(layout, passes):
     case = attention_case(layout, 601, SMALL, passes)
     assert set(case.calls) | set(case.not_measured) == {OURS, "matmul", *BASELINES}
-    assert {"sdpa dense", "eager", "causal"} < set(case.calls)
+    assert {"sdpa dense", "causal"} < set(case.calls)
     # 4 D per pair forward, 2.5 times that backward
     pairs = int(layout_of(layout, 601).dense().sum()) * 2
     assert case.work == {"forward": 4, "backward": 10, "both": 14}[passes] * 64 * pairs
@@ -100,11 +97,10 @@ def test_a_wrong_gradient_is_refused(monkeypatch):
 
 
 def test_masks_that_do_not_fit_are_not_made(monkeypatch):
-    monkeypatch.setattr(limits, "LARGEST_ON_CPU", 1000)
+    monkeypatch.setattr(timing, "LARGEST_ON_CPU", 1000)
     case = attention_case("64/4", 200, SMALL)
     assert set(case.calls) == {OURS, "sdpa per segment", "causal", "matmul"}
     assert case.not_measured["sdpa dense"].startswith("its mask would take")
-    assert case.not_measured["eager"].startswith("its scores would take")
     assert case.not_measured["flex permuted"].startswith("making its block mask would take")
 
 
@@ -145,13 +141,13 @@ def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, c
 def test_varlen_plans_attend_as_we_do(layout):
     whole = layout_of(layout, 650)
     q, k, v = torch.randn(1, 4, 650, 16), *torch.randn(2, 1, 2, 650, 16)
-    torch.testing.assert_close(flash_varlen.plan(whole, varlen)(q, k, v), gist_attention(q, k, v, whole))
+    torch.testing.assert_close(baselines.flash_varlen(whole, varlen)(q, k, v), gist_attention(q, k, v, whole))
 
 
 def test_gpu_packages_say_why_they_do_not_serve():
     layout = layout_of("64/4", 100)
     assert BASELINES["flash-attn 2"].why_not(layout, 4) == "flash_attn needs a GPU"
-    assert decoding_case(3, 2, 1, SMALL).not_measured == {"sdpa cuDNN": "needs a GPU", "flashinfer": "needs a GPU"}
+    assert decoding_case(3, 2, 1, SMALL).not_measured == {"sdpa cuDNN": "needs a GPU"}
 
 
 def test_decoding_counts_the_bytes_of_its_rows():
@@ -203,7 +199,7 @@ def test_models_hold_the_bytes_of_their_rows(tiny_model):
 
 
 def test_caches_that_do_not_fit_are_not_filled(tiny_model, monkeypatch):
-    monkeypatch.setattr(limits, "LARGEST_ON_CPU", 1000)
+    monkeypatch.setattr(timing, "LARGEST_ON_CPU", 1000)
     case = model_decoding_case(tiny_model, 300, 4)
     assert set(case.calls) == {OURS, "copy"}
     assert case.not_measured["DynamicCache"].startswith("its cache would take")
@@ -314,8 +310,6 @@ def test_a_report_fills_a_page(small_report, tmp_path):
     bytes_ = small_report["models"][1]
     assert f"| tiny | 300 | 2 | {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} |" in text
     assert "| 64/4, 300, 2 heads, D 64, both | ours | 5 | 1.0 |" in text
-    pictures = sorted(picture.name for picture in (tmp_path / "docs" / "pictures").iterdir())
-    assert pictures == ["benchmarks-growth.png"]
     # what whoever measured writes around the tables stays
     path.with_suffix(".md").write_text("Mine.\n\n" + text.replace("## growth", "## Growing"))
     report.write(small_report, path)
