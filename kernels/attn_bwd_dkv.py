@@ -82,6 +82,7 @@ def gist_attn_bwd_dkv_kernel(
     b_v = load_rows(head_rows(v, i_b, i_kv.to(tl.int64), o_col64), m_col, META.D, META.BD)
     b_dk = tl.full([META.BN, META.BD], 0.0, tl.float32)
     b_dv = tl.full([META.BN, META.BD], 0.0, tl.float32)
+    PRECISION: tl.constexpr = META.PRECISION
     PACKS: tl.constexpr = META.GROUP // META.PACK
     n_steps = tl.maximum(tl.cdiv(row_end - row_begin, per_step), 0) * PACKS
     for i_step in tl.range(0, n_steps):
@@ -96,7 +97,7 @@ def gist_attn_bwd_dkv_kernel(
         b_do = load_rows(head_rows(grad_out, 0, o_head, o_row), m_row, META.D, META.BD)
         b_lse = tl.load(backward_lse_ptr + p_stat, mask=m_row, other=float("inf"))
         b_delta = tl.load(delta_ptr + p_stat, mask=m_row, other=0.0)
-        b_st = matmul(b_k, tl.trans(b_q), META.PRECISION)  # [BN, BM]
+        b_st = matmul(b_k, tl.trans(b_q), PRECISION)  # [BN, BM]
         b_pt = probabilities(b_st, b_lse[None, :], scale, b_q.dtype == tl.float32)
         if (i_row < full_begin) | (i_row + per_step > full_end):
             b_begin = tl.load(begin_ptr + o_row, mask=m_row, other=0)
@@ -106,10 +107,10 @@ def gist_attn_bwd_dkv_kernel(
                 b_end = o_row + n_past + 1
             m_seen = (b_begin[None, :] <= o_col[:, None]) & (o_col[:, None] < b_end[None, :])
             b_pt = tl.where(m_seen, b_pt, 0.0)
-        b_dv += matmul(b_pt.to(b_do.dtype), b_do, META.PRECISION)
-        b_dpt = matmul(b_v, tl.trans(b_do), META.PRECISION)  # [BN, BM]
+        b_dv += matmul(b_pt.to(b_do.dtype), b_do, PRECISION)
+        b_dpt = matmul(b_v, tl.trans(b_do), PRECISION)  # [BN, BM]
         b_dst = b_pt * (b_dpt - b_delta[None, :])
-        b_dk += matmul(b_dst.to(b_q.dtype), b_q, META.PRECISION)
+        b_dk += matmul(b_dst.to(b_q.dtype), b_q, PRECISION)
 
     o_out = ((i_chunk * n_heads + i_bh).to(tl.int64) * n_cols + o_col) * META.D
     store_rows(dk_ptr + o_out, (b_dk * scale).to(dk_ptr.dtype.element_ty), m_col, META.D, META.BD)

@@ -63,19 +63,20 @@ def gist_attn_bwd_dq_kernel(
 
     b_sees = column_intervals(b_sees, columns)
     keys, values = visited(gk, k, i_b, i_kv, columns), visited(gv, v, i_b, i_kv, columns)
+    PRECISION: tl.constexpr = META.PRECISION
     b_dq = tl.full([META.BM, META.BD], 0.0, tl.float32)
     for i_col in tl.range(0, n_cols, META.BN):
         o_col = i_col + tl.arange(0, META.BN)
         b_k = load_columns(keys, o_col, columns.n_gist, n_cols, META)
         b_v = load_columns(values, o_col, columns.n_gist, n_cols, META)
-        b_s = matmul(b_q, tl.trans(b_k), META.PRECISION)  # [BM, BN]
+        b_s = matmul(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
         b_p = probabilities(b_s, b_lse[:, None], scale, FP32)
         if i_col + META.BN > columns.n_full:
             # after exp2: a masked probability is 0 whatever its score was
             b_p = tl.where(seen_columns(o_col, b_sees), b_p, 0.0)
-        b_dp = matmul(b_do, tl.trans(b_v), META.PRECISION)  # [BM, BN]
+        b_dp = matmul(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq += matmul(b_ds.to(b_k.dtype), b_k, META.PRECISION)
+        b_dq += matmul(b_ds.to(b_k.dtype), b_k, PRECISION)
     store_rows(dq_ptr + p_stat * META.D, (b_dq * scale).to(dq_ptr.dtype.element_ty), m_row, META.D, META.BD)
 
 

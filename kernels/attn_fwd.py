@@ -38,11 +38,12 @@ def attend_range(
 
     MASK: ``"none"``, ``"all"``, or ``"boundary"`` for the tiles that reach beyond the first `n_full` columns.
     """
+    PRECISION: tl.constexpr = META.PRECISION  # Triton 3.6 passes no string on that is an attribute
     b_acc, b_m, b_l = state
     for i_col in tl.range(col_begin, col_end, META.BN):
         o_col = i_col + tl.arange(0, META.BN)
         b_k = load_columns(keys, o_col, columns.n_gist, col_end, META)
-        b_s = matmul(b_q, tl.trans(b_k), META.PRECISION)  # [BM, BN]
+        b_s = matmul(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
         if MASK == "all":
             b_s = tl.where(seen_columns(o_col, b_sees), b_s, float("-inf"))
         if MASK == "boundary":  # noqa: SIM102 - decided by the compiler, the next by the program
@@ -50,7 +51,7 @@ def attend_range(
                 b_s = tl.where(seen_columns(o_col, b_sees), b_s, float("-inf"))
         b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l, scale, b_q.dtype == tl.float32)
         b_v = load_columns(values, o_col, columns.n_gist, col_end, META)
-        b_acc = b_acc * b_alpha[:, None] + matmul(b_p.to(b_v.dtype), b_v, META.PRECISION)
+        b_acc = b_acc * b_alpha[:, None] + matmul(b_p.to(b_v.dtype), b_v, PRECISION)
     return b_acc, b_m, b_l
 
 
