@@ -50,7 +50,7 @@ CASES = [
 
 @lru_cache(maxsize=1)
 def case_of(section, place):
-    return BESIDE[section].make(*place, device=DEVICE, grid=GRID)
+    return BESIDE[section].make(*place, DEVICE, GRID)
 
 
 @pytest.mark.parametrize(("section", "place", "name"), CASES, ids=str)

@@ -21,26 +21,15 @@ class Trained(NamedTuple):
     embedding: bool = False
 
 
-class Precision(NamedTuple):
+class Precision:
     """Bytes of an element by where it is, for base weights of one kind, with or without bf16 autocast."""
 
-    weights: str
-    autocast: bool
-
-    @property
-    def base(self) -> int:
-        """Parameters that are not quantized, and the hidden states between layers."""
-        return 2 if self.weights == "bfloat16" else 4
-
-    @property
-    def product(self) -> int:
-        """What a linear multiplies."""
-        return 2 if self.autocast or self.weights == "bfloat16" else 4
-
-    @property
-    def linear(self) -> int:
-        """What a linear returns; the 4-bit one returns the dtype that it was given."""
-        return self.base if self.weights == "nf4" else self.product
+    def __init__(self, weights: str, autocast: bool) -> None:
+        self.weights, self.autocast = weights, autocast
+        # parameters that are not quantized, and hidden states between layers; what a linear multiplies; what it returns
+        self.base = 2 if weights == "bfloat16" else 4
+        self.product = 2 if autocast or weights == "bfloat16" else 4
+        self.linear = self.base if weights == "nf4" else self.product  # the 4-bit one returns the dtype it was given
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:

@@ -151,9 +151,7 @@ def rows_of(source: str, arch: str, launches: dict[tuple[str, int], CudaLaunch])
     except RuntimeError as error:
         # nvcc's own words, without this machine's paths
         facts = {"error": re.sub(r"(?:/[\w.+-]+)+/", "", str(error))}
-        return {
-            (kernel, arch, dim): _head(kernel, arch, dim, launches[kernel, dim]) | facts for kernel, dim in launches
-        }
+        return {(name, arch, dim): _head(name, arch, dim, one) | facts for (name, dim), one in launches.items()}
     spilling = [name for name, found in ptxasv.parse(log).items() if found.spill_stores]
     for (kernel, dim), launch in launches.items():
         cubin = Cubin(code, launch.symbol, log, launch.threads // 32, launch.shared_bytes)
@@ -165,15 +163,8 @@ def rows_of(source: str, arch: str, launches: dict[tuple[str, int], CudaLaunch])
 
 
 def _head(kernel: str, arch: str, dim: int, launch: CudaLaunch) -> dict[str, Any]:
-    return {
-        "kernel": kernel,
-        "function": launch.function,
-        "plain": False,
-        "arch": arch,
-        "head_dim": dim,
-        "dtype": "bfloat16",
-        "config": launch.config,
-    }
+    head = {"kernel": kernel, "function": launch.function, "plain": False, "arch": arch, "head_dim": dim}
+    return head | {"dtype": "bfloat16", "config": launch.config}
 
 
 def cuda_problems(row: dict[str, Any]) -> list[str]:

@@ -226,17 +226,11 @@ def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:
         "tiles_without_compaction": scattered / works["forward"].tiles,
         "forward_ratio": works["forward"].flops / (PRODUCTS["fwd"] * per_product),
         "backward_ratio": backward / ((PRODUCTS["bwd_dq"] + PRODUCTS["bwd_dkv"]) * per_product),
-        "launches": {key: _launch(work, chip.multiprocessors) for key, work in works.items()},
-    }
-
-
-def _launch(work: Work, multiprocessors: int) -> dict[str, Any]:
-    return {
-        "programs": len(work.costs),
-        "tiles": work.tiles,
-        "masked_tiles": work.masked,
-        "flops": work.flops,
-        "balance": balance(work.costs, multiprocessors),
+        "launches": {
+            key: {"programs": len(work.costs), "tiles": work.tiles, "masked_tiles": work.masked, "flops": work.flops}
+            | {"balance": balance(work.costs, chip.multiprocessors)}
+            for key, work in works.items()
+        },
     }
 
 

@@ -1,10 +1,10 @@
 """A case: calls that compute the same, to be timed side by side, and why others are not among them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.measured.timing import Call, Seconds, interleaved, ratio
+from bench.measured.timing import Call, interleaved, ratio
 
 OURS = "ours"
 
@@ -28,10 +28,6 @@ class Case:
     repeat: int = 1
     queued: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
-
-    def work_of(self, name: str) -> float:
-        """FLOPs or bytes of one call."""
-        return self.work[name] if isinstance(self.work, Mapping) else self.work
 
 
 def serve(case: Case, name: str, make: Callable[[], Call], check: Callable[[Any], None]) -> None:
@@ -61,8 +57,10 @@ def measured(case: Case, rounds: int, warmup: int = 1) -> dict[str, Any]:
     seconds = interleaved(repeated | once, rounds, case.device, warmup, case.queued)
     others = [name for name in calls if name != OURS]
     found: dict[str, Any] = {"slower_than_ours": {name: ratio(seconds, name, OURS) for name in others}}
-    if case.limit:
-        found["of_limit"] = share_of_limit(case, seconds, [OURS, *others])
+    if case.limit:  # what share of the device's peak each call reaches, counting the work that the mask asks for
+        work = case.work if isinstance(case.work, Mapping) else dict.fromkeys(calls, case.work)
+        shares = {name: case.repeat * work[name] / case.limit_work for name in (OURS, *others)}
+        found["of_limit"] = {name: ratio(seconds, case.limit, name, share) for name, share in shares.items()}
     return found | {"not_measured": case.not_measured, "rounds": len(seconds[OURS])}
 
 
@@ -73,10 +71,3 @@ def _in_a_row(call: Call, repeat: int) -> Call:
         return result
 
     return call if repeat == 1 else calls
-
-
-def share_of_limit(case: Case, seconds: Seconds, names: Sequence[str]) -> Mapping[str, Any]:
-    """What share of the device's peak each call reaches, counting the work that the mask asks for."""
-    return {
-        name: ratio(seconds, case.limit, name, case.repeat * case.work_of(name) / case.limit_work) for name in names
-    }

@@ -5,8 +5,6 @@ were rounded, not about what training teaches. Contexts are pages of docs/, comp
 follow on the page are read behind each cache. An argument, "bfloat16" say, is the one type of the model to measure.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

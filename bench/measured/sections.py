@@ -11,12 +11,11 @@ from tqdm import tqdm
 from bench.counted.work import visible_pairs
 from bench.measured.attention import attention_case
 from bench.measured.case import OURS, Case, measured
-from bench.measured.decoding import compaction_case, decoding_case
+from bench.measured.decoding import compaction_case, decoding_case, microseconds, queued_calls
 from bench.measured.grid import Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
 from bench.measured.models import compressing_case, model_decoding_case
-from bench.measured.queueing import calls, microseconds
 from bench.measured.timing import Call, interleaved, ratio
 from bench.shapes import layout_of
 
@@ -37,43 +36,35 @@ class Beside(NamedTuple):
 
     keys: tuple[str, ...]
     places: Callable[[Grid], Iterable[tuple]]
-    make: Callable[..., Case]
+    make: Callable[..., Case]  # of a place's values, the device and the grid
     times: int = 1  # as many rounds as others have
     warmup: int = 1
 
 
+def _passes(grid: Grid) -> list[tuple]:
+    return [(*row, one) for *row, passes in grid.attention for one in passes]
+
+
+def _batches(grid: Grid) -> list[tuple]:
+    return [(name, context, batch) for name, context, batches in grid.models for batch in batches]
+
+
+_OP = ("gist rows", "tail rows", "batch", "heads")
 BESIDE = {
     "attention": Beside(
         ("layout", "rows", "heads", "pass"),
-        lambda grid: [(*row, one) for *row, passes in grid.attention for one in passes],
-        lambda *place, device, grid: attention_case(*place, device, grid.baselines),
-        warmup=0,
-    ),
-    "compaction": Beside(
-        ("layout", "rows", "heads"),
-        lambda grid: grid.compaction,
-        lambda *place, device, grid: compaction_case(*place, device),
-    ),
-    "decoding": Beside(
-        ("gist rows", "tail rows", "batch", "heads"),
-        lambda grid: grid.decoding,
-        lambda *place, device, grid: decoding_case(*place, device),
-        2,
+        _passes,
+        lambda *values: attention_case(*values[:-1], values[-1].baselines),
+        1,
         0,
     ),
-    "models": Beside(
-        ("model", "context", "batch"),
-        lambda grid: [(name, context, batch) for name, context, batches in grid.models for batch in batches],
-        lambda *place, device, grid: model_decoding_case(*place, device),
+    "compaction": Beside(
+        ("layout", "rows", "heads"), lambda g: g.compaction, lambda *values: compaction_case(*values[:-1])
     ),
-    "compressing": Beside(
-        ("model", "tokens"),
-        lambda grid: grid.compressing,
-        lambda *place, device, grid: compressing_case(*place, device),
-    ),
-    "layouts": Beside(
-        ("layout", "rows"), lambda grid: grid.layouts, lambda *place, device, grid: layout_case(*place, device)
-    ),
+    "decoding": Beside(_OP, lambda g: g.decoding, lambda *values: decoding_case(*values[:-1]), 2, 0),
+    "models": Beside(("model", "context", "batch"), _batches, lambda *values: model_decoding_case(*values[:-1])),
+    "compressing": Beside(("model", "tokens"), lambda g: g.compressing, lambda *values: compressing_case(*values[:-1])),
+    "layouts": Beside(("layout", "rows"), lambda g: g.layouts, lambda *values: layout_case(*values[:-1])),
 }
 
 
@@ -81,7 +72,7 @@ def beside(name: str, grid: Grid, device: str, rounds: int) -> Rows:
     """The rows of a section of cases."""
     section, found = BESIDE[name], []
     for place in tqdm(list(section.places(grid)), desc=name, disable=None):
-        case = section.make(*place, device=device, grid=grid)
+        case = section.make(*place, device, grid)
         row = dict(zip(section.keys, place, strict=True)) | case.facts
         found.append(row | measured(case, section.times * rounds, section.warmup))
         case.calls.clear()
@@ -123,7 +114,7 @@ def queueing(grid: Grid, device: str, rounds: int) -> Rows:
         return []
     return [
         {"call": what, "heads": grid.growth_heads} | {name: microseconds(call, rounds) for name, call in both.items()}
-        for what, both in calls(grid.growth_heads, device).items()
+        for what, both in queued_calls(grid.growth_heads, device).items()
     ]
 
 

@@ -7,8 +7,8 @@ from bench.markdown import columns, measured_on, median, table
 from bench.measured import decoding
 from bench.measured.baselines import BASELINES
 from bench.measured.case import OURS
+from bench.measured.decoding import SDPA
 from bench.measured.models import FULL, PREFILL
-from bench.measured.queueing import SDPA
 
 Rows = Sequence[Mapping[str, Any]]
 BOTH_OF = "512/8"  # the layout whose backward is in the table
@@ -59,14 +59,6 @@ def _decoding(rows: Rows) -> str:
     return columns(rows, sizes | {"of copy": _share(OURS)} | {name: _slower(name) for name in names}, 0)
 
 
-def _models(rows: Rows) -> str:
-    return columns(
-        rows,
-        {name: name for name in ("model", "context", "batch", "gist bytes", "full bytes")}
-        | {"tokens per second": _slower(FULL)},
-    )
-
-
 def _memory(rows: Rows) -> str:
     held = {(tuple(row["case"]), row["name"]): row.get("peak bytes") for row in rows}
     lines = []
@@ -77,24 +69,20 @@ def _memory(rows: Rows) -> str:
     return table(["call", "", "bytes", "of ours"], lines, 2)
 
 
+def _plain(*keys: str, **cells: Callable[[Any], str]) -> Callable[[Rows], str]:
+    """Columns of keys, and of what makes a cell of a row."""
+    return lambda rows: columns(rows, {key: key for key in keys} | cells)
+
+
 _SECTIONS: dict[str, Callable[[Rows], str]] = {
     "attention": _attention,
     "growth": _growth,
-    "compaction": lambda rows: columns(
-        rows, {"layout": "layout", "rows": "rows", "of copy": _share(OURS), "indexing": _slower("indexing")}
-    ),
+    "compaction": _plain("layout", "rows", **{"of copy": _share(OURS), "indexing": _slower("indexing")}),
     "decoding": _decoding,
-    "queueing": lambda rows: columns(
-        rows, {"call": "call", "gistkern": lambda row: median(row[OURS], 0), "SDPA": lambda row: median(row[SDPA], 0)}
-    ),
-    "models": _models,
-    "compressing": lambda rows: columns(
-        rows,
-        {"model": "model", "tokens": "tokens"} | {name: _slower(name) for name in ("compress, one segment", PREFILL)},
-    ),
-    "layouts": lambda rows: columns(
-        rows, {"layout": "layout", "rows": "rows"} | {name: _slower(name) for name in ("dense mask", "block mask")}
-    ),
+    "queueing": _plain("call", gistkern=lambda row: median(row[OURS], 0), SDPA=lambda row: median(row[SDPA], 0)),
+    "models": _plain("model", "context", "batch", "gist bytes", "full bytes", **{"tokens per second": _slower(FULL)}),
+    "compressing": _plain("model", "tokens", **{name: _slower(name) for name in ("compress, one segment", PREFILL)}),
+    "layouts": _plain("layout", "rows", **{name: _slower(name) for name in ("dense mask", "block mask")}),
     "memory": _memory,
 }
 
@@ -105,21 +93,17 @@ def compared(report: Mapping[str, Any]) -> dict[str, str]:
     by_keys = [result for result in report["results"] if "capacity" in result]
     lengths = [row["tokens"] for row in by_length[0]["rows"]]
     keys = [row["keys"] for row in by_keys[0]["capacity"]]
+
+    def percent(rows: Rows) -> list[str]:
+        return [f"{100 * row['exact']:.0f}" for row in rows]
+
     exact = [
-        [
-            result["name"],
-            f"{result['rows'][0]['gist_tokens']} to {result['rows'][-1]['gist_tokens']}",
-            *(f"{100 * row['exact']:.0f}" for row in result["rows"]),
-        ]
-        for result in by_length
+        [one["name"], f"{one['rows'][0]['gist_tokens']} to {one['rows'][-1]['gist_tokens']}", *percent(one["rows"])]
+        for one in by_length
     ]
     capacity = [
-        [
-            result["name"],
-            *(f"{100 * row['exact']:.0f}" for row in result["capacity"]),
-            *(f"{row['digits_per_row']:.2f}" for row in result["capacity"]),
-        ]
-        for result in by_keys
+        [one["name"], *percent(one["capacity"]), *(f"{row['digits_per_row']:.2f}" for row in one["capacity"])]
+        for one in by_keys
     ]
     return {
         "measured on": measured_on({**report, **report["environments"][0]}),

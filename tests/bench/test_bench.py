@@ -17,7 +17,6 @@ from bench.measured import (
     check,
     context_parallel,
     flex,
-    queueing,
     report,
     sections,
     tables,
@@ -26,7 +25,7 @@ from bench.measured import (
 from bench.measured.attention import PASSES, attention_case
 from bench.measured.baselines import BASELINES, Baseline, runs_of
 from bench.measured.case import OURS, Case, measured
-from bench.measured.decoding import compaction_case, decoding_case
+from bench.measured.decoding import compaction_case, decoding_case, queued_calls
 from bench.measured.grid import GRIDS, Grid
 from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
@@ -157,7 +156,7 @@ def test_decoding_counts_the_bytes_of_its_rows():
 
 
 def test_what_is_queued_can_be_called_and_decoding_agrees():
-    found = queueing.calls(SMALL, "cpu")
+    found = queued_calls(SMALL, "cpu")
     assert list(found) == ["forward", "both", "decoding"]
     for both in found.values():
         ours, theirs = (call() for call in both.values())
