@@ -10,16 +10,29 @@ trained here on the spot (single-digit tokens), or any ``--tokenizer`` folder th
 
 from __future__ import annotations
 
+import argparse
+import json
+from dataclasses import asdict
+
 from passkey import global_tasks
-from passkey.command_line import errors_as_one_line
-from passkey.niah import ASKED_BY, dataset, given_tokenizer, samples_parser, write_samples
+from passkey.command_line import at_least, errors_as_one_line, output_file
+from passkey.haystack import LANGUAGES
+from passkey.niah import ASKED_BY, FILLERS, WORDINGS, dataset, train_tokenizer
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = samples_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
+    parser.add_argument("--tokens", type=at_least(1), default=2990, help="exact length of every context")
+    parser.add_argument("--samples", type=at_least(1), default=200)
+    parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
+    parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
+    parser.add_argument("--out", type=output_file, required=True)
     parser.add_argument("--task", default="passkey", choices=("passkey", *global_tasks.TASKS))
     parser.add_argument("--keys", type=int, help="passkeys per context, 1 by default; one is asked for, by name")
     parser.add_argument("--asked-by", choices=ASKED_BY, help="of a passkey: a whole question, or its last words")
@@ -30,12 +43,18 @@ def main(arguments: list[str] | None = None) -> None:
         what = given.lang, given.tokens, given.samples
         if of_passkeys and given.task != "passkey":
             raise ValueError("--keys and --asked-by are for passkeys: leave them out")
-        tokenizer = given_tokenizer(given.tokenizer)
+        if given.tokenizer is None:
+            tokenizer = train_tokenizer()
+        else:
+            from passkey.models import read_tokenizer
+
+            tokenizer = read_tokenizer(given.tokenizer).backend_tokenizer
         if given.task == "passkey":
             samples = list(dataset(tokenizer, *what, **options, **of_passkeys))
         else:
             samples = list(global_tasks.dataset(tokenizer, given.task, *what, **options))
-        write_samples(samples, given.out)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")
     print(f"{len(samples)} {given.task} samples of {given.tokens:,} tokens in {given.out}")
 
 

@@ -28,55 +28,41 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _checked(text: str, folder: bool, mode: int) -> Path:
+    """The path, if it is what is wanted, or can be made so, and may be used."""
+    path = Path(text)
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise argparse.ArgumentTypeError(f"{text} is a {found}: expected a {wanted}")
+    # what is to be made needs the nearest folder that is there
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if there != path and mode == os.R_OK:
+        raise argparse.ArgumentTypeError(f"no folder {text}" if folder else f"{text} does not exist")
+    if there != path and not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file: expected a folder")
+    if not os.access(there, mode | (os.X_OK if there.is_dir() else 0)):
+        raise argparse.ArgumentTypeError(f"no permission to {'read' if mode == os.R_OK else 'write to'} {there}")
+    return path
+
+
 def input_file(text: str) -> Path:
     """An argument's type: a file that can be read."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: expected a file")
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return _allowed(path, path, os.R_OK, "read")
+    return _checked(text, False, os.R_OK)
 
 
 def input_folder(text: str) -> Path:
     """An argument's type: a folder that is there."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text} is a file: expected a folder" if path.exists() else f"no folder {text}"
-        )
-    return _allowed(path, path, os.R_OK | os.X_OK, "read")
-
-
-def output_folder(text: str) -> Path:
-    """An argument's type: a folder to write to, there or to be made."""
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a file: expected a folder")
-    return _allowed(path, _existing(path), os.W_OK | os.X_OK, "write to")
+    return _checked(text, True, os.R_OK)
 
 
 def output_file(text: str) -> Path:
     """An argument's type: a file to write, in a folder that is there or to be made."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: expected a file")
-    where = path if path.exists() else _existing(path.parent)
-    return _allowed(path, where, os.W_OK if path.exists() else os.W_OK | os.X_OK, "write")
+    return _checked(text, False, os.W_OK)
 
 
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    found = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if not found.is_dir():
-        raise argparse.ArgumentTypeError(f"{found} is a file: expected a folder")
-    return found
-
-
-def _allowed(path: Path, where: Path, mode: int, what: str) -> Path:
-    if not os.access(where, mode):
-        raise argparse.ArgumentTypeError(f"no permission to {what} {where}")
-    return path
+def output_folder(text: str) -> Path:
+    """An argument's type: a folder to write to, there or to be made."""
+    return _checked(text, True, os.W_OK)
 
 
 @contextmanager

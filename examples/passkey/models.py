@@ -120,9 +120,12 @@ def adapted(settings: Settings, model: PreTrainedModel) -> Any:
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or on the hub; ValueError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        found = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # of many kinds, by what is missing or torn
         raise ValueError(f"{source} holds no tokenizer: {error}") from error
+    if not found.is_fast:
+        raise ValueError(f"the tokenizer of {source} is a slow one: expected one with a tokenizer.json")
+    return found
 
 
 @torch.no_grad()

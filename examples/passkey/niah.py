@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from passkey.command_line import at_least, output_file
 from passkey.haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
 from passkey.prose import passage, prose
 
@@ -25,11 +22,8 @@ __all__ = [
     "Haystack",
     "Sample",
     "dataset",
-    "given_tokenizer",
     "read_tokenizer",
-    "samples_parser",
     "train_tokenizer",
-    "write_samples",
 ]
 
 KEY_DIGITS = 5
@@ -231,37 +225,54 @@ class Haystack:
         ValueError
             If the needles do not fit into `tokens`, or there are not as many names, or wordings, as `keys`.
         """
-        rng = self.rng
-        known = self.language.words["name"] if self.wordings == "training" else [""]
+        rng, language = self.rng, self.language
+        known = language.words["name"] if self.wordings == "training" else [""]
         if not 1 <= keys <= len(known):
             raise ValueError(f"{keys} keys with {self.wordings} wordings: expected 1 to {len(known)}")
         asked_depth = rng.random() if depth is None else depth
-        names = [""] if keys == 1 else rng.sample(self.language.words["name"], keys)
+        names = [""] if keys == 1 else rng.sample(language.words["name"], keys)
         secrets: dict[str, str] = {}
         for name in names:
             while (key := self.key()) in secrets.values():
                 pass
             secrets[name] = key
         asked = rng.choice(names)
-        wordings = self.language.needles if keys == 1 else self.language.named_needles
+        wordings = language.needles if keys == 1 else language.named_needles
         if self.wordings == "held_out":
-            wordings = self.language.held_out_needles
-        needles = [
+            wordings = language.held_out_needles
+        needles = sorted(
             (asked_depth if name == asked else rng.random(), " " + rng.choice(wordings).format(key=key, name=name))
             for name, key in secrets.items()
-        ]
-        needles.sort()
+        )
         encoded = [(at, text, self.encode(text)) for at, text in needles]
         filler = tokens - sum(len(ids) for _, _, ids in encoded)
         if filler < 0:
             raise ValueError(f"{tokens} tokens are too few for {keys} needle(s): they take {tokens - filler}")
+        pieces, ids, starts = self._hidden(encoded, filler)
+        start = next(at for at, (_, text, _) in zip(starts, encoded, strict=True) if secrets[asked] in text)
+        sample = Sample(
+            id="",
+            language=language.code,
+            context="".join(pieces),
+            question=(self.question if keys == 1 else language.named_question).format(name=asked),
+            answer=secrets[asked],
+            depth=round(start / tokens, 4),
+            tokens=len(ids),
+            keys=secrets,
+            filler=self.filler,
+            wordings=self.wordings,
+        )
+        return ids, sample
+
+    def _hidden(
+        self, needles: list[tuple[float, str, list[int]]], filler: int
+    ) -> tuple[list[str], list[int], list[int]]:
+        """Texts and ids of `filler` tokens with needles between their sentences, and where those start."""
         ids: list[int] = []
         pieces: list[str] = []
-        used = 0
-        start = 0.0
-        lines = self.lines()
-        waiting = None
-        for at, text, needle in [*encoded, (1.0, "", [])]:
+        starts: list[int] = []
+        used, lines, waiting = 0, self.lines(), None
+        for at, text, needle in [*needles, (1.0, "", [])]:
             # whole sentences up to the needle's place; the last stretch is cut to the exact length
             goal = round(at * filler)
             while used < goal:
@@ -276,24 +287,10 @@ class Haystack:
                 used += len(line_ids)
                 ids += line_ids
                 pieces.append(line)
-            if needle and f"{secrets[asked]}" in text:
-                start = len(ids) / tokens
+            starts.append(len(ids))
             ids += needle
             pieces.append(text)
-        wording = self.question if keys == 1 else self.language.named_question
-        sample = Sample(
-            id="",
-            language=self.language.code,
-            context="".join(pieces),
-            question=wording.format(name=asked),
-            answer=secrets[asked],
-            depth=round(start, 4),
-            tokens=len(ids),
-            keys=secrets,
-            filler=self.filler,
-            wordings=self.wordings,
-        )
-        return ids, sample
+        return pieces, ids, starts[:-1]
 
 
 def dataset(
@@ -317,44 +314,9 @@ def dataset(
         yield Sample(**{**asdict(sample), "id": f"{language}-{tokens}-{seed}-{index}"})
 
 
-def samples_parser(description: str | None) -> argparse.ArgumentParser:
-    """Arguments that all generators of samples have in common."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lang", default="en", choices=sorted(LANGUAGES))
-    parser.add_argument("--tokens", type=at_least(1), default=2990, help="exact length of every context")
-    parser.add_argument("--samples", type=at_least(1), default=200)
-    parser.add_argument("--filler", default="templates", choices=FILLERS, help="real prose needs gensim and konlpy")
-    parser.add_argument("--wordings", default="training", choices=WORDINGS, help="as in training, or never seen")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="a transformers tokenizer's folder; the tiny preset's own by default")
-    parser.add_argument("--out", type=output_file, required=True)
-    return parser
-
-
-def given_tokenizer(folder: str | None) -> Tokenizer:
-    """The tokenizer in a folder that transformers can load, or the tiny preset's."""
-    if folder is None:
-        return train_tokenizer()
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of many kinds, by what is missing or torn
-        raise ValueError(f"{folder} holds no tokenizer: {error}") from error
-    if not found.is_fast:
-        raise ValueError(f"the tokenizer of {folder} is a slow one: expected one with a tokenizer.json")
-    return found.backend_tokenizer
-
-
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json; ValueError if there is none."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{path} is no tokenizer: {error}") from error
-
-
-def write_samples(samples: Iterable[Sample], path: Path) -> None:
-    """JSON lines, as eval_niah.py reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples), "utf-8")

@@ -55,7 +55,7 @@ class GistReader:
     ) -> None:
         self.model, self.tokenizer, self.new_tokens, self.start = model, tokenizer, new_tokens, list(start)
         self.compression = dict(compression or {})
-        self.digest = _digest("gist", model, tokenizer, self.compression, new_tokens, self.start)
+        self.digest = _digest("gist", self, self.compression)
 
     def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int, int]]:
         """Compress, then ask."""
@@ -86,7 +86,7 @@ class FullReader:
         self, model: LlamaForCausalLM, tokenizer: Tokenizer, new_tokens: int | None = None, start: Sequence[int] = ()
     ) -> None:
         self.model, self.tokenizer, self.new_tokens, self.start = model, tokenizer, new_tokens, list(start)
-        self.digest = _digest("full", model, tokenizer, {}, new_tokens, self.start)
+        self.digest = _digest("full", self, {})
 
     def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int, int]]:
         """Context and question in one prompt."""
@@ -118,18 +118,11 @@ def _padded(
     return ids, mask.long()
 
 
-def _digest(
-    how: str,
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    compression: Mapping[str, int],
-    new_tokens: int | None,
-    start: Sequence[int],
-) -> str:
+def _digest(how: str, reader: Any, compression: Mapping[str, int]) -> str:
     """Identity of weights, tokenizer and way of reading."""
-    way = [how, compression, new_tokens, *([list(start)] if start else []), tokenizer.to_str()]
+    way = [how, compression, reader.new_tokens, *([reader.start] if reader.start else []), reader.tokenizer.to_str()]
     digest = hashlib.sha256(json.dumps(way, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in reader.model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

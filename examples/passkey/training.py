@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -61,6 +62,8 @@ def train(
     ValueError
         If `resume` finds no checkpoint, or one of other settings; for a folder in use that is not to be overwritten.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        raise ValueError("accelerate shards models on GPUs only, and would train copies here: launch without FSDP")
     state = PartialState(cpu=not torch.cuda.is_available())
     checkpoint = _checked(settings, run, resume, overwrite)
     state.wait_for_everyone()  # all have looked before one of them clears

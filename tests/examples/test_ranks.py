@@ -3,21 +3,24 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import command, smoke, tiny_llama
-from launching import torchrun
+from launching import launch, torchrun
 from safetensors.torch import load_file
 
 import gistkern
 from gistkern.training import Share
 from passkey.data import PasskeyData
 from passkey.models import fast_tokenizer
-from passkey.trained import newest_whole
+from passkey.trained import newest_whole, open_trained
+from passkey.training import train
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
 
@@ -27,7 +30,7 @@ def entries(folder):
     return [one for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in (one := json.loads(line))]
 
 
-def same_run(folder, other):
+def same_run(folder, other, optimizer=True):
     """Losses, accuracies, rates, and the optimizer's states, whose gradients no normalization hides."""
     for one, expected in zip(entries(folder), entries(other), strict=True):
         for name in ("step", "loss", "token_accuracy", "exact", "running_accuracy", "learning_rate", "stage"):
@@ -36,6 +39,8 @@ def same_run(folder, other):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    if not optimizer:
+        return
     found, expected = (
         torch.load(newest_whole(run) / "optimizer.pt", weights_only=True)["state"] for run in (folder, other)
     )
@@ -85,7 +90,8 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(finished, tmp_path):
 
 def test_accelerate_launches_it_too(finished, tmp_path):
     folder = tmp_path / "run"
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # "--cpu" would start one process; without a GPU these are two on the CPU
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     python, *rest = command("--run", folder)
     process = subprocess.Popen([python, *launcher, *rest], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -93,8 +99,29 @@ def test_accelerate_launches_it_too(finished, tmp_path):
     finally:
         process.terminate()
     assert process.returncode == 0, said
+    assert "rng_state_1.pth" in {path.name for path in newest_whole(folder).iterdir()}, "there were two"
     assert len((folder / "answers.jsonl").read_text().splitlines()) == 8, "one process evaluates"
     same_run(folder, finished[0])
+
+
+def test_a_sharded_model_trains_the_same_and_resumes(finished, tmp_path):
+    """FSDP2, with Muon on shards; checkpoints hold whole tensors."""
+    folder = tmp_path / "run"
+    worker = Path(__file__).with_name("fsdp_worker.py")
+    launch(worker, 2, folder)
+    before = (folder / "log.jsonl").read_text()
+    shutil.rmtree(newest_whole(folder))
+    launch(worker, 2, folder, "--resume")
+    same_run(folder, finished[0], optimizer=False)
+    assert [one["loss"] for one in entries(folder)] == [json.loads(one)["loss"] for one in before.splitlines()[:8]]
+    assert open_trained(folder).about["checkpoint"] == "checkpoint-8"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate can shard here")
+def test_sharding_is_refused_where_accelerate_would_not_shard(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate shards models on GPUs only"):
+        train(smoke(), tmp_path / "run")
 
 
 def test_processes_share_every_batch():
