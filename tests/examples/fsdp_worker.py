@@ -27,5 +27,5 @@ def as_on_an_accelerator(*given):
 
 passkey.training.training_arguments = as_on_an_accelerator
 settings = smoke()
-settings = replace(settings, training={**settings.training, "fsdp": True, "fsdp_config": FSDP})
+settings = replace(settings, training={**settings.training, "fsdp": "full_shard", "fsdp_config": FSDP})
 passkey.training.train(settings, Path(sys.argv[1]), resume="--resume" in sys.argv)

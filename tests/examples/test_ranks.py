@@ -36,7 +36,7 @@ def same_run(folder, other, optimizer=True):
         for name in ("step", "loss", "token_accuracy", "exact", "running_accuracy", "learning_rate", "stage"):
             assert one[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), (one["step"], name)
     found, expected = (load_file(newest_whole(run) / "model.safetensors") for run in (folder, other))
-    assert found.keys() == expected.keys()
+    assert found.keys() - {"lm_head.weight"} == expected.keys(), "tied, and written twice of a sharded model"
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
     if not optimizer:
