@@ -140,6 +140,7 @@ def test_a_wrong_option_is_refused_before_anything_loads(script):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_the_command_that_goes_on(finished, tmp_path, monkeypatch):
     process = subprocess.Popen(
         command("--run", tmp_path / "run"),

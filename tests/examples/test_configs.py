@@ -268,6 +268,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(dry_runs, tmp_path):
     assert log_of(part) == [{**entry} for entry in log_of(whole)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_write_and_evaluate_once_and_one_goes_on(tmp_path):
     """train_niah.py under torchrun: one log, one report, and one process goes on with the same batches."""

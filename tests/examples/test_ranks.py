@@ -57,6 +57,7 @@ def ranks_of(parent):
     return sorted(map(int, children.split()))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_one_goes_on(finished, tmp_path):
     """Two processes train in micro-batches until one is killed, one goes on, and the log is that of one from the start.
 
@@ -88,6 +89,7 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(finished, tmp_path):
     assert (folder / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it_too(finished, tmp_path):
     folder = tmp_path / "run"
     # "--cpu" would start one process; without a GPU these are two on the CPU
@@ -104,6 +106,7 @@ def test_accelerate_launches_it_too(finished, tmp_path):
     same_run(folder, finished[0])
 
 
+@pytest.mark.slow
 def test_a_sharded_model_trains_the_same_and_resumes(finished, tmp_path):
     """FSDP2, with Muon on shards; checkpoints hold whole tensors."""
     folder = tmp_path / "run"

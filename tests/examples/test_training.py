@@ -74,6 +74,7 @@ def losses(path):
     return [[entry[name] for name in names] for entry in entries(path)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     """kill -9 in the middle, --resume, and the weights and the log equal those of the run nobody killed."""
     whole, _ = finished
