@@ -17,6 +17,7 @@ from gistkern.layout.arguments import check_count
 __all__ = [
     "LARGEST",
     "KeyValueRows",
+    "as_bytes",
     "check_gist_dtype",
     "compact",
     "compact_backward",
@@ -92,7 +93,7 @@ class KeyValueRows:
 
     def __reduce__(self) -> tuple[Callable[..., KeyValueRows], tuple[torch.Tensor | torch.dtype, ...]]:
         """Float8 elements as bytes: plain pickle writes what it cannot read of them."""
-        held = [t.view(torch.int8) if t.dtype == torch.float8_e4m3fn else t for t in self.tensors()]
+        held = [t.view(torch.int8) if t.dtype in LARGEST else t for t in self.tensors()]
         return _unpickled, (self.key.dtype, *held)
 
     @classmethod
@@ -130,8 +131,13 @@ class KeyValueRows:
         return [tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> KeyValueRows:
-        """Rows of what `function` makes of keys, values and scales: it may not touch the last dimension of keys."""
-        return KeyValueRows(*map(function, self.tensors()))
+        """Rows of what `function` makes of keys, values and scales: it copies, moves and picks whole rows.
+
+        Of float8 elements it gets the bytes: torch has few kernels for them, and older versions none to pick rows.
+        """
+        key, value, *scales = self.tensors()
+        key, value = (as_bytes(function, t) for t in (key, value))
+        return KeyValueRows(key, value, *map(function, scales))
 
 
 def check_gist_dtype(gist_dtype: torch.dtype | None, dtype: torch.dtype | None) -> None:
@@ -157,6 +163,13 @@ def dequantize(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtyp
     if scale is None:
         return rows.to(dtype)
     return (rows.float() * scale[..., None]).to(dtype)
+
+
+def as_bytes(function: Callable[[torch.Tensor], torch.Tensor], elements: torch.Tensor) -> torch.Tensor:
+    """What `function`, which looks at no value, makes of a tensor; float8 elements as their bytes meanwhile."""
+    if elements.dtype not in LARGEST:
+        return function(elements)
+    return function(elements.view(torch.int8)).view(elements.dtype)
 
 
 def _unpickled(dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor, *scales: torch.Tensor) -> KeyValueRows:

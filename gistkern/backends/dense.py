@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from gistkern.kernels.arguments import AttentionArguments, DecodeArguments, PoolWrite
-from gistkern.rows import dequantize, quantize
+from gistkern.rows import as_bytes, dequantize, quantize
 
 __all__ = ["compact", "decode"]
 
@@ -52,7 +52,7 @@ def _taken(
     pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, used: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Rows ``[B, Hkv, G, D]`` of a pool ``[R, Hkv, D]``; zeros where not `used`."""
-    rows = dequantize(pool[index], None if scale is None else scale[index], dtype)
+    rows = dequantize(as_bytes(lambda t: t[index], pool), None if scale is None else scale[index], dtype)
     return rows.masked_fill(~used[..., None, None], 0).transpose(1, 2)
 
 
@@ -68,7 +68,9 @@ def _tail(
         wide = dequantize(rows, scale, dtype)
     else:
         pages = page_table.clamp(0, len(rows) - 1).long()
-        taken = dequantize(rows[pages], None if scale is None else scale[pages], dtype)  # [B, pages, size, Hkv, D]
+        taken = dequantize(
+            as_bytes(lambda t: t[pages], rows), None if scale is None else scale[pages], dtype
+        )  # [B, pages, size, Hkv, D]
         wide = taken.flatten(1, 2).transpose(1, 2)
     if length is None:
         return wide

@@ -31,6 +31,7 @@ HF = (
     "plain_prefix",
     "checkpoint_rows",
     "streaming",
+    "two_buffers",
 )
 TRAINER = (
     *("gradient_accumulation_changes_nothing", "a_plain_trainer_takes_the_batches_too", "a_full_checkpoint_comes_back"),
