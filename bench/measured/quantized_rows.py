@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import gistkern
 
-CONTEXTS, CONTEXT, FOLLOWING, SEGMENT, ANSWER = 12, 768, 96, 128, 16
+CONTEXTS, CONTEXT, FOLLOWING, SEGMENT, ANSWER = 6, 768, 96, 128, 16
 PAGES = ("mask.md", "numerics.md", "serving.md", "kernels.md", "extension.md", "distributed.md")
 
 
