@@ -203,7 +203,7 @@ class GistTrainer(Trainer):
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         ...                                      num_attention_heads=2, vocab_size=100))
         >>> collator = GistDataCollator(0, patch_llama(model, num_gist_tokens=2))
-        >>> arguments = TrainingArguments(report_to="none", use_cpu=True)
+        >>> arguments = TrainingArguments(report_to="none", use_cpu=True, disable_tqdm=False)
         >>> trainer = GistTrainer(model, arguments, data_collator=collator)
         >>> asked = [{"context_ids": [5, 6, 7], "question_ids": [8], "answer_ids": [9, 1]}]
         >>> sorted(trainer.evaluate_generation(asked))
