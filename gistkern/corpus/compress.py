@@ -15,11 +15,11 @@ from tqdm import tqdm
 from gistkern import __version__
 from gistkern.cache.file import finite
 from gistkern.cache.offload import input_device
+from gistkern.corpus.chunk_file import ChunkFile, chunk_path, write_chunk
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
 from gistkern.corpus.rows import CompressedDocument, from_cache
-from gistkern.corpus.shard_file import Shard, shard_path, write_shard
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
 from gistkern.hf.compress import compress
@@ -154,11 +154,11 @@ def _compress_chunk(
     settings: dict[str, Any],
     bar: tqdm,
 ) -> None:
-    path = shard_path(folder, chunk)
+    path = chunk_path(folder, chunk)
     journal = Journal(path.with_suffix(".journal"))  # first: while it is locked, nobody else finishes this chunk
     if path.exists():
         journal.close(delete=True)
-        _check_documents(Shard(path, chunk, settings), documents)
+        _check_documents(ChunkFile(path, chunk, settings), documents)
         bar.update(len(documents))
         return
     (folder / INDEX).unlink(missing_ok=True)  # of a corpus that was complete before
@@ -187,7 +187,7 @@ def _compress_chunk(
             for number, places in enumerate(batches)
             for place, document in zip(places, _documents(journal.done[number]), strict=True)
         }
-        write_shard(path, chunk, documents, [compressed_at[place] for place in range(len(documents))], settings)
+        write_chunk(path, chunk, documents, [compressed_at[place] for place in range(len(documents))], settings)
     except BaseException:
         journal.close()
         raise
@@ -217,17 +217,17 @@ def _check_record(journal: Journal, number: int, batch: list[Document]) -> None:
         )
 
 
-def _check_documents(shard: Shard, documents: list[Document]) -> None:
-    for name, digest, document in zip(shard.names, shard.digests, documents, strict=False):
+def _check_documents(file: ChunkFile, documents: list[Document]) -> None:
+    for name, digest, document in zip(file.names, file.digests, documents, strict=False):
         if (name, digest) != (document.name, document.digest):
             raise ValueError(
-                f"{shard.path} holds document {name!r} where {document.name!r} was given"
+                f"{file.path} holds document {name!r} where {document.name!r} was given"
                 + (", with another content" if name == document.name else "")
                 + ": pass the same documents in the same order, or another out_dir"
             )
-    if len(shard.names) != len(documents):
+    if len(file.names) != len(documents):
         raise ValueError(
-            f"{shard.path} holds {len(shard.names)} documents, {len(documents)} were given: pass the same ones"
+            f"{file.path} holds {len(file.names)} documents, {len(documents)} were given: pass the same ones"
         )
 
 
@@ -248,11 +248,11 @@ def _ranks(rank: int | None, ranks: int | None) -> tuple[int, int]:
 
 def _finish(folder: Path, chunks: int, settings: dict[str, Any]) -> None:
     """Write the index if no chunk is missing: the last process does, or every one that finds it so."""
-    paths = [shard_path(folder, chunk) for chunk in range(chunks)]
+    paths = [chunk_path(folder, chunk) for chunk in range(chunks)]
     if more := sorted({path.name for path in folder.glob("chunk-*.safetensors")} - {path.name for path in paths}):
         raise ValueError(
             f"{folder} holds {more[0]}, behind the last of the {chunks} chunks that were given: pass all documents "
             "that it was begun with, or another out_dir"
         )
     if chunks and all(path.exists() for path in paths):
-        write_index(folder, [Shard(path, chunk, settings).names for chunk, path in enumerate(paths)])
+        write_index(folder, [ChunkFile(path, chunk, settings).names for chunk, path in enumerate(paths)])

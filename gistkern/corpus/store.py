@@ -15,9 +15,9 @@ import torch
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.file import check_device
+from gistkern.corpus.chunk_file import ABOUT, FORMAT, SETTINGS, ChunkFile, chunk_path
 from gistkern.corpus.index import hash_of, read_index
 from gistkern.corpus.rows import CompressedDocument, to_cache
-from gistkern.corpus.shard_file import ABOUT, FORMAT, SETTINGS, Shard, shard_path
 from gistkern.files import parse_json, read_bytes
 from gistkern.layout.positions import SCHEMES
 
@@ -66,7 +66,7 @@ class GistStore:
         check_device(device)
         self._settings = _settings(self.folder)
         # it holds no lock while it opens a file, so a child forked meanwhile does not wait for one
-        self._shard = functools.lru_cache(_OPEN_FILES)(self._opened)
+        self._file = functools.lru_cache(_OPEN_FILES)(self._opened)
         self.damaged: list[str] = []
         self._index = read_index(self.folder)
         self._scanned: dict[str, tuple[int, int]] = self._scan() if self._index is None else {}
@@ -89,7 +89,7 @@ class GistStore:
             return
         for chunk in np.unique(self._index["chunks"]).tolist():
             try:
-                names = self._shard(chunk).names
+                names = self._file(chunk).names
             except ValueError as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
                 continue
@@ -137,10 +137,10 @@ class GistStore:
         if place is None:
             raise KeyError(f"no document {name!r} in {self.folder}")
         try:
-            shard = self._shard(place[0])
+            file = self._file(place[0])
         except ValueError as error:
             raise ValueError(f"document {name!r} cannot be read: {error}") from error
-        return shard.read(place[1])
+        return file.read(place[1])
 
     def _find(self, name: str) -> tuple[int, int] | None:
         """Chunk and place of a document."""
@@ -153,7 +153,7 @@ class GistStore:
         while at < len(hashes) and hashes[at] == wanted:
             chunk, place = int(self._index["chunks"][at]), int(self._index["places"][at])
             try:
-                known = self._shard(chunk).names
+                known = self._file(chunk).names
             except ValueError:
                 return chunk, place  # reading it says what is wrong
             if place < len(known) and known[place] == name:
@@ -161,8 +161,8 @@ class GistStore:
             at += 1
         return None
 
-    def _opened(self, chunk: int) -> Shard:
-        return Shard(shard_path(self.folder, chunk), chunk, self._settings)
+    def _opened(self, chunk: int) -> ChunkFile:
+        return ChunkFile(chunk_path(self.folder, chunk), chunk, self._settings)
 
     def _check_names(self, index: dict[str, np.ndarray]) -> None:
         """Raise ValueError if one name stands at two places; files are opened only for equal hashes."""
@@ -171,7 +171,7 @@ class GistStore:
         for at in np.flatnonzero(np.isin(hashes, hashes[1:][hashes[1:] == hashes[:-1]])).tolist():
             chunk, place = int(index["chunks"][at]), int(index["places"][at])
             try:
-                names = self._shard(chunk).names
+                names = self._file(chunk).names
             except ValueError:
                 continue  # reading it says what is wrong
             if place < len(names):
@@ -191,7 +191,7 @@ class GistStore:
         for path in sorted(self.folder.glob("chunk-*.safetensors")):
             try:
                 chunk = _number(path)
-                names = Shard(path, chunk, self._settings).names
+                names = ChunkFile(path, chunk, self._settings).names
             except ValueError as error:
                 self.damaged.append(str(error))
                 warnings.warn(f"left out: {error}", stacklevel=3)
@@ -205,7 +205,7 @@ class GistStore:
 def _number(path: Path) -> int:
     """The chunk that a file's name says it is."""
     digits = path.stem.removeprefix("chunk-")
-    if not digits.isdecimal() or shard_path(path.parent, int(digits)) != path:
+    if not digits.isdecimal() or chunk_path(path.parent, int(digits)) != path:
         raise ValueError(f"{path} is not named as a store's files are")
     return int(digits)
 

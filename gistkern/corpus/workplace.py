@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from gistkern.corpus.shard_file import ABOUT, FORMAT, SETTINGS
+from gistkern.corpus.chunk_file import ABOUT, FORMAT, SETTINGS
 from gistkern.files import DRAFTS, parse_json, read_bytes, replacing
 
 __all__ = ["Workplace"]

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gistkern import patch_llama
 
 WORDS = 60
+SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}  # several batches and files
 
 
 def patched(seed=0, **options):

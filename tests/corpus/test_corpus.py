@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_cases import WORDS, documents, patched
+from corpus_cases import SMALL, WORDS, documents, patched
 
 from gistkern import GistStore, compress, compress_corpus, left_padded
 from gistkern.corpus import compress as compressing
@@ -22,22 +22,11 @@ from gistkern.corpus import journal
 from gistkern.corpus.plan import batches_of, chunks_of, read_chunk
 
 HERE = Path(__file__).parent
-SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def handle():
-    return patched()
 
 
 @pytest.fixture(scope="module")
 def corpus():
     return documents(21)
-
-
-@pytest.fixture
-def store(handle, corpus, tmp_path):
-    return compress_corpus(handle.model, corpus, tmp_path / "store", **SMALL)
 
 
 def rows(cache, sample=0):

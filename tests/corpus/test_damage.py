@@ -10,32 +10,20 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from corpus_cases import documents, patched
+from corpus_cases import SMALL, documents
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from gistkern import GistStore, compress_corpus
 from gistkern.corpus import compress as compressing
 from gistkern.corpus import index
+from gistkern.corpus.chunk_file import FORMAT, _header_checksum
 from gistkern.corpus.journal import Journal
-from gistkern.corpus.shard_file import FORMAT, _header_checksum
-
-SMALL = {"batch_tokens": 200, "chunk_documents": 8, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def handle():
-    return patched()
 
 
 @pytest.fixture(scope="module")
 def corpus():
     return documents(12)
-
-
-@pytest.fixture
-def store(handle, corpus, tmp_path):
-    return compress_corpus(handle.model, corpus, tmp_path / "store", **SMALL)
 
 
 def read(folder):
@@ -82,16 +70,16 @@ def test_any_damage_is_named_or_does_no_harm(store, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_damaged_journal_is_gone_on_with(handle, corpus, tmp_path, monkeypatch, seed):
-    real = compressing.write_shard
+    real = compressing.write_chunk
 
     def dies(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compressing, "write_shard", dies)
+    monkeypatch.setattr(compressing, "write_chunk", dies)
     options = {**SMALL, "batch_tokens": 100}
     with pytest.raises(KeyboardInterrupt):
         compress_corpus(handle.model, corpus, tmp_path, **options)
-    monkeypatch.setattr(compressing, "write_shard", real)
+    monkeypatch.setattr(compressing, "write_chunk", real)
     (path,) = tmp_path.glob("*.journal")
     path.write_bytes(damaged(path, random.Random(seed)))
     left = [entry.name for entry in tmp_path.iterdir()]

@@ -20,7 +20,7 @@ from gistkern.corpus.rows import CompressedDocument, bytes_of
 from gistkern.corpus.tensor_file import TensorFile
 from gistkern.files import field_of, parse_json, replacing
 
-__all__ = ["ABOUT", "FORMAT", "SETTINGS", "Shard", "shard_path", "write_shard"]
+__all__ = ["ABOUT", "FORMAT", "SETTINGS", "ChunkFile", "chunk_path", "write_chunk"]
 
 FORMAT = "gistkern-corpus-3"
 SETTINGS = "corpus.json"
@@ -28,12 +28,12 @@ ABOUT = ("gistkern", "model")  # fields of it that say by what a store was made,
 _MOST = 2**31 - 1  # positions are int32 in a layout
 
 
-def shard_path(folder: Path, chunk: int) -> Path:
+def chunk_path(folder: Path, chunk: int) -> Path:
     """The file of a chunk."""
     return folder / f"chunk-{chunk:08d}.safetensors"
 
 
-def write_shard(
+def write_chunk(
     path: Path,
     chunk: int,
     documents: Sequence[Document],
@@ -78,7 +78,7 @@ def _checksum(document: CompressedDocument) -> str:
 
 
 @dataclass
-class Shard:
+class ChunkFile:
     """An open file of a store: opening reads its header, `read` one document's rows.
 
     Parameters
