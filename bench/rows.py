@@ -4,9 +4,7 @@ A report is a dictionary: a header of short values, and tables, which are lists 
 on a line of its own, and a table's rows on a line each. Any JSON reader reads it.
 """
 
-import gzip
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,3 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write a report with one row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(report), encoding="utf-8")
-
-
-def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write many rows, an answer each, as compressed JSON lines; the same rows make the same bytes."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode("utf-8"), mtime=0))
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The rows of a `.jsonl.gz`."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
