@@ -46,7 +46,7 @@ def test_answers_add_up_to_the_summary(path):
     summary = json.loads(path.with_name(path.name.replace("-answers.jsonl.gz", ".json")).read_text("utf-8"))
     keys = ("task", "language", "tokens", "filler", "wordings", "keys")
     answers: dict[tuple, list[bool]] = {}
-    for line in gzip.open(path, "rt", encoding="utf-8"):
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
         answer = json.loads(line)
         answers.setdefault(tuple(answer[key] for key in keys), []).append(answer["outcome"] == "exact")
     assert len(answers) == len(summary["rows"])
