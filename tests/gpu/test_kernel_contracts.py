@@ -143,8 +143,8 @@ def test_activation_checkpointing_changes_nothing(device, small_tiles):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.skipif(EMULATED, reason="measures CUDA's own warning about synchronisation")
-def test_no_host_synchronisation(device):
+@pytest.mark.skipif(EMULATED, reason="measures CUDA's own warning about synchronization")
+def test_no_host_synchronization(device):
     layout = GistLayout.from_segments([300, 200], 8, tail=30).to(device)
     inputs = make_inputs(layout, dtype=torch.bfloat16)
     leaves = (inputs.q, inputs.k, inputs.v)
