@@ -52,7 +52,7 @@ def random_llama(settings: Settings) -> LlamaForCausalLM:
     """A Llama of the settings' architecture, from their seed."""
     torch.manual_seed(settings.seed)
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**settings.model.architecture, **special))
+    return LlamaForCausalLM(made(LlamaConfig, settings.model.architecture, "model.architecture", **special))
 
 
 def base_model(settings: Settings, source: str | None = None) -> PreTrainedModel:

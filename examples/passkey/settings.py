@@ -1,28 +1,38 @@
 """Everything a run depends on, read from a YAML file of configs/ strictly: no setting is lost to a typing mistake.
 
-Keys are named like the arguments that they become. Sections of transformers, peft and bitsandbytes stay mappings here
-and are checked by `made` when the objects are, so that reading a file loads none of these packages.
+Keys are named like the arguments that they become, and checked by pydantic. Sections of transformers, peft and
+bitsandbytes stay mappings here and meet their arguments in `made`, so that reading a file loads none of these packages.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import types
-import typing
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal
 
 import yaml
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
 from gistkern.training import Curriculum, Objectives, Stage
 
-__all__ = ["CONFIGS", "Data", "EvaluationRow", "Settings", "made", "preset_file", "read_settings"]
+__all__ = [
+    "Data",
+    "EvaluationRow",
+    "Settings",
+    "made",
+    "preset_file",
+    "read_evaluation",
+    "read_settings",
+    "settings_of",
+]
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,6 @@ class Model:
     architecture: dict[str, Any] = field(default_factory=dict)
     resize_vocabulary: bool = False
     gist_template: str = ""
-
-    def __post_init__(self) -> None:
-        if self.architecture:
-            from transformers import LlamaConfig  # which itself takes anything
-
-            _check_known(self.architecture, LlamaConfig().to_dict(), "architecture.")
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Stages:
 
     def made(self) -> Curriculum:
         """A fresh one."""
-        return Curriculum(**{**vars(self)})
+        return Curriculum(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,11 @@ class EvaluationRow:
     """So many held-out questions about contexts of so many tokens: arguments of `niah.dataset`."""
 
     language: Literal["en", "ko"]
-    tokens: int
-    samples: int
+    tokens: PositiveInt
+    samples: PositiveInt
     filler: Literal["templates", "prose"] = "templates"
     wordings: Literal["training", "held_out"] = "training"
-    keys: int = 1
+    keys: PositiveInt = 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Settings:
 
     Without an `optimizer` that of `training` is used, and its schedule.
     """
+
+    __pydantic_config__: ClassVar = STRICT  # of the sections too
 
     name: str
     model: Model
@@ -145,7 +151,7 @@ class Settings:
 
     def written(self) -> str:
         """JSON that `read_settings` reads."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
 def preset_file(name: str, leak: bool = False) -> Path:
@@ -164,99 +170,83 @@ def read_settings(path: str | Path, seed: int | None = None) -> Settings:
     Raises
     ------
     ValueError
-        If a key is unknown (the closest known one is named), missing or given twice, or a value has the wrong type.
+        If a key is unknown, missing or given twice, or a value has the wrong type: one line that says where.
     """
     path = Path(path)
-    try:
-        found = made(Settings, {"name": path.stem, **_merged(path)}, "")
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    found = settings_of(path.stem, read_yaml(path), str(path))
     return found if seed is None else replace(found, seed=seed)
 
 
-def _merged(path: Path) -> dict[str, Any]:
-    """What a file holds, on top of the file beside it that it is `like`: section by section, key by key."""
-    text = path.read_text("utf-8")
-    # JSON's 1e-05 is a text to YAML
-    found = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)  # a SafeLoader
-    if not isinstance(found, dict):
-        raise ValueError(f"the file must be a mapping of keys to values, got {found!r:.80}")
-    if "like" not in found:
-        return found
-    base = _merged(CONFIGS / f"{found.pop('like')}.yaml")
-    for name, value in found.items():
-        both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        base[name] = {**base[name], **value} if both else value
-    return base
+def settings_of(name: str, given: Any, where: str) -> Settings:
+    """Settings from what a file holds, on top of the preset that it is `like`; `where` begins messages."""
+    merged = {"name": name, **_merged(given)} if isinstance(given, Mapping) else given
+    return _checked(Settings, merged, where)
+
+
+def read_evaluation(path: Path) -> tuple[EvaluationRow, ...]:
+    """What to ask, from a YAML list like the `evaluation` of a preset; errors as of `read_settings`."""
+    return _checked(tuple[EvaluationRow, ...], read_yaml(path), str(path), config=STRICT)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a file holds, each key once."""
+    try:
+        return yaml.load(path.read_text("utf-8"), Loader=_Loader)  # a SafeLoader
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
     """YAML allows a key twice and keeps the last; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=deep)
-            if name in seen:
-                raise ValueError(f"key {name!r} is given twice (line {key.start_mark.line + 1})")
-            seen.add(name)
+        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise ValueError(f"key {name!r} is given twice (line {node.value[place][0].start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
 
-def made(kind: Callable[..., Any], section: Any, where: str, **more: Any) -> Any:
-    """`kind` called with a section's values as arguments, checked against its annotations, and `more`."""
-    if not isinstance(section, Mapping):
-        raise ValueError(f"{where or 'the file'} must be a mapping of keys to values, got {section!r:.80}")
-    known = {name: one for name, one in inspect.signature(kind).parameters.items() if one.kind is not one.VAR_KEYWORD}
-    prefix = f"{where}." if where else ""
-    _check_known(section, known, prefix)
-    missing = [prefix + name for name, one in known.items() if one.default is one.empty and name not in section | more]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
-    hints = typing.get_type_hints(kind if is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
-    given = {name: _value(hints.get(name, Any), one, prefix + name) for name, one in section.items()}
+# PyYAML takes 1e-4, and the 1e-05 of JSON, for texts
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+)
+
+
+def _merged(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's sections on top of those of the preset that it is `like`, key by key."""
+    if "like" not in given:
+        return dict(given)
+    base = _merged(read_yaml(CONFIGS / f"{given['like']}.yaml"))
+    for name, value in given.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        base[name] = {**base[name], **value} if both else value
+    del base["like"]
+    return base
+
+
+def _checked(kind: Any, given: Any, where: str, **config: Any) -> Any:
+    """`given` as `kind`; checked as JSON, whose lists may become tuples while a text stays no number."""
     try:
-        return kind(**given, **more)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+        return TypeAdapter(kind, **config).validate_json(json.dumps(given, default=str))
+    except ValidationError as error:
+        said = []
+        for one in error.errors():
+            key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
+            unknown = one["type"] == "unexpected_keyword_argument"
+            message = "unknown key" if unknown else one["msg"].removeprefix("Value error, ")
+            said.append(f"{key.removeprefix('.') or 'the file'}: {message}")
+        raise ValueError(f"{where}: {'; '.join(said)}") from error
 
 
-def _check_known(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
-    for name in given:
+def made(kind: Callable[..., Any], section: Mapping[str, Any], where: str, **more: Any) -> Any:
+    """`kind` called with a section's values and `more`; ValueError for a key that is none of its arguments."""
+    known = inspect.signature(kind).parameters
+    for name in section:
         if name not in known:
-            closest = get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {prefix}{name}: did you mean {prefix}{closest}?")
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, or ValueError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        others = [one for one in arguments if one is not type(None)]
-        for one in others[:-1]:
-            try:
-                return _value(one, value, where)
-            except ValueError:
-                continue
-        return _value(others[-1], value, where)
-    if is_dataclass(hint):
-        return made(typing.cast(type, hint), value, where)
-    if origin is tuple:
-        fixed = arguments[-1] is not Ellipsis
-        if not isinstance(value, list) or (fixed and len(value) != len(arguments)):
-            wanted = f"a list of {len(arguments)} values" if fixed else "a list"
-            raise ValueError(f"{where} must be {wanted}, got {value!r}")
-        return tuple(_value(arguments[0], one, f"{where}[{place}]") for place, one in enumerate(value))
-    if origin is Literal:
-        if value not in arguments or type(value) not in {type(one) for one in arguments}:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    kind = origin or hint
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (int, float, str, bool, list, dict) and type(value) is not kind:
-        note = " (YAML reads 1e-4 as a text: write 1.0e-4)" if kind is float and isinstance(value, str) else ""
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}{note}")
-    return value
+            closest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key {where}.{name}: did you mean {where}.{closest}?")
+    try:
+        return kind(**section, **more)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error

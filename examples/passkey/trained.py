@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,9 +94,9 @@ class Trained:
         """Reads with the whole context in sight."""
         return FullReader(self.full(), self.tokenizer.backend_tokenizer, new_tokens, self.start)
 
-    def datasets(self, seed: int) -> list[list[Sample]]:
-        """The held-out questions of the settings, row by row."""
-        return [self._dataset(seed, row) for row in self.settings.evaluation]
+    def datasets(self, seed: int, rows: Sequence[EvaluationRow] | None = None) -> list[list[Sample]]:
+        """Held-out questions, row by row: those of the settings, or others."""
+        return [self._dataset(seed, row) for row in rows or self.settings.evaluation]
 
     def probe(self, seed: int) -> list[Sample]:
         """Other questions of the longest contexts, for the swap test."""

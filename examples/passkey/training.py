@@ -69,7 +69,7 @@ def train(
     state.wait_for_everyone()  # all have looked before one of them clears
     if state.is_main_process and not resume:
         _clear(run)
-        (run / SETTINGS).write_text(settings.written())
+        (run / SETTINGS).write_text(settings.written(), "utf-8")
         if settings.model.name == str(run / "tiny-model"):
             write_tiny_model(settings)
     state.wait_for_everyone()
@@ -245,7 +245,7 @@ def _checked(settings: Settings, run: Path, resume: bool, overwrite: bool) -> Pa
         checkpoint, file = newest_whole(run), run / SETTINGS
         if checkpoint is None:
             raise ValueError(f"nothing to resume: {run} holds no checkpoint")
-        if not file.exists() or file.read_text() != settings.written():
+        if not file.exists() or file.read_text("utf-8") != settings.written():
             raise ValueError(f"{run} is a run of other settings or another seed (see {file}): pass the same")
         return checkpoint
     if run.exists() and any(run.iterdir()) and not overwrite:
