@@ -13,8 +13,9 @@ from gistkern.cache.fingerprint import check_cache
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState, CallPlan
-from gistkern.cache.pool import PoolIntervals, gathered, refuse_changes
+from gistkern.cache.pool import PoolIntervals, base_of, gathered, refuse_changes
 from gistkern.cache.reader import Reader, patched
+from gistkern.cache.running import UNPATCHED, ModelCall, check_whole
 from gistkern.cache.signed import Signed
 from gistkern.cache.tail import TailRows
 from gistkern.cache.tokens_read import UNKNOWN, ContextRead, TokensRead
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from transformers.cache_utils import DynamicCache
 
 __all__ = ["GistCache"]
-
-_UNPATCHED = "a GistCache works with a patched model only: call gistkern.patch_llama(model) first"
 
 
 class GistCache(Signed, Cache):
@@ -65,10 +64,7 @@ class GistCache(Signed, Cache):
         self.state: CacheState | None = None
         self.read = TokensRead()
         self.first: torch.Tensor | None = None
-        self._plan: CallPlan | None = None
-        self._intervals: PoolIntervals | None = None
-        self._ids: torch.Tensor | None = None
-        self._touched = False
+        self._call: ModelCall | None = None
 
     @classmethod
     def in_place_of(cls, cache: DynamicCache) -> GistCache:
@@ -92,30 +88,21 @@ class GistCache(Signed, Cache):
         RuntimeError if the call before it failed after some layers had been updated, ValueError if the rows are shared
         and the call would change them.
         """
-        if self._plan is not None and self._touched:
-            raise RuntimeError(
-                "an earlier model call failed half way through the layers and left this cache inconsistent: "
-                "go on from a clone made before it, or compress again"
-            )
-        base = None
+        check_whole(self._call)
+        if self.state is None:
+            self.layers = []  # those of a call that failed know its type and place
+        intervals = None
         if self.first is not None:
             refuse_changes(self._state(), plan)
-            base = self._base()
+            intervals = PoolIntervals.of(plan.layout, base_of(self._state(), self.first))
         elif self.gist_dtype in LARGEST:
-            base = plan.layout.past * torch.arange(plan.layout.batch_size, device=plan.layout.device)[:, None]
-        self._intervals = None if base is None else PoolIntervals.of(plan.layout, base)
-        self._plan, self._ids, self._touched = plan, ids, False
-
-    def _base(self) -> torch.Tensor:
-        """int64 ``[B, 1]``: from a sample's column to its row in the pool."""
-        assert self.first is not None
-        return (self.first - (self._state().gist_columns - self.gist_rows))[:, None]
+            intervals = PoolIntervals.of_own(plan.layout)
+        self._call = ModelCall(plan, ids, intervals)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """The call's own rows, as they came: `attend` stores them. RuntimeError outside a patched model's call."""
-        if self._plan is None:
-            raise RuntimeError(_UNPATCHED)
-        self._touched = True
+        if self._call is None:
+            raise RuntimeError(UNPATCHED)
         while len(self.layers) <= layer_idx:
             self.layers.append(GistLayer())
         return self.layers[layer_idx].update(key_states, value_states)
@@ -134,21 +121,27 @@ class GistCache(Signed, Cache):
 
         `layout` is the plan's, on the layer's device; the rest is as for `gistkern.gist_attention`.
         """
-        if self._plan is None:
-            raise RuntimeError(_UNPATCHED)
-        return self.layers[layer].attend(q, k, v, layout, self._plan, self._intervals, scale, backend)
+        if self._call is None:
+            raise RuntimeError(UNPATCHED)
+        out = self.layers[layer].attend(q, k, v, layout, self._call.plan, self._call.intervals, scale, backend)
+        self._call.touched = True  # a layer that raises an error is as it was
+        return out
 
     def commit(self) -> None:
         """End the model call: its plan's state becomes the cache's."""
-        if self._plan is None:
+        if self._call is None:
             return
-        layout, valid = self._plan.layout, None
-        if self._ids is None:
-            self._ids = torch.full((layout.batch_size, layout.num_rows), UNKNOWN, device=layout.device)
-        if self._plan.has_padding:
-            valid = layout.is_real()
-        self.read.add(self._ids, valid)
-        self.state, self._plan, self._ids, self._intervals = self._plan.after, None, None, None
+        plan, ids = self._call.plan, self._call.ids
+        if ids is None:
+            ids = torch.full((plan.layout.batch_size, plan.layout.num_rows), UNKNOWN, device=plan.layout.device)
+        self.read.add(ids, plan.layout.is_real() if plan.has_padding else None)
+        self.state, self._call = plan.after, None
+
+    def abandon(self) -> None:
+        """End a model call that failed: before the first layer was updated it changes nothing."""
+        if self._call is not None:
+            self._call.failed = True
+            self._call = self._call if self._call.touched else None
 
     def knows(self, handle: Reader) -> bool:
         """Whether a model may read the cache: asked of its weights at the first question only."""
@@ -193,10 +186,13 @@ class GistCache(Signed, Cache):
 
     def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[B, Hkv, G, D]`` of a layer's compact rows, as floats; each sample's are the last ones."""
+        check_whole(self._call)
         columns, held = self._state().gist_columns, self.layers[layer]
         dtype = held.dtype if held.gist.quantized else held.gist.key.dtype
-        own = self.first is None
-        rows = dequantize_rows(held.gist, dtype) if own else gathered(held.gist, self._base(), columns, dtype)
+        if self.first is None:
+            rows = dequantize_rows(held.gist, dtype)
+        else:
+            rows = gathered(held.gist, base_of(self._state(), self.first), columns, dtype)
         return rows.key, rows.value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -206,7 +202,7 @@ class GistCache(Signed, Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Physical length with `query_length` new rows, and offset 0."""
         if query_length < 1:  # an unpatched model cuts a context off that the question does not hold
-            raise RuntimeError(_UNPATCHED)
+            raise RuntimeError(UNPATCHED)
         if self.state is None:
             return query_length, 0
         return self.state.gist_columns + self.state.tail_columns + query_length, 0
@@ -218,6 +214,7 @@ class GistCache(Signed, Cache):
 
     def without_tail(self, advice: str) -> CacheState:
         """The state of a compressed context; ValueError, ending in `advice`, where there is none or more than that."""
+        check_whole(self._call)
         if self.state is None:
             raise ValueError("the cache is empty: compress a context first")
         if self.state.tail_columns:
@@ -232,8 +229,14 @@ class GistCache(Signed, Cache):
         copy.layers = [layer.map(torch.clone, gists=self.first is None) for layer in self.layers]
         return copy
 
+    def __getstate__(self) -> dict[str, object]:
+        """See `Signed`; for pickle and deepcopy."""
+        check_whole(self._call)
+        return super().__getstate__()
+
     def _alike(self) -> GistCache:
         """A cache of the same state and origin, without layers."""
+        check_whole(self._call)
         copy = type(self)()
         copy.take_origin(self)
         copy.state, copy.first, copy.read = self.state, self.first, TokensRead(self.read.ids())
@@ -249,7 +252,7 @@ class GistCache(Signed, Cache):
     ) -> GistCache:
         """The cache on another device or in another dtype: a copy, or itself where nothing changes, as of a tensor.
 
-        Within a model's call it is always itself: each layer's rows are where that layer is.
+        Within a model's call it stays where it is: each layer's rows are where that layer is.
 
         Parameters
         ----------
@@ -265,7 +268,7 @@ class GistCache(Signed, Cache):
         if dtype is not None and dtype not in file.FLOATS:
             raise ValueError(f"dtype is what the model computes in, a float of 2 bytes or more, got {dtype}")
         check_gist_dtype(gist_dtype, dtype or self.dtype)
-        if self._plan is not None:
+        if self._call is not None and not self._call.failed and dtype is gist_dtype is None:
             return self
         layers = [layer.to(place, dtype, gist_dtype, non_blocking) for layer in self.layers]
         if all(one is other for one, other in zip(layers, self.layers, strict=True)):
@@ -299,7 +302,7 @@ class GistCache(Signed, Cache):
         """Forget everything. ValueError for shared rows, which belong to all that share them."""
         if self.first is not None:
             raise ValueError("a shared cache is not reset: take a fresh clone, or share another cache")
-        self.layers, self.state, self._plan = [], None, None
+        self.layers, self.state, self._call = [], None, None
         self.take_origin(Signed())
         self.read = TokensRead()
 
@@ -318,6 +321,7 @@ class GistCache(Signed, Cache):
             raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
         if not tokens_to_remove:
             return
+        check_whole(self._call)
         self.state = self._state().crop(-tokens_to_remove)
         self.read = self.read.crop(-tokens_to_remove)
         for layer in self.layers:
@@ -329,6 +333,7 @@ class GistCache(Signed, Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep samples `indices`, in that order; shared rows are not moved."""
+        check_whole(self._call)
         self.state, self.read = self._state().select(indices), self.read.select(indices)
         if self.first is not None:
             self.first = self.first[indices.to(self.first.device)]
@@ -340,15 +345,11 @@ class GistCache(Signed, Cache):
         index = torch.arange(self.batch_size, device=self._state().seen.device)
         self.batch_select_indices(index.repeat_interleave(repeats))
 
-    def take_gists(self, columns: torch.Tensor) -> None:
-        """Replace the gist rows by those listed per sample (int64 ``[B, gist columns]``)."""
-        for layer in self.layers:
-            layer.keep_gists(columns)
-
     # ---- disk
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to one safetensors file, replacing it in one step. ValueError for a shared cache."""
+        check_whole(self._call)
         state = self._state()
         if self.first is not None:
             raise ValueError("a shared cache is not saved: save the cache that shared() was called on")

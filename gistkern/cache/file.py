@@ -73,7 +73,8 @@ class CacheFile:
 
 def save(found: CacheFile, path: str | os.PathLike) -> None:
     """Write a file, replacing it in one step; a warning where it holds what `load` refuses."""
-    tensors = {f"state.{name}": found.state[name] for name in _STATE_TENSORS}
+    # clones: counts that are equal may be one tensor, which safetensors refuses
+    tensors = {f"state.{name}": found.state[name].clone() for name in _STATE_TENSORS}
     tensors["read"] = found.read.int()
     for index, (gist, tail) in enumerate(found.layers):
         rows = {**_named("gist", gist), **_named("tail", tail)}

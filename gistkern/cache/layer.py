@@ -12,16 +12,32 @@ from gistkern.cache.pool import PoolIntervals, decodes, gathered, pooled, row_by
 from gistkern.cache.tail import TailRows
 from gistkern.layout import GistLayout
 from gistkern.ops.attention import attend
-from gistkern.rows import KeyValueRows, dequantize_rows, gather_rows, quantize_rows
+from gistkern.rows import LARGEST, KeyValueRows, dequantize_rows, gather_rows, quantize_rows
 
 __all__ = ["GistLayer"]
 
 
-def _kept(rows: KeyValueRows, kept: slice | torch.Tensor) -> KeyValueRows:
+def _kept(rows: KeyValueRows, kept: Kept) -> KeyValueRows:
+    """Those of a layer's gist rows that stay; all of those that samples share."""
+    if kept is None or rows.key.dim() == 3:
+        return rows
     if isinstance(kept, slice):
-        return rows.map(lambda t: t[:, :, kept].clone())  # a view would hold the others in memory
-    index = kept.to(rows.key.device)
-    return rows.map(lambda t: gather_rows(t, index))
+        found = rows.map(lambda t: t[:, :, kept].clone())  # a view would hold the others in memory
+    else:
+        index = kept.to(rows.key.device)
+        found = rows.map(lambda t: gather_rows(t, index))
+    return row_by_row(found) if found.quantized else found
+
+
+def _with_quantized(gist: KeyValueRows, key: torch.Tensor, value: torch.Tensor, learns: bool) -> KeyValueRows:
+    """Quantized rows, which stay as they are, with the compact rows of a call behind them."""
+    if learns:
+        raise ValueError(
+            "gist rows that are trained are not quantized: use torch.no_grad(), or cache.to(gist_dtype=...) with "
+            "the dtype of the model"
+        )
+    both = zip(gist.tensors(), quantize_rows(KeyValueRows(key, value), gist.key.dtype).tensors(), strict=True)
+    return row_by_row(KeyValueRows(*(torch.cat(pair, 2) for pair in both)))
 
 
 class GistLayer(DynamicLayer):
@@ -85,74 +101,76 @@ class GistLayer(DynamicLayer):
     ) -> torch.Tensor:
         """Attention over the gist rows, the tail and the call's own rows; those stay that later calls may see.
 
-        `intervals` are of rows that are read where they stand (shared or quantized ones), None for others.
+        `intervals` are of rows that are read where they stand (shared or quantized ones), None for others. Where an
+        error is raised the layer stays as it was.
         """
         gist = self.gist
         if gist is None:
             learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            self.tail = TailRows(k, v)
+            tail = TailRows(k, v)
         else:
             if not gist.key.dtype == v.dtype == self.tail.key.dtype:
                 q, k, v = self._alike(q, k, v)
             learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, gist.key))
-            self.tail.extend(k, v, in_place=not learns)
+            tail = self.tail.extended(k, v, in_place=not learns)
         if plan.arrange is not None:
-            self.tail.take(plan.arrange)
+            tail.take(plan.arrange)
         if intervals is None or gist is None:
-            out = self._attend_own(gist, q, layout, scale, backend)
+            out, gist = self._attend_own(gist, tail, q, layout, scale, backend)
         else:
-            out = self._attend_in_place(gist, q, layout, intervals, learns, scale, backend)
-        if plan.keep_gists is not None:
-            self.keep_gists(plan.keep_gists)
-        if plan.keep_tail is not None:
-            self.tail.keep(plan.keep_tail)
+            out, gist = self._attend_in_place(gist, tail, q, layout, intervals, learns, scale, backend)
+        gist = _kept(gist, plan.keep_gists)
+        tail.keep(plan.keep_tail)
+        self.gist, self.tail = gist, tail
         return out
 
     def _attend_own(
-        self, gist: KeyValueRows | None, q: torch.Tensor, layout: GistLayout, scale: float | None, backend: str
-    ) -> torch.Tensor:
+        self,
+        gist: KeyValueRows | None,
+        tail: TailRows,
+        q: torch.Tensor,
+        layout: GistLayout,
+        scale: float | None,
+        backend: str,
+    ) -> tuple[torch.Tensor, KeyValueRows]:
         """Over rows of each sample's own, as floats: the compact rows of the call take their place."""
         key, value = (None, None) if gist is None else (gist.key, gist.value)
         if key is not None and key.dtype != q.dtype:  # stored under autocast
             key, value = key.to(q.dtype), value.to(q.dtype)  # type: ignore[union-attr]
-        tail = self.tail
         out, _, key, value = attend(
             q, tail.key, tail.value, layout, past_key=key, past_value=value, scale=scale, backend=backend
         )
-        if gist is None or layout.gather.shape[1]:
-            self.gist = KeyValueRows(key, value)
-        return out
+        return out, KeyValueRows(key, value) if gist is None or layout.gather.shape[1] else gist
 
     def _attend_in_place(
         self,
         gist: KeyValueRows,
+        tail: TailRows,
         q: torch.Tensor,
         layout: GistLayout,
         intervals: PoolIntervals,
         learns: bool,
         scale: float | None,
         backend: str,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, KeyValueRows]:
         """Over rows that `gist_decode` reads where they stand, or over a copy of them that goes with the layer."""
         shared, grows = gist.key.dim() == 3, layout.gather.shape[1] > 0
         if (shared or not grows) and decodes(q, learns):
             pool = gist if shared else pooled(gist)
             pool = pool if pool.quantized else dequantize_rows(pool, q.dtype)
-            return intervals.decode(q, pool, KeyValueRows(*self.tail.pair), layout, scale, backend)
+            return intervals.decode(q, pool, KeyValueRows(*tail.pair), layout, scale, backend), gist
         past = gathered(gist, intervals.base, layout.past, q.dtype) if shared else dequantize_rows(gist, q.dtype)
         out, _, key, value = attend(
-            q, *self.tail.pair, layout, past_key=past.key, past_value=past.value, scale=scale, backend=backend
+            q, *tail.pair, layout, past_key=past.key, past_value=past.value, scale=scale, backend=backend
         )
         if grows and not shared:
-            self._add_quantized(gist, key[:, :, layout.past :], value[:, :, layout.past :], learns)
-        return out
+            gist = _with_quantized(gist, key[:, :, layout.past :], value[:, :, layout.past :], learns)
+        return out, gist
 
     def keep_gists(self, kept: Kept) -> None:
         """Take those of the gist rows in place of all; shared ones stay."""
         assert self.gist is not None
-        if self.gist.key.dim() == 4 and kept is not None:
-            rows = _kept(self.gist, kept)
-            self.gist = row_by_row(rows) if rows.quantized else rows
+        self.gist = _kept(self.gist, kept)
 
     def _alike(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of a call in the type of the rows, where that is wider: under autocast."""
@@ -162,17 +180,11 @@ class GistLayer(DynamicLayer):
         wide = torch.promote_types(torch.promote_types(given, stored), self.tail.key.dtype)
         return tensors if wide == given else tuple(t.to(wide) for t in tensors)
 
-    def _add_quantized(self, gist: KeyValueRows, key: torch.Tensor, value: torch.Tensor, learns: bool) -> None:
-        """Compact rows of a call behind those that are here, which stay as they are."""
-        if learns:
-            raise ValueError(
-                "gist rows that are trained are not quantized: use torch.no_grad(), or cache.to(gist_dtype=...) with "
-                "the dtype of the model"
-            )
-        both = zip(gist.tensors(), quantize_rows(KeyValueRows(key, value), gist.key.dtype).tensors(), strict=True)
-        self.gist = row_by_row(KeyValueRows(*(torch.cat(pair, 2) for pair in both)))
-
     # ---- the whole layer
+
+    def __deepcopy__(self, memo: dict[int, object]) -> GistLayer:
+        """Rows of a call with gradients are no leaves, which a tensor's own deepcopy refuses."""
+        return self.map(torch.clone)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], gists: bool = True) -> GistLayer:
         """A layer of what `function` makes of tails and, with `gists`, of gist rows; it may copy and pick samples."""
@@ -194,7 +206,7 @@ class GistLayer(DynamicLayer):
         dtype = self.dtype if dtype is None else dtype
         float_dtype = self.tail.key.dtype if dtype == self.dtype else dtype  # narrower under autocast
         held = self.gist.key.dtype
-        wanted = gist_dtype or (held if self.gist.quantized else float_dtype)
+        wanted = gist_dtype or (held if self.gist.quantized or dtype == self.dtype else dtype)
         same = dtype == self.dtype and wanted == held and device in (None, self.gist.key.device)
         if same:
             return self
@@ -204,7 +216,7 @@ class GistLayer(DynamicLayer):
 
         gist = self.gist.map(moved)
         if wanted != held:
-            wide = dequantize_rows(gist, float_dtype if gist.quantized else held)
-            gist = quantize_rows(wide, wanted) if wanted.itemsize == 1 else dequantize_rows(wide, wanted)
+            wide = dequantize_rows(gist, torch.float32 if wanted in LARGEST else wanted)
+            gist = quantize_rows(wide, wanted) if wanted in LARGEST else wide
         tail = self.tail.map(lambda t: moved(t).to(float_dtype))
         return GistLayer.holding(gist, tail, dtype)

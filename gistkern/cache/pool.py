@@ -16,7 +16,7 @@ from gistkern.layout import GistLayout
 from gistkern.ops.decode import gist_decode
 from gistkern.rows import KeyValueRows, dequantize_rows
 
-__all__ = ["PoolIntervals", "decodes", "gathered", "pooled", "refuse_changes", "row_by_row"]
+__all__ = ["PoolIntervals", "base_of", "decodes", "gathered", "pooled", "refuse_changes", "row_by_row"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class PoolIntervals:
         """Of a call's layout, whose intervals are over each sample's columns."""
         return cls(base, *((column + base).int() for column in (layout.gist_begin, layout.gist_end)))
 
+    @classmethod
+    def of_own(cls, layout: GistLayout) -> PoolIntervals:
+        """Where the pool is each sample's ``layout.past`` columns, one sample behind the other."""
+        return cls.of(layout, layout.past * torch.arange(layout.batch_size, device=layout.device)[:, None])
+
     def decode(
         self,
         q: torch.Tensor,
@@ -62,6 +67,11 @@ class PoolIntervals:
             backend=backend,
         )
         return out
+
+
+def base_of(state: CacheState, first: torch.Tensor) -> torch.Tensor:
+    """int64 ``[B, 1]``: from a sample's column to its row in a pool where its rows begin at `first`."""
+    return (first - (state.gist_columns - state.gist_rows))[:, None]
 
 
 def decodes(q: torch.Tensor, learns: bool) -> bool:

@@ -38,8 +38,17 @@ class TailRows:
         """Rows of what `function` makes of keys and values. Whoever writes behind them has room of its own."""
         return TailRows(function(self.key), function(self.value))
 
-    def extend(self, key: torch.Tensor, value: torch.Tensor, in_place: bool) -> None:
-        """Put rows ``[B, Hkv, N, D]`` behind those that are there; `in_place` unless a graph may have saved those."""
+    def extended(self, key: torch.Tensor, value: torch.Tensor, in_place: bool) -> TailRows:
+        """A tail with rows ``[B, Hkv, N, D]`` behind those that are here, which takes the place of this one.
+
+        `in_place` unless a graph may have saved the rows: then they are in the same memory, and so is the room.
+        """
+        longer = TailRows(self.key, self.value)
+        longer._room = self._room
+        longer._extend(key, value, in_place)
+        return longer
+
+    def _extend(self, key: torch.Tensor, value: torch.Tensor, in_place: bool) -> None:
         rows, more = self.key.shape[2], key.shape[2]
         if not rows:
             self.key, self.value, self._room = key, value, None

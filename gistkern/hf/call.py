@@ -224,9 +224,13 @@ def _shard_call(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]
 
 
 def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
-    """The call went through: the cache takes over its plan's state."""
-    if kwargs.get(CACHE) is not None:
-        kwargs[CACHE].commit()
+    """The call went through: the cache takes over its plan's state. Or it failed, and there is no output."""
+    cache = kwargs.get(CACHE)
+    if output is None:
+        if isinstance(cache, GistCache):  # of a call that was refused it may be another's
+            cache.abandon()
+    elif cache is not None:
+        cache.commit()
 
 
 def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch.Tensor:

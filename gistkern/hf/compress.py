@@ -162,7 +162,9 @@ def _hierarchical(work: _Compression) -> GistCache:
         work.run(ids, _independent(work, handle.is_gist(ids), valid))
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
     sinks = torch.tensor([min(len(segments[0]), handle.sink_tokens) for segments in work.samples])
-    work.cache.take_gists(_sinks_last(work.state, sinks).to(work.device))
+    columns = _sinks_last(work.state, sinks).to(work.device)
+    for layer in work.cache.layers:
+        layer.keep_gists(columns)
     ids = torch.tensor(handle.gist_token_ids).expand(len(sinks), -1)
     work.run(ids, _summary(work, torch.ones_like(ids, dtype=torch.bool), sinks))
     return work.cache

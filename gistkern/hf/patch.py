@@ -201,7 +201,7 @@ def _install(handle: GistHandle, rows: GistEmbedding, previous: dict[str, Any], 
     handle.hooks = [
         inner.get_input_embeddings().register_forward_pre_hook(handle.refuse_gist_ids),
         inner.register_forward_pre_hook(partial(call.before_inner, handle), with_kwargs=True),
-        inner.register_forward_hook(partial(call.after_inner, handle), with_kwargs=True),
+        inner.register_forward_hook(partial(call.after_inner, handle), with_kwargs=True, always_call=True),
     ]
     wrappers: dict[str, Any] = {"save_pretrained": save_pretrained}
     if model is not inner:

@@ -426,3 +426,14 @@ def test_threads_save_the_same_file(saved):
         thread.join()
     assert dataclasses.astuple(gistkern.GistCache.load(path).state)[5:8] == (4, 0, cache.get_seq_length())
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_counts_that_are_one_tensor(patched, tmp_path):
+    """A stream without gists: its counts of rows and its first position are the same zeros."""
+    cache = gistkern.GistCache()
+    with torch.no_grad():
+        patched[0](random_ids(2, 5), past_key_values=cache)
+        cache.save(tmp_path / "c")
+        loaded = gistkern.GistCache.load(tmp_path / "c", patched[0])
+        found, expected = (patched[0](random_ids(2, 2), past_key_values=one).logits for one in (loaded, cache))
+    assert torch.equal(found, expected)

@@ -260,6 +260,34 @@ def test_types_that_rows_are_not_held_in(patched):
         cache.to(dtype=torch.float8_e4m3fn)
 
 
+def test_rows_keep_their_type_until_another_is_asked_for(patched):
+    """Under autocast the tail is narrower than what the model computes in, and than gist rows that were made floats."""
+    exact = gistkern.compress(patched, random_ids(1, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = gistkern.compress(patched, random_ids(1, 20), gist_dtype=torch.int8)
+        logits(patched, narrow, random_ids(1, 3))
+    wide = narrow.to(gist_dtype=torch.float32)
+    assert (wide.layers[0].gist.key.dtype, wide.layers[0].tail.key.dtype) == (torch.float32, torch.bfloat16)
+    scaled = narrow.layers[0].gist.key.float() * narrow.layers[0].gist.key_scale[..., None]
+    assert torch.equal(wide.layers[0].gist.key, scaled), "not rounded to the type of the tail on the way"
+    for one in (exact, narrow, wide):
+        assert one.to("cpu", one.dtype) is one
+        kinds = [{t.dtype for t in cache.layers[0].tensors()} for cache in (one, one.to(gist_dtype=torch.int8))]
+        assert kinds[0] <= {torch.float32, torch.bfloat16, torch.int8}
+        assert kinds[1] == {torch.int8, torch.float32, one.layers[0].tail.key.dtype}
+    half = wide.to(dtype=torch.float16)
+    assert {t.dtype for t in half.layers[0].tensors()} == {torch.float16}
+
+
+def test_a_deep_copy_of_rows_that_a_gradient_may_come_back_to(patched):
+    cache = gistkern.compress(patched, random_ids(1, 20))
+    patched(random_ids(1, 3), past_key_values=cache)
+    assert cache.layers[0].tail.key.requires_grad
+    for one in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        expected = logits(patched, cache.clone(), random_ids(1, 1))
+        assert torch.equal(logits(patched, one, random_ids(1, 1)), expected)
+
+
 # ---- files
 
 

@@ -1,0 +1,48 @@
+"""A model call under way, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gistkern.cache.plan import CallPlan
+from gistkern.cache.pool import PoolIntervals
+
+__all__ = ["UNPATCHED", "ModelCall", "check_whole"]
+
+UNPATCHED = "a GistCache works with a patched model only: call gistkern.patch_llama(model) first"
+
+
+@dataclass
+class ModelCall:
+    """What a cache keeps from the start of a model call to its end.
+
+    Parameters
+    ----------
+    plan : CallPlan
+        Of the call, for all layers.
+    ids : Tensor or None
+        int64 ``[B, N]``: what it brings; None for embeddings.
+    intervals : PoolIntervals or None
+        Of rows that are read where they stand.
+    touched : bool
+        Whether a layer has stored rows of it: until the last one has, layers are ahead of others.
+    failed : bool
+        Whether it ended in an error.
+    """
+
+    plan: CallPlan
+    ids: torch.Tensor | None
+    intervals: PoolIntervals | None
+    touched: bool = False
+    failed: bool = False
+
+
+def check_whole(call: ModelCall | None) -> None:
+    """Raise RuntimeError if a model call, perhaps one that ended early, has updated some layers and not all."""
+    if call is not None and call.touched:
+        raise RuntimeError(
+            "an earlier model call failed half way through the layers and left this cache inconsistent: "
+            "go on from a clone made before it, or compress again"
+        )
