@@ -44,16 +44,10 @@ class AnswerFile:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = _read(path) if path.exists() else []
-            wanted = set(wanted)
-            if any(answer.model != model or answer.digest not in wanted for answer in found):
-                raise ValueError(
-                    f"{path} holds answers of another checkpoint, another way of reading or other questions: "
-                    "choose another output folder, or overwrite it"
-                )
-        except ValueError:
+            found = _read(path, model, set(wanted)) if path.exists() else []
+        except ValueError as error:
             if not overwrite:
-                raise
+                raise ValueError(f"{error}: choose another output folder, or overwrite it") from error
             found = []
         self.done = {answer.digest: answer for answer in found}
         temporary = path.with_suffix(".tmp")  # without what was torn, replaced in one step
@@ -75,16 +69,15 @@ def _lines(answers: Iterable[Answer]) -> str:
     return "".join(json.dumps({**asdict(a), "exact": a.exact}, ensure_ascii=False) + "\n" for a in answers)
 
 
-def _read(path: Path) -> list[Answer]:
-    """The answers of a file without the last line if a kill tore it."""
-    names = {field.name for field in fields(Answer)}
+def _read(path: Path, model: str, wanted: set[str]) -> list[Answer]:
+    """What `model` answered to the `wanted` questions, without the last line if a kill tore it."""
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            found.append(Answer(**{name: entry[name] for name in names}))
+            found.append(Answer(**{field.name: entry[field.name] for field in fields(Answer)}))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no answer ({error}): choose another output folder, or overwrite it"
-            ) from error
+            raise ValueError(f"{path}, line {number} is no answer ({error})") from error
+    if any(answer.model != model or answer.digest not in wanted for answer in found):
+        raise ValueError(f"{path} holds answers of another checkpoint, another way of reading or other questions")
     return found

@@ -10,11 +10,10 @@ import random
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-__all__ = ["LANGUAGES", "Language", "is_held_out", "number", "scrambled", "sentence"]
+__all__ = ["LANGUAGES", "Language", "decoy", "is_held_out", "number", "scrambled", "sentence"]
 
 
 @dataclass(frozen=True)
@@ -30,30 +29,22 @@ class Language:
     """
 
     code: str
-    templates: tuple[str, ...]
-    held_out: tuple[str, ...]
-    needles: tuple[str, ...]
-    held_out_needles: tuple[str, ...]
-    named_needles: tuple[str, ...]
+    templates: list[str]
+    held_out: list[str]
+    needles: list[str]
+    held_out_needles: list[str]
+    named_needles: list[str]
     statement: str
     secret: str
     question: str
     cue: str
     named_question: str
-    words: dict[str, tuple[str, ...]] = field(repr=False)
+    words: dict[str, list[str]] = field(repr=False)
     alphabet: tuple[int, int]
 
 
-def _language(code: str, entries: dict[str, Any]) -> Language:
-    def tuples(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    words = {kind: tuple(known) for kind, known in entries.pop("words").items()}
-    return Language(code=code, words=words, **{name: tuples(value) for name, value in entries.items()})
-
-
 _READ = yaml.safe_load(Path(__file__).with_name("languages.yaml").read_text("utf-8"))
-LANGUAGES = {code: _language(code, entries) for code, entries in _READ.items()}
+LANGUAGES = {code: Language(code, **entries) for code, entries in _READ.items()}
 
 
 def is_held_out(text: str) -> bool:
@@ -63,7 +54,7 @@ def is_held_out(text: str) -> bool:
 
 def sentence(language: Language, held_out: bool, rng: random.Random) -> str:
     """One haystack sentence of the wanted side of the split, with ``{n}`` where its numbers go."""
-    templates = language.templates + (language.held_out if held_out else ())
+    templates = language.templates + (language.held_out if held_out else [])
     while True:
         template = rng.choice(templates)
         filled = template

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +14,21 @@ __all__ = ["OUTCOMES", "Answer", "digit_accuracy", "judged", "numbers_in", "outc
 
 OUTCOMES = ("exact", "hallucinated_context", "hallucinated_invented", "abstained")
 # answers that agree in these are one row of the report
-GROUP = ("task", "language", "tokens", "filler", "wordings", "keys")
+GROUP = ("language", "tokens", "filler", "wordings", "keys")
 DEPTH_BINS = 10
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said to one sample, what that is worth, and how many cached rows and bytes it was read from.
+    """What was said to one sample, what that is worth, and how many cached rows it was read from.
 
-    `model` and `digest` say who answered what: they let an interrupted evaluation go on (answers.py).
-    `full_bytes` is what the keys and values of every token of the context would take; `digits` the digit accuracy
-    of a passkey.
+    `model` and `digest` say who answered what: they let an interrupted evaluation go on (answers.py). `digits` is the
+    digit accuracy, `row_bytes` what a row's keys and values take in all layers.
     """
 
     model: str
     digest: str
     id: str
-    task: str
     language: str
     tokens: int
     filler: str
@@ -38,13 +36,11 @@ class Answer:
     keys: int
     depth: float
     answer: str
-    chance: float
     said: str
     outcome: str
     digits: float
     rows: int
-    bytes: int
-    full_bytes: int
+    row_bytes: int
 
     @property
     def exact(self) -> bool:
@@ -52,35 +48,23 @@ class Answer:
         return self.outcome == "exact"
 
 
-def judged(sample: Sample, said: str, rows: int, size: int, row_bytes: int, *, model: str, digest: str) -> Answer:
-    """What was said to a sample, read from `rows` cached rows that take `size` bytes, one row `row_bytes`."""
-    same = ("id", "language", "tokens", "filler", "wordings", "depth", "answer")
+def judged(sample: Sample, said: str, rows: int, row_bytes: int, model: str) -> Answer:
+    """What `model` said to a sample, read from so many cached rows of so many bytes."""
+    same = ("digest", "id", "language", "tokens", "filler", "wordings", "depth", "answer")
     return Answer(
         **{name: getattr(sample, name) for name in same},
         model=model,
-        digest=digest,
-        task=getattr(sample, "task", "passkey"),
         keys=len(sample.keys),
-        chance=getattr(sample, "chance", 10.0**-KEY_DIGITS),
         said=said,
-        outcome=outcome(said, sample.answer, sample.context, getattr(sample, "choices", ())),
+        outcome=outcome(said, sample.answer, sample.context),
         digits=digit_accuracy(said, sample.answer),
         rows=rows,
-        bytes=size,
-        full_bytes=sample.tokens * row_bytes,
+        row_bytes=row_bytes,
     )
 
 
-def parsed(said: str, choices: Sequence[str] = ()) -> str | None:
-    """The well-formed answer in what a model said, or None if there is none.
-
-    With `choices` it is the one that the text begins with (the longest, and as a whole word or number);
-    without, the first run of digits, if it has as many digits as a key.
-    """
-    if choices:
-        text = said.strip()
-        begun = [c for c in choices if text.startswith(c) and not re.match("[0-9A-Za-z]", text[len(c) :])]
-        return max(begun, key=len, default=None)
+def parsed(said: str) -> str | None:
+    """The well-formed answer in what a model said: the first run of digits, if it has as many as a key."""
     run = re.search("[0-9]+", said)
     return run[0] if run and len(run[0]) == KEY_DIGITS else None
 
@@ -90,15 +74,14 @@ def numbers_in(text: str) -> set[str]:
     return {run.replace(",", "") for run in re.findall(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*", text)}
 
 
-def outcome(said: str, answer: str, context: str, choices: Sequence[str] = ()) -> str:
+def outcome(said: str, answer: str, context: str) -> str:
     """Which of `OUTCOMES` an answer is; every answer is exactly one of them."""
-    found = parsed(said, choices)
+    found = parsed(said)
     if found is None:
         return "abstained"
     if found == answer:
         return "exact"
-    known: Collection[str] = numbers_in(context) if found.isdecimal() else context
-    return "hallucinated_context" if found in known else "hallucinated_invented"
+    return "hallucinated_context" if found in numbers_in(context) else "hallucinated_invented"
 
 
 def digit_accuracy(said: str, answer: str) -> float:
@@ -126,30 +109,28 @@ def rows_of(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def _row(key: dict[str, Any], group: Sequence[Answer]) -> dict[str, Any]:
+    n = len(group)
     count = {name: sum(answer.outcome == name for answer in group) for name in OUTCOMES}
-
-    def mean(field: str) -> float:
-        return sum(getattr(answer, field) for answer in group) / len(group)
-
-    low, high = wilson(count["exact"], len(group))
-    row = {
+    rows = sum(answer.rows for answer in group) / n
+    size = sum(answer.rows * answer.row_bytes for answer in group) / n
+    full = sum(answer.tokens * answer.row_bytes for answer in group) / n
+    low, high = wilson(count["exact"], n)
+    return {
         **key,
-        "gist_tokens": round(mean("rows")),
-        "ratio": key["tokens"] / mean("rows"),
-        "n": len(group),
-        "exact": mean("exact"),
+        "gist_tokens": round(rows),
+        "ratio": key["tokens"] / rows,
+        "n": n,
+        "exact": count["exact"] / n,
         "wilson_low": low,
         "wilson_high": high,
-        "hallucinated": (count["hallucinated_context"] + count["hallucinated_invented"]) / len(group),
-        **{name: count[name] / len(group) for name in OUTCOMES[1:]},
-        "chance": mean("chance"),
-        "full_kv_bytes": round(mean("full_bytes")),
-        "gist_kv_bytes": round(mean("bytes")),
-        "bytes_ratio": mean("full_bytes") / mean("bytes"),
+        "hallucinated": (count["hallucinated_context"] + count["hallucinated_invented"]) / n,
+        **{name: count[name] / n for name in OUTCOMES[1:]},
+        "digit": sum(answer.digits for answer in group) / n,
+        "full_kv_bytes": round(full),
+        "gist_kv_bytes": round(size),
+        "bytes_ratio": full / size,
+        "by_depth": _by_depth(group),
     }
-    if key["task"] == "passkey":
-        row |= {"digit": mean("digits"), "by_depth": _by_depth(group)}
-    return row
 
 
 def _by_depth(group: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,17 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from passkey.haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
 from passkey.prose import passage, prose
 
-__all__ = [
-    "ASKED_BY",
-    "FILLERS",
-    "KEY_DIGITS",
-    "WORDINGS",
-    "Haystack",
-    "Sample",
-    "dataset",
-    "read_tokenizer",
-    "train_tokenizer",
-]
+__all__ = ["KEY_DIGITS", "Haystack", "Sample", "dataset", "read_tokenizer", "train_tokenizer"]
 
 KEY_DIGITS = 5
 POOL = 10_000
@@ -45,19 +38,19 @@ class Sample:
     depth: float
     tokens: int
     keys: dict[str, str]
-    filler: str = "templates"
-    wordings: str = "training"
+    filler: str
+    wordings: str
 
-
-def _numbers(text: str) -> list[str]:
-    return re.findall(r"\d+", text)
+    @property
+    def digest(self) -> str:
+        """Tells this sample from every other."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
-def train_tokenizer(vocab_size: int = 1024, seed: int = 0) -> Tokenizer:
+def train_tokenizer() -> Tokenizer:
     """Byte-level BPE over both languages in which every digit is a token of its own."""
-    rng = random.Random(seed)
-    lines = []
+    rng, lines = random.Random(0), []
     for language in LANGUAGES.values():
         lines += [" " + sentence(language, False, rng).replace("{n}", number(rng)) for _ in range(POOL // 2)]
         for needle in (*language.needles, language.question) * 50:
@@ -68,7 +61,7 @@ def train_tokenizer(vocab_size: int = 1024, seed: int = 0) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=1024,
         special_tokens=["<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -127,62 +120,44 @@ class Haystack:
         self.filler, self.wordings = filler, wordings
         self.language: Language = LANGUAGES[language]
         self.question: str = getattr(self.language, asked_by)
-        self._digit = {digit: ids[0] for digit in "0123456789" if len(ids := self.encode(digit)) == 1}
-        # where digits are tokens of their own, the text between numbers can be encoded once for all
-        self._single_digits = self.encode("0123456789") == list(self._digit.values())
-        self._padding = next((text for text in ("7", " a", " 1") if self._is_padding(text)), None)
-        self._ids: dict[str, list[int]] = {}
+        self._known = lru_cache(1 << 16)(self.encode)
+        # where digits are tokens of their own, what stands between them comes again and is encoded once
+        self._piece = "[0-9]|[^0-9]+" if self._joins(list("0123456789")) else ".+"
+        self._padding = next((text for text in ("7", " a", " 1") if self._is_padding(text)), "")
         self._taken: set[str] = set()
         if filler == "prose":
             self._documents = prose(language, held_out)
             # a key that stands in the text, or is made of padding, would not be the needle's alone
-            numbers = {number for document in self._documents for line in document for number in _numbers(line)}
-            self._taken = {number[at : at + KEY_DIGITS] for number in numbers for at in range(len(number))} | {"7" * 5}
+            numbers = {found for document in self._documents for line in document for found in re.findall(r"\d+", line)}
+            self._taken = {found[at : at + KEY_DIGITS] for found in numbers for at in range(len(found))} | {"7" * 5}
+            lines = [line for document in self._documents[:20] for line in document]
         else:
-            lines = [sentence(self.language, held_out, rng) for _ in range(POOL)]
+            self._pool = [sentence(self.language, held_out, rng) for _ in range(POOL)]
             if not held_out:
-                lines[::2] = [scrambled(self.language, rng) for _ in lines[::2]]
-                lines[1::8] = [decoy(self.language, rng) for _ in lines[1::8]]
-            self._pool = [f" {line}".split("{n}") for line in lines]
-            self._ids = {piece: self.encode(piece) for piece in {piece for line in self._pool for piece in line}}
-        self._check_tokenizer()
-
-    def _check_tokenizer(self) -> None:
-        """Contexts are counted sentence by sentence: their text as a whole must have the same tokens."""
-        if self.filler == "prose":
-            texts = [f" {line}" for document in self._documents[:20] for line in document]
-        else:
-            texts = ["10294".join(pieces) for pieces in self._pool[:200]]
-        texts += [" " + needle.format(key="52047") for needle in self.language.needles]
-        if self._padding is None or self.encode("".join(texts)) != [id for text in texts for id in self.encode(text)]:
+                self._pool[::2] = [scrambled(self.language, rng) for _ in self._pool[::2]]
+                self._pool[1::8] = [decoy(self.language, rng) for _ in self._pool[1::8]]
+            lines = [line.replace("{n}", "10294") for line in self._pool[:200]]
+        # contexts are counted sentence by sentence: their text as a whole must have the same tokens
+        lines += [needle.format(key="52047") for needle in self.language.needles]
+        if not self._padding or not self._joins([f" {line}" for line in lines]):
             raise ValueError(
                 "this tokenizer gives sentences other tokens when they are joined, so lengths would be wrong: "
                 "expected one that splits before a space and adds nothing in front (byte-level BPE)"
             )
 
+    def _joins(self, texts: list[str]) -> bool:
+        """Whether the tokens of the joined texts are those of one after the other."""
+        return self.encode("".join(texts)) == [id for text in texts for id in self.encode(text)]
+
     def _is_padding(self, text: str) -> bool:
-        ids = self.encode(text)
-        return len(ids) == 1 and self.encode(text * 8) == ids * 8
+        return len(self.encode(text)) == 1 and self._joins([text] * 8)
 
     def lines(self) -> Iterator[tuple[str, list[int]]]:
-        """Text and ids of one haystack sentence after the other, without end."""
-        if self.filler == "templates":
-            while True:
-                yield self.line()
-        for line in passage(self._documents, self.rng):
-            text = f" {line}"
-            yield text, self._encoded(text)
-
-    def line(self) -> tuple[str, list[int]]:
-        """Text and ids of one template sentence with fresh numbers."""
-        first, *rest = self.rng.choice(self._pool)
-        text, ids = first, list(self._ids[first])
-        for piece in rest:
-            value = number(self.rng)
-            text += value + piece
-            if self._single_digits:
-                ids += [*(self._digit[digit] for digit in value), *self._ids[piece]]
-        return text, ids if self._single_digits else self.encode(text)
+        """Text and ids of one haystack sentence after the other, with fresh numbers, without end."""
+        prose = self.filler == "prose"
+        for line in passage(self._documents, self.rng) if prose else iter(lambda: self.rng.choice(self._pool), ""):
+            text = " " + re.sub(r"\{n\}", lambda _: number(self.rng), line)
+            yield text, list(chain.from_iterable(map(self._known, re.findall(self._piece, text))))
 
     def key(self) -> str:
         """A key of `KEY_DIGITS` digits of this side of the split."""
@@ -211,12 +186,6 @@ class Haystack:
         """Token ids of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _encoded(self, text: str) -> list[int]:
-        """`encode`, remembered; not to be changed in place."""
-        if text not in self._ids:
-            self._ids[text] = self.encode(text)
-        return self._ids[text]
-
     def draw(self, tokens: int, depth: float | None = None, keys: int = 1) -> tuple[list[int], Sample]:
         """Ids of a context of exactly `tokens` tokens, and the question about one of its keys.
 
@@ -244,35 +213,31 @@ class Haystack:
             (asked_depth if name == asked else rng.random(), " " + rng.choice(wordings).format(key=key, name=name))
             for name, key in secrets.items()
         )
-        encoded = [(at, text, self.encode(text)) for at, text in needles]
-        filler = tokens - sum(len(ids) for _, _, ids in encoded)
-        if filler < 0:
-            raise ValueError(f"{tokens} tokens are too few for {keys} needle(s): they take {tokens - filler}")
-        pieces, ids, starts = self._hidden(encoded, filler)
-        start = next(at for at, (_, text, _) in zip(starts, encoded, strict=True) if secrets[asked] in text)
+        ids, context, starts = self._hidden(needles, tokens)
+        start = next(at for at, (_, text) in zip(starts, needles, strict=True) if secrets[asked] in text)
         sample = Sample(
             id="",
             language=language.code,
-            context="".join(pieces),
+            context=context,
             question=(self.question if keys == 1 else language.named_question).format(name=asked),
             answer=secrets[asked],
             depth=round(start / tokens, 4),
-            tokens=len(ids),
+            tokens=tokens,
             keys=secrets,
             filler=self.filler,
             wordings=self.wordings,
         )
         return ids, sample
 
-    def _hidden(
-        self, needles: list[tuple[float, str, list[int]]], filler: int
-    ) -> tuple[list[str], list[int], list[int]]:
-        """Texts and ids of `filler` tokens with needles between their sentences, and where those start."""
-        ids: list[int] = []
-        pieces: list[str] = []
-        starts: list[int] = []
+    def _hidden(self, needles: list[tuple[float, str]], tokens: int) -> tuple[list[int], str, list[int]]:
+        """Ids and text of `tokens` tokens with needles between the sentences, and where those start."""
+        encoded = [(at, text, self.encode(text)) for at, text in needles]
+        filler = tokens - sum(len(ids) for *_, ids in encoded)
+        if filler < 0:
+            raise ValueError(f"{tokens} tokens are too few for {len(needles)} needle(s): they take {tokens - filler}")
+        ids, pieces, starts = [], [], []
         used, lines, waiting = 0, self.lines(), None
-        for at, text, needle in [*needles, (1.0, "", [])]:
+        for at, text, needle in [*encoded, (1.0, "", [])]:
             # whole sentences up to the needle's place; the last stretch is cut to the exact length
             goal = round(at * filler)
             while used < goal:
@@ -290,7 +255,7 @@ class Haystack:
             starts.append(len(ids))
             ids += needle
             pieces.append(text)
-        return pieces, ids, starts[:-1]
+        return ids, "".join(pieces), starts[:-1]
 
 
 def dataset(
@@ -309,9 +274,8 @@ def dataset(
     rng = random.Random(f"{seed}-{language}-{tokens}-{keys}")
     haystack = Haystack(tokenizer, language, True, rng, filler=filler, wordings=wordings, asked_by=asked_by)
     for index in range(samples):
-        depth = (index + 0.5) / samples
-        _, sample = haystack.draw(tokens, depth, keys)
-        yield Sample(**{**asdict(sample), "id": f"{language}-{tokens}-{seed}-{index}"})
+        _, sample = haystack.draw(tokens, (index + 0.5) / samples, keys)
+        yield replace(sample, id=f"{language}-{tokens}-{seed}-{index}")
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -57,14 +57,9 @@ def prose(language: str, held_out: bool) -> tuple[tuple[str, ...], ...]:
     seen = {line for document in prose(language, False) for line in document} if held_out else set()
     documents = []
     for lines in _READERS[language](held_out):
-        document = []
-        for line in lines:
-            if line not in seen:
-                seen.add(line)
-                document.append(line)
-        if document:
-            documents.append(tuple(document))
-    return tuple(documents)
+        documents.append(tuple(dict.fromkeys(line for line in lines if line not in seen)))
+        seen.update(documents[-1])
+    return tuple(filter(None, documents))
 
 
 def passage(documents: tuple[tuple[str, ...], ...], rng: random.Random) -> Iterator[str]:
@@ -83,37 +78,34 @@ def passage(documents: tuple[tuple[str, ...], ...], rng: random.Random) -> Itera
         yield from documents[first][:start]
 
 
-def _folder(package: str) -> Path:
+def _read(package: str, path: str, encoding: str = "utf-8") -> str:
     found = importlib.util.find_spec(package)  # of a top-level package: executes nothing
     if found is None or not found.submodule_search_locations:
         raise ValueError(f"prose haystacks are read from the package {package}, which is not installed: {INSTALL}")
-    return Path(found.submodule_search_locations[0])
-
-
-def _read(path: Path, encoding: str = "utf-8") -> str:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing from the installed package {path}: reinstall it, {INSTALL}")
-    return path.read_text(encoding)
+    file = Path(found.submodule_search_locations[0], path)
+    if not file.is_file():
+        raise ValueError(f"{path} is missing from the installed package {package}: reinstall it, {INSTALL}")
+    return file.read_text(encoding)
 
 
 def _english(held_out: bool) -> Iterator[list[str]]:
-    folder = _folder("gensim") / "test" / "test_data"
-    documents = _read(folder / "lee_background.cor", "cp1252").splitlines()
+    documents = _read("gensim", "test/test_data/lee_background.cor", "cp1252").splitlines()
     held = documents[4::5]
     del documents[4::5]
-    for document in _read(folder / "lee.cor", "cp1252").splitlines() + held if held_out else documents:
+    if held_out:
+        documents = _read("gensim", "test/test_data/lee.cor", "cp1252").splitlines() + held
+    for document in documents:
         text = " ".join(document.split())
         lines = re.split(r"""(?<!\b[DM]r\.)(?<!\bSt\.)(?:(?<=[.!?])|(?<=[.!?]["']))\s+(?=["'(]?[A-Z0-9])""", text)
         yield [line for line in lines if re.search(r"""[.!?]["')]?$""", line) and len(line) >= 20]
 
 
 def _korean(held_out: bool) -> Iterator[list[str]]:
-    corpus = _folder("konlpy") / "data" / "corpus"
-    chapters = re.split(r"\n\s*(?:제\d+장|부칙)[^\n]*\n", _read(corpus / "kolaw" / "constitution.txt"))
-    for chapter in chapters[held_out::2]:
+    constitution = _read("konlpy", "data/corpus/kolaw/constitution.txt")
+    for chapter in re.split(r"\n\s*(?:제\d+장|부칙)[^\n]*\n", constitution)[held_out::2]:
         yield _korean_sentences(chapter.splitlines())
     for number in BILLS[held_out]:
-        yield _korean_sentences(_bill(_read(corpus / "kobill" / f"180989{number}.txt")))
+        yield _korean_sentences(_bill(_read("konlpy", f"data/corpus/kobill/180989{number}.txt")))
 
 
 def _bill(text: str) -> Iterator[str]:

@@ -16,10 +16,11 @@ from typing import Any
 __all__ = ["command_line", "environment", "read_json", "show", "write_json", "write_report"]
 
 Rows = Sequence[Mapping[str, Any]]
+HEAD = ["questions", "tokens", "rows", "ratio", "n", "exact", "95 % interval", "digits", "hallucinated", "abstained"]
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write report.json and heatmap.png (where rows know depths) into a folder, and print the tables.
+    """Write report.json and heatmap.png into a folder, and print the tables.
 
     `report` has "rows" of `metrics.rows_of`, perhaps "full_context" with those of the same questions when the whole
     context was in sight, and whatever else is to be kept.
@@ -35,40 +36,25 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def show(rows: Rows) -> str:
     """The rows as a table for a terminal; a "method" stands in front where rows have one."""
-    head = [
-        "questions",
-        "tokens",
-        "rows",
-        "ratio",
-        "n",
-        "exact",
-        "95 % interval",
-        "digits",
-        "hallucinated",
-        "abstained",
-    ]
-    lines = [head]
+    lines = [HEAD]
     for row in rows:
         interval = f"{row['wilson_low']:.1%} to {row['wilson_high']:.1%}"
         counts = f"{row['tokens']:,}", f"{row['gist_tokens']:,}", f"{row['ratio']:.0f}x", str(row["n"])
-        digits = f"{row['digit']:.1%}" if "digit" in row else "-"
-        shares = f"{row['hallucinated']:.1%}", f"{row['abstained']:.1%}"
-        lines.append([_label(row), *counts, f"{row['exact']:.1%}", interval, digits, *shares])
+        shares = (f"{row[name]:.1%}" for name in ("digit", "hallucinated", "abstained"))
+        lines.append([_label(row), *counts, f"{row['exact']:.1%}", interval, *shares])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
-        for cells in lines
-    ]
-    return "\n".join("  ".join(cells) for cells in aligned)
+    first, *others = widths
+    return "\n".join(
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in lines
+    )
 
 
 def _label(row: Mapping[str, Any]) -> str:
     """What a row's questions are, without their length: the differences from plain passkeys are spelled out."""
     parts = [row["method"]] if "method" in row else []
     parts.append(row["language"])
-    if row["task"] != "passkey":
-        parts.append(row["task"])
-    elif row["keys"] > 1:
+    if row["keys"] > 1:
         parts.append(f"{row['keys']} keys")
     if row["filler"] != "templates":
         parts.append(row["filler"])
@@ -78,10 +64,8 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def heatmap(rows: Rows, path: Path) -> None:
-    """Draw exact match of passkeys by depth (across) and length (down); nothing if no row knows depths."""
-    known = sorted((row for row in rows if "by_depth" in row), key=lambda row: (_label(row), row["tokens"]))
-    if not known:
-        return
+    """Draw exact match by depth (across) and length (down)."""
+    known = sorted(rows, key=lambda row: (_label(row), row["tokens"]))
     import matplotlib  # takes a second to load
 
     matplotlib.use("Agg")

@@ -35,7 +35,8 @@ def _plain(haystack: Haystack, tokens: int) -> tuple[list[int], list[int]]:
     """Ids of `tokens` tokens of haystack, and the places between its sentences."""
     ids: list[int] = []
     starts: list[int] = []
+    lines = haystack.lines()
     while len(ids) < tokens:
         starts.append(len(ids))
-        ids += haystack.line()[1]
+        ids += next(lines)[1]
     return ids[:tokens], [*starts, tokens]

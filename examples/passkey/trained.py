@@ -16,7 +16,7 @@ from transformers.utils import logging
 from gistkern import GistHandle, patch_llama
 from passkey.models import base_model, loading, patched, read_tokenizer
 from passkey.niah import Sample, dataset
-from passkey.readers import FullReader, GistReader
+from passkey.readers import Reader
 from passkey.settings import EvaluationRow, Settings, read_settings
 
 __all__ = ["SETTINGS", "Trained", "newest", "newest_whole", "open_trained", "progress_of", "settings_file"]
@@ -26,7 +26,6 @@ STATE = "trainer_state.json"
 # transformers draws a bar for every file and reports the gist rows, which patching reads, as unexpected keys
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-SWAPPED = 20  # samples of the swap test
 
 
 @dataclass(frozen=True)
@@ -86,26 +85,19 @@ class Trained:
         trained.handle.unpatch()
         return trained.model
 
-    def reader(self, new_tokens: int | None = None) -> GistReader:
+    def reader(self, new_tokens: int | None = None) -> Reader:
         """Reads from gist rows."""
-        return GistReader(self.model, self.tokenizer.backend_tokenizer, self.compression, new_tokens, self.start)
+        return Reader(self.model, self.tokenizer.backend_tokenizer, self.compression, new_tokens, self.start)
 
-    def full_reader(self, new_tokens: int | None = None) -> FullReader:
+    def full_reader(self, new_tokens: int | None = None) -> Reader:
         """Reads with the whole context in sight."""
-        return FullReader(self.full(), self.tokenizer.backend_tokenizer, new_tokens, self.start)
+        return Reader(self.full(), self.tokenizer.backend_tokenizer, {}, new_tokens, self.start, full=True)
 
     def datasets(self, seed: int, rows: Sequence[EvaluationRow] | None = None) -> list[list[Sample]]:
         """Held-out questions, row by row: those of the settings, or others."""
-        return [self._dataset(seed, row) for row in rows or self.settings.evaluation]
-
-    def probe(self, seed: int) -> list[Sample]:
-        """Other questions of the longest contexts, for the swap test."""
-        longest = max(self.settings.evaluation, key=lambda row: row.tokens)
-        return self._dataset(seed, EvaluationRow(longest.language, longest.tokens, SWAPPED))
-
-    def _dataset(self, seed: int, row: EvaluationRow) -> list[Sample]:
         asked = {"seed": seed, "asked_by": self.settings.data.asked_by}
-        return list(dataset(self.tokenizer.backend_tokenizer, **asdict(row), **asked))
+        backend = self.tokenizer.backend_tokenizer
+        return [list(dataset(backend, **asdict(row), **asked)) for row in rows or self.settings.evaluation]
 
 
 def open_trained(path: str | Path, source: str | None = None) -> Trained:

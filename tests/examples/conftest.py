@@ -41,6 +41,14 @@ def untrained_run(folder, settings):
     return folder
 
 
+def drawn_by_a_process(*what, **how):
+    """Samples as another process draws them, whose hashes have another seed."""
+    code = f"""import json, sys; sys.path.insert(0, {str(EXAMPLES)!r})
+from passkey.niah import dataset, train_tokenizer
+print(json.dumps([vars(sample) for sample in dataset(train_tokenizer(), *{what!r}, **{how!r})]))"""
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+
 def command(*arguments):
     """The smallest training run of the example."""
     return [sys.executable, str(EXAMPLES / "train_niah.py"), "--preset", str(SMOKE), *map(str, arguments)]

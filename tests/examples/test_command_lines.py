@@ -16,20 +16,12 @@ from safetensors.torch import load_file
 
 import eval_niah
 import kvpress_baseline
-import niah
-import serve_queue
+import serve
 import train_niah
-import vllm_queue
+from passkey.niah import train_tokenizer
 from passkey.trained import newest_whole
 
 pytestmark = pytest.mark.xdist_group("training")
-
-SAMPLE = {"id": "a", "language": "en", "context": "c", "question": "q", "answer": "1", "depth": 0.5, "tokens": 7}
-SAMPLE |= {"keys": {"": "1"}}
-
-
-def changed(**changes):
-    return json.dumps({**SAMPLE, **changes})
 
 
 @pytest.fixture
@@ -38,15 +30,17 @@ def place(tmp_path):
     run = tmp_path / "run" / "checkpoint-1"
     run.mkdir(parents=True)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
     files = {
         "file": "",
         "torn.json": '{"a": ',
         "other.json": '{"rows": [{"tokens": null}]}',
         "latin": b"\xe9",
-        "null.jsonl": changed(context=None),
-        "float.jsonl": changed(tokens=7.5),
-        "surrogate.jsonl": "\n".join([changed(), changed(question="\ud83d")]),
-        "list.jsonl": "[1, 2]",
+        "torn.yaml": "- {language: en, tokens: 150",
+        "float.yaml": "- {language: en, tokens: 7.5, samples: 2}",
+        "short.yaml": "- {language: en, tokens: 7, samples: 2}",
+        "two.yaml": "- {language: en, tokens: 99, samples: 2}\n- {language: en, tokens: 150, samples: 2}",
+        "model/tokenizer.json": train_tokenizer().to_str(),
         "requests.json": '{"requests": [{"document": 1}]}',
         "run/settings.json": smoke().written(),
         "run/checkpoint-1/trainer_state.json": json.dumps(
@@ -67,38 +61,38 @@ def place(tmp_path):
 
 
 EVALUATE = "--checkpoint {run} --output {empty}"
-GENERATE = "--tokens 150 --samples 2 --out {new}"
+KVPRESS = "--output {new} --model {model} --rows"
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        (niah, "--out {empty}", "empty is a folder: expected a file"),
-        (niah, "--out {file}/new", "file is a file: expected a folder"),
-        (niah, f"{GENERATE} --tokens -5", "--tokens: expected at least 1, got -5"),
-        (niah, f"{GENERATE} --samples 1.5", "--samples: expected a whole number, got '1.5'"),
-        (niah, f"{GENERATE} --tokenizer {{empty}}", "empty holds no tokenizer"),
-        (niah, f"--task counting {GENERATE} --tokenizer {{empty}}", "empty holds no tokenizer"),
         (eval_niah, "--checkpoint {file} --output {empty}", "file is a file: expected a folder"),
         (eval_niah, "--checkpoint {none} --output {empty}", "no folder .*none"),
         (eval_niah, "--checkpoint {empty} --output {file}", "file is a file: expected a folder"),
         (eval_niah, "--checkpoint {empty} --output {new}", "empty holds no checkpoint"),
         (eval_niah, f"{EVALUATE} --threads 0", "--threads: expected at least 1"),
-        (eval_niah, f"{EVALUATE} --dataset {{empty}}", "empty cannot be read: Is a directory"),
-        (eval_niah, f"{EVALUATE} --dataset {{latin}}", "latin is no text"),
-        (eval_niah, f"{EVALUATE} --dataset {{torn.json}}", "torn.json, line 1 is no sample"),
-        (eval_niah, f"{EVALUATE} --dataset {{null.jsonl}}", "null.jsonl, line 1 is no sample .*: context is None"),
-        (eval_niah, f"{EVALUATE} --dataset {{float.jsonl}}", "float.jsonl, line 1 is no sample .*: tokens is 7.5"),
-        (eval_niah, f"{EVALUATE} --dataset {{surrogate.jsonl}}", "surrogate.jsonl, line 2 .* question holds half a"),
-        (eval_niah, f"{EVALUATE} --dataset {{list.jsonl}}", "list.jsonl, line 1 is no sample"),
-        (eval_niah, f"{EVALUATE} --dataset {{null.jsonl}} --batch 0", "--batch: expected at least 1"),
+        (eval_niah, f"{EVALUATE} --rows {{empty}}", "empty is a folder: expected a file"),
+        (eval_niah, f"{EVALUATE} --rows {{latin}}", "latin: 'utf-8' codec can't decode"),
+        (eval_niah, f"{EVALUATE} --rows {{torn.yaml}}", "torn.yaml: while parsing"),
+        (eval_niah, f"{EVALUATE} --rows {{float.yaml}}", "float.yaml: .*tokens"),
+        (eval_niah, f"{EVALUATE} --rows {{other.json}}", "other.json: "),
+        (eval_niah, f"{EVALUATE} --full 0", "--full: expected at least 1"),
         (eval_niah, EVALUATE, "checkpoint-1 holds no tokenizer"),
-        (serve_queue, EVALUATE, "checkpoint-1 holds no tokenizer"),
-        (serve_queue, f"{EVALUATE} --requests 0", "--requests: expected at least 1"),
-        (vllm_queue, "--folder {empty}", "empty holds no requests.json"),
-        (vllm_queue, "--folder {.}", "requests.json is none that serve_queue.py wrote"),
-        (kvpress_baseline, "--model {none} --dataset {file} --output {new}", "no folder .*none"),
-        (kvpress_baseline, "--model {empty} --dataset {file} --output {new}", "file holds no samples"),
+        (serve, f"transformers {EVALUATE}", "checkpoint-1 holds no tokenizer"),
+        (serve, f"transformers {EVALUATE} --requests 0", "--requests: expected at least 1"),
+        (serve, "vllm --output {none}", "no folder .*none"),
+        (serve, "vllm --output {empty}", "empty holds no requests.json"),
+        (serve, "vllm --output {.}", "requests.json is none that serve.py wrote"),
+        (kvpress_baseline, "--model {none} --rows {file} --output {new}", "no folder .*none"),
+        (kvpress_baseline, "--model {empty} --rows {file} --output {new}", "tokenizer.json is no tokenizer"),
+        (kvpress_baseline, f"{KVPRESS} {{none}}", "none does not exist"),
+        (kvpress_baseline, f"{KVPRESS} {{file}}", "file holds no rows as eval_niah.py reads them"),
+        (kvpress_baseline, f"{KVPRESS} {{latin}}", "latin holds no rows"),
+        (kvpress_baseline, f"{KVPRESS} {{torn.yaml}}", "torn.yaml holds no rows"),
+        (kvpress_baseline, f"{KVPRESS} {{other.json}}", "other.json holds no rows"),
+        (kvpress_baseline, f"{KVPRESS} {{short.yaml}}", "short.yaml .*: 7 tokens are too few"),
+        (kvpress_baseline, f"{KVPRESS} {{two.yaml}}", "two.yaml: expected samples of one length"),
         (train_niah, f"--preset {SMOKE} --run {{file}}", "file is a file: expected a folder"),
         (train_niah, f"--preset {SMOKE} --run {{file}}/new", "file is a file: expected a folder"),
         (train_niah, f"--preset {SMOKE} --threads -1", "--threads: expected at least 1"),
@@ -130,7 +124,7 @@ def test_a_checkpoint_that_is_torn(place, finished, capsys):
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["train_niah", "eval_niah", "serve_queue", "vllm_queue", "niah"])
+@pytest.mark.parametrize("script", ["train_niah", "eval_niah", "serve", "own_data", "compare"])
 def test_a_wrong_option_is_refused_before_anything_loads(script):
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {script}\n"

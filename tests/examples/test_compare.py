@@ -14,7 +14,7 @@ from gistkern.training import Share, Stage
 from passkey.data import PasskeyData
 from passkey.models import patched
 from passkey.niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
-from passkey.readers import GistReader
+from passkey.readers import Reader
 
 GRID = yaml.safe_load(compare.GRID.read_text("utf-8"))
 LAYOUTS, COUNTS = ("single", "segment-wise", "hierarchical"), (1, 2, 5, 10, 25)
@@ -88,7 +88,7 @@ def test_training_computes_what_is_read_from_the_gist_rows(name, keys):
         trained = model(**batch, logits_to_keep=KEY_DIGITS + 1, use_cache=False).logits[:, 0]
     length = settings.segments.segment_length
     compression = {} if length is None else vars(settings.segments)
-    reader = GistReader(model, train_tokenizer(), compression, new_tokens=1)
+    reader = Reader(model, train_tokenizer(), compression, new_tokens=1)
     cache = reader.compress(samples)
     rows = set(cache.gist_rows.tolist())
     assert [train_tokenizer().decode([int(row.argmax())]) for row in trained] == reader.ask(cache, samples)

@@ -15,13 +15,12 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import eval_niah
 import gistkern
-import niah
 import train_niah
 from gistkern.training import Share
 from passkey.data import PasskeyData
 from passkey.models import adapted, fast_tokenizer
 from passkey.niah import dataset
-from passkey.readers import GistReader
+from passkey.readers import Reader
 from passkey.settings import Data, EvaluationRow, made, preset_file, read_evaluation, read_settings
 from passkey.trained import open_trained, progress_of
 from passkey.training import DRY_STEPS, dry, make_trainer, train, training_arguments
@@ -235,20 +234,17 @@ def test_evaluation_follows_training(tmp_path):
     assert report["swap"]["n"] == 20
 
 
-def test_any_checkpoint_of_a_run_can_be_evaluated(dry_runs, tmp_path, capsys):
-    run, path = dry_runs[OURS], tmp_path / "samples.jsonl"
-    niah.main(["--tokens", "120", "--samples", "2", "--out", str(path)])
-    ask = ["--dataset", str(path), "--output", str(tmp_path / "out"), "--checkpoint"]
-    eval_niah.main([*ask, str(run / "checkpoint-2"), "--full"])
+def test_any_checkpoint_of_a_run_can_be_evaluated(dry_runs, tmp_path):
+    run, path = dry_runs[OURS], tmp_path / "rows.yaml"
+    path.write_text("- {language: en, tokens: 120, samples: 2}")
+    ask = ["--rows", str(path), "--output", str(tmp_path / "out"), "--checkpoint"]
+    eval_niah.main([*ask, str(run / "checkpoint-2"), "--full", "2"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["checkpoint"], report["training"]["steps"]) == ("checkpoint-2", 2)
     (full,) = report["full_context"]
     assert (full["gist_tokens"], full["n"]) == (120, 2)
     eval_niah.main([*ask, str(run), "--overwrite"])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["checkpoint"] == "checkpoint-4", "the newest"
-    with pytest.raises(SystemExit):
-        eval_niah.main([*ask, str(run), "--overwrite", "--measure"])
-    assert "--measure is for models that are not quantized" in capsys.readouterr().err
     alone = shutil.copytree(run / "checkpoint-4", tmp_path / "alone" / "adapter")
     with pytest.raises(ValueError, match="belongs to no run"):
         open_trained(alone)
@@ -260,7 +256,7 @@ def test_what_the_tokenizer_puts_in_front_is_read_first(dry_runs):
     backend = opened.tokenizer.backend_tokenizer
     (sample,) = dataset(backend, "en", 120, 1)
     start = backend.encode(" Monday").ids
-    plain, begun = opened.reader(), GistReader(opened.model, backend, opened.compression, start=start)
+    plain, begun = opened.reader(), Reader(opened.model, backend, opened.compression, start=start)
     cache = begun.compress([sample])
     assert cache.get_seq_length() == len(start) + plain.compress([sample]).get_seq_length()
     said = plain.compress([replace(sample, context=" Monday" + sample.context)])

@@ -79,9 +79,7 @@ def folder(tmp_path_factory):
     config = LlamaConfig(vocab_size=1024, num_hidden_layers=2, initializer_range=0.4, **size)
     LlamaForCausalLM(config).save_pretrained(path)
     train_tokenizer().save(str(path / "tokenizer.json"))
-    samples = dataset(train_tokenizer(), "en", TOKENS, 6, asked_by="cue")
-    lines = [json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples]
-    (path / "samples.jsonl").write_text("".join(lines))
+    (path / "rows.yaml").write_text(f"- {{language: en, tokens: {TOKENS}, samples: 6}}")
     return path
 
 
@@ -91,9 +89,14 @@ def reader(folder):
 
 
 def run(folder, output, *more):
-    common = ["--model", str(folder), "--dataset", str(folder / "samples.jsonl"), "--output", str(output)]
+    common = ["--model", str(folder), "--rows", str(folder / "rows.yaml"), "--output", str(output)]
     baseline.main([*common, *more])
     return json.loads((output / "report.json").read_text())
+
+
+def samples():
+    """What that file asks."""
+    return list(dataset(train_tokenizer(), "en", TOKENS, 6, seed=1, asked_by="cue"))
 
 
 def greedy(model, tokenizer, text, tokens):
@@ -108,10 +111,10 @@ def greedy(model, tokenizer, text, tokens):
 
 def test_the_full_cache_answers_as_the_whole_text_does(reader, folder):
     said = set()
-    for sample in baseline.draw_samples(folder / "samples.jsonl", None):
-        ((_, text, size, full),) = reader.read(sample, [("full", TOKENS)])
+    for sample in samples():
+        ((_, text, row_bytes),) = reader.read(sample, [("full", TOKENS)])
         assert text == greedy(reader.model, reader.tokenizer, sample.context + sample.question, 5)
-        assert size == full == 2 * 2 * 2 * 8 * 4 * TOKENS  # k and v, layers, heads, dims, bytes
+        assert row_bytes == 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, dims, bytes
         said.add(text)
     assert len(said) > 1
 
@@ -119,22 +122,21 @@ def test_the_full_cache_answers_as_the_whole_text_does(reader, folder):
 def test_budgets_do_not_touch_one_another(reader, folder):
     """Each answer from a prefill shared by all is that of a prefill of its own."""
     budgets = [("full", TOKENS), ("streaming_llm", 10), ("knorm", 10), ("streaming_llm", 60)]
-    sample, *_ = baseline.draw_samples(folder / "samples.jsonl", None)
+    sample, *_ = samples()
     together = {budget: rest for budget, *rest in reader.read(sample, budgets)}
     alone = {budget: rest for one in budgets for budget, *rest in reader.read(sample, [one])}
     assert together == alone
     assert set(together) == set(budgets)
-    assert len({text for text, _, _ in together.values()}) == 4, "nothing would show a mix-up"
-    assert [size / full for _, size, full in together.values()] == [10 / 150, 10 / 150, 60 / 150, 1]
+    assert len({text for text, _ in together.values()}) == 4, "nothing would show a mix-up"
 
 
 def test_the_question_keeps_its_place_behind_the_whole_context(reader, folder):
     """The last 10 rows alone, at their own positions, by a mask over the whole sequence."""
-    sample, *_ = baseline.draw_samples(folder / "samples.jsonl", None)
+    sample, *_ = samples()
     # with a single layer a row's key and value depend on its token alone
     reader.model.model.layers = reader.model.model.layers[:1]
     reader.model.config.num_hidden_layers = 1
-    ((_, text, _, _),) = reader.read(sample, [("streaming_llm", 10)])
+    ((_, text, _),) = reader.read(sample, [("streaming_llm", 10)])
     ids = reader.tokenizer.encode(sample.context + sample.question, add_special_tokens=False).ids
     said = []
     for _ in range(5):
@@ -163,7 +165,7 @@ def test_a_method_that_keeps_too_much_is_refused(folder, tmp_path, kvpress, caps
 
 
 def test_report_counts_the_answers_that_were_written(folder, tmp_path, capsys):
-    options = ("--methods", "streaming_llm", "full", "--rows", "10", "50")
+    options = ("--methods", "full", "streaming_llm", "--keep", "10", "50")
     report = run(folder, tmp_path, *options)
     assert report["command"].startswith("python examples/kvpress_baseline.py --model ")
     assert report["environment"]["versions"]["kvpress"] == "kvpress-0"
@@ -205,59 +207,38 @@ def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
     torn = tmp_path / "cut" / "answers-knorm-10.jsonl"
     with torn.open("a") as out:
         out.write('{"model": "')
-    report = json.loads((tmp_path / "cut" / "report.json").read_text())
-    assert [row["n"] for row in report["rows"]] == [2, 2], "the report of the contexts that were read"
     monkeypatch.setattr(baseline.Reader, "_ask", lambda *given: asked.append(given[2].id) or ask(*given))
     assert run(folder, tmp_path / "cut", *options)["rows"] == whole
     assert len(asked) == 12, "what was answered is not asked again"
 
 
 def test_answers_of_another_version_are_not_mixed_in(folder, tmp_path, monkeypatch, capsys):
-    run(folder, tmp_path, "--methods", "knorm", "--limit", "2")
+    run(folder, tmp_path, "--methods", "knorm", "--every", "3")
     monkeypatch.setattr("passkey.report.version", lambda name: f"{name}-1")
     with pytest.raises(SystemExit):
-        run(folder, tmp_path, "--methods", "knorm", "--limit", "2")
+        run(folder, tmp_path, "--methods", "knorm", "--every", "3")
     assert "answers of another checkpoint" in capsys.readouterr().err
 
 
-def test_a_limit_takes_samples_of_all_depths(folder):
-    depths = sorted(sample.depth for sample in baseline.draw_samples(folder / "samples.jsonl", 3))
-    every = sorted(sample.depth for sample in baseline.draw_samples(folder / "samples.jsonl", None))
-    assert depths == every[::2]
+def test_every_other_question(folder, tmp_path):
+    row, *_ = run(folder, tmp_path, "--methods", "knorm", "--every", "2")["rows"]
+    answers = [json.loads(line) for line in (tmp_path / "answers-knorm-10.jsonl").read_text().splitlines()]
+    assert [one["depth"] for one in answers] == [sample.depth for sample in samples()[::2]]
+    assert row["n"] == 3
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--rows", "4"), "expected 8 to 149"),
-        (("--rows", "10", "150"), "expected 8 to 149"),
-        (("--limit", "7"), "holds 6 samples"),
-        (("--limit", "0"), "holds 6 samples"),
+        (("--keep", "4"), "--keep: expected at least 8, got 4"),
+        (("--keep", "10", "150"), "--keep 150: the contexts have 150 tokens"),
+        (("--every", "0"), "--every: expected at least 1"),
         (("--methods", "nonsense"), "invalid choice: 'nonsense'"),
-        (("--dataset", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
     ],
 )
 def test_argument_errors(folder, tmp_path, capsys, options, expected):
     with pytest.raises(SystemExit):
         run(folder, tmp_path, *options)
-    assert expected in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda lines: ["[1]", *lines], "line 1 is no sample"),
-        (lambda lines: [*lines, lines[0][:-5]], "line 7 is no sample"),
-        (lambda lines: [*lines, lines[0].replace('"tokens": 150', '"tokens": 151')], "samples of one length"),
-        (lambda lines: [], "holds no samples"),
-        (lambda lines: [line.replace('"tokens": 150', '"tokens": 151') for line in lines], "150 tokens where"),
-    ],
-)
-def test_files_that_are_no_dataset_for_this_model(folder, tmp_path, capsys, change, expected):
-    path = tmp_path / "changed.jsonl"
-    path.write_text("\n".join(change((folder / "samples.jsonl").read_text().splitlines())))
-    with pytest.raises(SystemExit):
-        run(folder, tmp_path, "--dataset", str(path), "--methods", "full")
     assert expected in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passkey.metrics import OUTCOMES, Answer, digit_accuracy, numbers_in, outcome, parsed, rows_of, wilson
+from passkey.metrics import OUTCOMES, Answer, digit_accuracy, numbers_in, outcome, rows_of, wilson
 
 CONTEXT = "Ticket 13579 belongs to Mira. The river rose by 1234567 inches, 24,680 coins were lost, 900 found."
 
@@ -30,28 +30,6 @@ CONTEXT = "Ticket 13579 belongs to Mira. The river rose by 1234567 inches, 24,68
 )
 def test_outcome_of_a_passkey(said, expected):
     assert outcome(said, "52047", CONTEXT) == expected
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("maps", "exact"),
-        (" maps.", "exact"),
-        ("mapsy", "abstained"),
-        ("the maps", "abstained"),
-        ("lamps", "hallucinated_context"),
-        ("violins", "hallucinated_invented"),
-        ("", "abstained"),
-    ],
-)
-def test_outcome_among_choices(said, expected):
-    assert outcome(said, "maps", "Mira voted for the lamps.", ("lamps", "maps", "violins")) == expected
-
-
-def test_the_longest_choice_wins_and_numbers_are_whole():
-    assert parsed("그림 엽서입니다", ("그림", "그림 엽서")) == "그림 엽서"
-    assert parsed("3 times", ("3", "4")) == "3"
-    assert parsed("34", ("3", "4")) is None
 
 
 def test_numbers_in():
@@ -78,7 +56,6 @@ def answer(said="52047", **changed):
         model="m",
         digest="d",
         id="en-0",
-        task="passkey",
         language="en",
         tokens=3000,
         filler="templates",
@@ -86,13 +63,11 @@ def answer(said="52047", **changed):
         keys=1,
         depth=0.5,
         answer="52047",
-        chance=1e-5,
         said=said,
         outcome=outcome(said, "52047", CONTEXT),
         digits=digit_accuracy(said, "52047"),
         rows=10,
-        bytes=20_480,
-        full_bytes=6_144_000,
+        row_bytes=2048,
     )
     return dataclasses.replace(made, **changed)
 
@@ -126,7 +101,6 @@ def test_a_row_says_what_its_answers_say():
         ("wordings", "held_out"),
         ("language", "ko"),
         ("tokens", 500),
-        ("task", "counting"),
         ("keys", 4),
     ],
 )
@@ -142,8 +116,3 @@ def test_depths():
     assert by_depth[0.05] == (2, 0.5)
     assert by_depth[0.95] == (1, 1.0)
     assert by_depth[0.45] == (0, None)
-
-
-def test_only_passkeys_have_digits_and_depths():
-    (row,) = rows_of([answer(task="counting")])
-    assert not {"digit", "by_depth"} & row.keys()

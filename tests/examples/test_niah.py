@@ -1,18 +1,13 @@
 """Haystacks: exact lengths, one findable needle, a clean split, the same bytes for the same seed."""
 
-import json
 import random
 import re
-import subprocess
-import sys
-from dataclasses import asdict
 
 import pytest
-from conftest import EXAMPLES
+from conftest import drawn_by_a_process
 
-from niah import main
 from passkey.haystack import LANGUAGES, is_held_out, sentence
-from passkey.niah import KEY_DIGITS, Haystack, Sample, dataset, train_tokenizer
+from passkey.niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -96,32 +91,24 @@ def test_distractors_look_like_keys(tokenizer):
     assert len(numbers) > 5
 
 
-def test_same_seed_same_bytes(tmp_path):
-    """Also across processes, whose hash seeds differ."""
-    outputs = []
-    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        command = [sys.executable, "niah.py", "--lang", "ko", "--tokens", "300", "--samples", "4"]
-        subprocess.run([*command, "--seed", str(seed), "--out", str(tmp_path / name)], cwd=EXAMPLES, check=True)
-        outputs.append((tmp_path / name).read_bytes())
-    assert outputs[0] == outputs[1] != outputs[2]
-    assert json.loads(outputs[0].splitlines()[0])["language"] == "ko"
+def test_same_seed_same_samples():
+    first, again, other = (drawn_by_a_process("ko", 300, 4, seed=seed) for seed in (7, 7, 8))
+    assert first == again != other
+    assert {sample["language"] for sample in first} == {"ko"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("tokens", "how", "message"),
     [
-        (["--tokens", "12"], "12 tokens are too few for 1 needle"),
-        (["--lang", "fr"], "invalid choice: 'fr'"),
-        (["--filler", "poems"], "invalid choice: 'poems'"),
-        (["--keys", "11"], "11 keys with training wordings: expected 1 to 10"),
-        (["--keys", "0"], "0 keys with training wordings: expected 1 to 10"),
-        (["--keys", "2", "--wordings", "held_out"], "2 keys with held_out wordings: expected 1 to 1"),
+        (12, {}, "12 tokens are too few for 1 needle"),
+        (300, {"keys": 11}, "11 keys with training wordings: expected 1 to 10"),
+        (300, {"keys": 0}, "0 keys with training wordings: expected 1 to 10"),
+        (300, {"keys": 2, "wordings": "held_out"}, "2 keys with held_out wordings: expected 1 to 1"),
     ],
 )
-def test_bad_arguments(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([*arguments, "--out", str(tmp_path / "x")])
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_drawn(tokenizer, tokens, how, message):
+    with pytest.raises(ValueError, match=message):
+        list(dataset(tokenizer, "en", tokens, 1, **how))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +117,9 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
         ({"language": "fr"}, "unknown language 'fr': expected one of en, ko"),
         ({"filler": "poems"}, "unknown filler 'poems': expected one of templates, prose"),
         ({"wordings": "new"}, "unknown wordings 'new': expected one of training, held_out"),
+        ({"asked_by": "name"}, "unknown way of asking 'name': expected one of question, cue"),
     ],
 )
 def test_unknown_names(tokenizer, argument, message):
     with pytest.raises(ValueError, match=message):
         Haystack(tokenizer, held_out=True, rng=random.Random(0), **{"language": "en", **argument})
-
-
-def test_files_without_filler_and_wordings_are_read(tokenizer):
-    (sample,) = dataset(tokenizer, "en", 100, 1)
-    old = {name: value for name, value in asdict(sample).items() if name not in ("filler", "wordings")}
-    assert Sample(**json.loads(json.dumps(old))) == sample

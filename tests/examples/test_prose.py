@@ -1,17 +1,14 @@
 """Real prose: whole sentences, a split without overlap, passages that go on for ever; haystacks of it keep exact."""
 
 import importlib.util
-import json
 import os
 import random
 import re
-import subprocess
-import sys
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES
+from conftest import drawn_by_a_process
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import passkey.prose as prose_module
@@ -178,17 +175,11 @@ def test_padding_makes_no_number_of_the_text_longer():
 
 
 @needs_prose
-def test_same_seed_same_bytes_across_processes(tmp_path):
-    outputs = []
-    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        command = [sys.executable, "niah.py", "--lang", "en", "--tokens", "300", "--samples", "4", "--seed", str(seed)]
-        command += ["--filler", "prose", "--wordings", "held_out", "--out", str(tmp_path / name)]
-        subprocess.run(command, cwd=EXAMPLES, check=True)
-        outputs.append((tmp_path / name).read_bytes())
-    assert outputs[0] == outputs[1] != outputs[2]
-    assert {(row["filler"], row["wordings"]) for row in map(json.loads, outputs[0].splitlines())} == {
-        ("prose", "held_out")
-    }
+def test_same_seed_same_samples_across_processes():
+    how = {"filler": "prose", "wordings": "held_out"}
+    first, again, other = (drawn_by_a_process("en", 300, 4, seed=seed, **how) for seed in (7, 7, 8))
+    assert first == again != other
+    assert {(sample["filler"], sample["wordings"]) for sample in first} == {("prose", "held_out")}
 
 
 def test_tokenizers_that_join_sentences_are_refused():

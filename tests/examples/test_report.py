@@ -12,7 +12,6 @@ from passkey import report
 def row(**changed):
     depths = [{"depth": (index + 0.5) / 10, "n": 10, "exact": index / 10} for index in range(10)]
     made = {
-        "task": "passkey",
         "language": "en",
         "tokens": 3000,
         "filler": "templates",
@@ -29,7 +28,6 @@ def row(**changed):
         "hallucinated_context": 0.04,
         "hallucinated_invented": 0.02,
         "abstained": 0.01,
-        "chance": 1e-5,
         "full_kv_bytes": 6_144_000,
         "gist_kv_bytes": 20_480,
         "bytes_ratio": 300.0,
@@ -38,8 +36,7 @@ def row(**changed):
     return {**made, **changed}
 
 
-COUNTING = {k: v for k, v in row(task="counting", language="ko").items() if k not in ("digit", "by_depth")}
-ROWS = [row(), row(filler="prose", wordings="held_out", exact=0.5, wilson_low=0.404, wilson_high=0.596), COUNTING]
+ROWS = [row(), row(filler="prose", wordings="held_out", exact=0.5, wilson_low=0.404, wilson_high=0.596)]
 
 
 def test_a_report_is_a_line_per_row_and_a_table(tmp_path, capsys):
@@ -60,15 +57,13 @@ def test_a_report_is_a_line_per_row_and_a_table(tmp_path, capsys):
 
 
 def test_the_table_says_what_the_questions_are():
-    head, plain, prose, counting, method = report.show([*ROWS, row(method="knorm", keys=4)]).splitlines()
-    cells = [" ".join(line.split()) for line in (head, plain, prose, counting, method)]
+    head, plain, prose, method = report.show([*ROWS, row(method="knorm", keys=4)]).splitlines()
+    cells = [" ".join(line.split()) for line in (head, plain, prose, method)]
     assert cells[0].startswith("questions tokens rows ratio n exact 95 % interval digits")
     assert cells[1] == "en 3,000 10 300x 100 93.0% 86.3% to 96.6% 95.0% 6.0% 1.0%"
     assert cells[2].startswith("en, prose, held-out wordings 3,000")
-    assert cells[3].startswith("ko, counting 3,000")
-    assert cells[3].endswith("to 96.6% - 6.0% 1.0%"), "no digits"
-    assert cells[4].startswith("knorm, en, 4 keys 3,000")
-    assert len({len(line) for line in (head, plain, prose, counting, method)}) == 1
+    assert cells[3].startswith("knorm, en, 4 keys 3,000")
+    assert len({len(line) for line in (head, plain, prose, method)}) == 1
 
 
 @pytest.fixture
@@ -82,14 +77,12 @@ def axes(monkeypatch):
 
 def test_heatmap_shows_depths_and_gaps(tmp_path, axes):
     gap = row(language="ko", by_depth=[{"depth": 0.05, "n": 0, "exact": None}, *row()["by_depth"][1:]])
-    report.heatmap([gap, row(), COUNTING], tmp_path / "x.png")
+    report.heatmap([gap, row()], tmp_path / "x.png")
     (image,) = axes().images
     cells = image.get_array().tolist()
     assert cells[0] == [index / 10 for index in range(10)]
     assert cells[1][0] is None or math.isnan(cells[1][0])
     assert [text.get_text() for text in axes().get_yticklabels()] == ["en 3,000 (300x)", "ko 3,000 (300x)"]
-    report.heatmap([COUNTING], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""serve_queue.py on a small checkpoint, and what vllm_queue.py says without its engine; tests/serving runs that."""
+"""serve.py on a small checkpoint, and what it says without vLLM; tests/serving runs that."""
 
 import importlib.util
 import json
@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gistkern
-import serve_queue
-import vllm_queue
+import serve
 from gistkern.cache.versions import CACHE
 from passkey.trained import open_trained
 
@@ -18,9 +17,8 @@ from passkey.trained import open_trained
 @pytest.mark.timeout(600)
 def test_a_queue_is_answered_and_handed_on(finished, tmp_path, capsys):
     run, _ = finished
-    serve_queue.main(
-        ["--checkpoint", str(run), "--output", str(tmp_path), "--documents", "3", "--requests", "2", "--batch", "4"]
-    )
+    how = ["--documents", "3", "--requests", "2", "--batch", "4"]
+    serve.main(["transformers", "--checkpoint", str(run), "--output", str(tmp_path), *how])
     assert "answers right, about 3 documents of 120 tokens" in capsys.readouterr().out
     requests = json.loads((tmp_path / "requests.json").read_text())["requests"]
     assert sorted(one["document"] for one in requests) == sorted(2 * list({one["document"] for one in requests}))
@@ -45,10 +43,10 @@ def test_a_queue_is_answered_and_handed_on(finished, tmp_path, capsys):
 
 def test_requests_come_first_and_vllm_is_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        vllm_queue.main(["--folder", str(tmp_path)])
-    assert "holds no requests.json: run examples/serve_queue.py first" in capsys.readouterr().err
+        serve.main(["vllm", "--output", str(tmp_path)])
+    assert "holds no requests.json: serve with transformers first" in capsys.readouterr().err
     if importlib.util.find_spec("vllm") is None:
         (tmp_path / "requests.json").write_text('{"requests": []}')
         with pytest.raises(SystemExit, match="2"):
-            vllm_queue.main(["--folder", str(tmp_path)])
+            serve.main(["vllm", "--output", str(tmp_path)])
         assert "needs vLLM with the connector interface of 0.32" in capsys.readouterr().err

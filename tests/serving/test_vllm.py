@@ -1,4 +1,4 @@
-"""vLLM answers from gist rows as the patched model does. Skipped where vLLM is not installed (examples/vllm_queue.py).
+"""vLLM answers from gist rows as the patched model does. Skipped where vLLM is not installed (examples/serve.py).
 
 build/vllm/bin/pip install pytest hypothesis
 PYTHONPATH=. build/vllm/bin/python -m pytest tests/serving -p no:cacheprovider -o addopts=
