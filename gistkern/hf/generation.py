@@ -39,12 +39,9 @@ def generate(handle: GistHandle, original, *args, **kwargs):
     """
     bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
     arguments = named({**bound.pop("kwargs", {}), **bound})
-    _refuse(arguments, arguments.get("generation_config") or handle.model.generation_config)
+    _refuse(handle, arguments, arguments.get("generation_config") or handle.model.generation_config)
     if arguments.get("position_ids") is not None:
         _check_positions(arguments)
-    draft, prompt = arguments.get("assistant_model"), arguments.get("inputs", arguments.get("input_ids"))
-    if draft is not None and not hasattr(draft, ATTRIBUTE) and torch.is_tensor(prompt) and handle.is_gist(prompt).any():
-        raise ValueError("the prompt holds gist tokens, which assistant_model does not know: patch that model too")
     ids = [i for i in range(handle.first_id, handle.first_id + handle.num_ids) if i < handle.model.config.vocab_size]
     if ids:
         suppress = SuppressTokensLogitsProcessor(ids, device=str(input_device(handle.model)))
@@ -52,7 +49,15 @@ def generate(handle: GistHandle, original, *args, **kwargs):
     return original(**arguments)
 
 
-def _refuse(arguments: dict[str, Any], config: Any) -> None:
+# options that look the prompt's ids up in the logits, and the values that switch them off
+_LOOK_UP = {
+    "prompt_lookup_num_tokens": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+}
+
+
+def _refuse(handle: GistHandle, arguments: dict[str, Any], config: Any) -> None:
     def setting(name: str) -> Any:
         return arguments[name] if arguments.get(name) is not None else getattr(config, name, None)
 
@@ -71,6 +76,17 @@ def _refuse(arguments: dict[str, Any], config: Any) -> None:
         raise ValueError(
             f"cache_implementation={setting('cache_implementation')!r} is not available: a patched model keeps a "
             "GistCache, which is small because contexts are compressed; leave it out"
+        )
+    draft, prompt = arguments.get("assistant_model"), arguments.get("inputs", arguments.get("input_ids"))
+    strange = draft is not None and not hasattr(draft, ATTRIBUTE)
+    beyond = handle.first_id + handle.num_ids > handle.model.config.vocab_size
+    looks_up = [name for name, off in _LOOK_UP.items() if beyond and setting(name) not in off]
+    if (strange or looks_up) and torch.is_tensor(prompt) and bool(handle.is_gist(prompt).any()):
+        if strange:
+            raise ValueError("the prompt holds gist tokens, which assistant_model does not know: patch that model too")
+        raise ValueError(
+            f"{looks_up[0]} looks the prompt's tokens up in the logits, which has none for the gist tokens in it: "
+            "compress the context and pass the cache, or leave the option out"
         )
 
 

@@ -190,3 +190,59 @@ def test_a_mask_that_hides_what_was_read_is_refused(patched):
     mask = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match="hides tokens that the cache has read as real"):
         model(random_ids(2, 2), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"prompt_lookup_num_tokens": 3}, {"encoder_repetition_penalty": 1.2}, {"encoder_no_repeat_ngram_size": 1}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_look_gist_tokens_up_in_the_logits(patched, option):
+    model, handle = patched
+    context, question = random_ids(1, 9), random_ids(1, 4, 2)
+    stream = full_stream(handle, context, torch.cat([question, context[:, -1:]], 1))  # the gists are what follows
+    with pytest.raises(ValueError, match=f"{next(iter(option))} looks the prompt's tokens up in the logits"):
+        model.generate(stream, max_new_tokens=NEW, do_sample=False, **option)
+    cache = gistkern.compress(model, context)
+    assert model.generate(question, past_key_values=cache, max_new_tokens=NEW, **option).shape == (1, 4 + NEW)
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_beams_of_a_ragged_batch(patched, beams, shared):
+    model, handle = patched
+    contexts, questions = [random_ids(1, n, n) for n in (21, 8)], [random_ids(1, n, n + 50) for n in (4, 7)]
+    ids, mask = gistkern.left_padded([row[0] for row in questions])
+    cache = gistkern.compress(model, *gistkern.left_padded([row[0] for row in contexts]))
+    options = {"max_new_tokens": NEW, "num_beams": beams, "num_return_sequences": 2, "do_sample": False}
+    cache = cache.shared() if shared else cache
+    found = model.generate(ids, attention_mask=mask.long(), past_key_values=cache, **options)
+    for row in range(2):
+        stream = full_stream(handle, contexts[row], questions[row])
+        expected = model.generate(stream, attention_mask=torch.ones_like(stream), use_cache=False, **options)
+        assert torch.equal(found[2 * row : 2 * row + 2, -NEW:], expected[:, -NEW:])
+
+
+@pytest.mark.parametrize("how", ["draft", "patched draft", "prompt"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_assisted_decoding_says_the_same_and_goes_on(patched, how, shared):
+    model, handle = patched
+    context, question = random_ids(1, 25), random_ids(1, 3, 2).repeat(1, 3)
+    cache = gistkern.compress(model, context)
+    cache = cache.shared() if shared else cache
+    options = {"max_new_tokens": 2 * NEW, "do_sample": False}
+    draft = make_model(seed=7, num_hidden_layers=1)
+    if how == "patched draft":
+        gistkern.patch_llama(draft, num_gist_tokens=3, positions=handle.positions)
+    given = {"prompt_lookup_num_tokens": 4} if how == "prompt" else {"assistant_model": draft}
+    mask = torch.ones_like(question)
+    out = model.generate(
+        question, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options, **given
+    )
+    assert out.past_key_values is cache
+    stream = full_stream(handle, context, question)
+    assert torch.equal(out.sequences[:, 9:], greedy_by_hand(model, stream, 2 * NEW))
+    more = torch.cat([out.sequences, random_ids(1, 2, 5)], 1)
+    again = model.generate(more, attention_mask=torch.ones_like(more), past_key_values=cache, **options)
+    stream = full_stream(handle, context, more)
+    assert torch.equal(again[:, more.shape[1] :], greedy_by_hand(model, stream, 2 * NEW))
