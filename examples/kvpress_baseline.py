@@ -145,28 +145,21 @@ def _run(given: argparse.Namespace, command: str) -> None:
     tokens = samples[0].tokens
     if max(given.keep) >= tokens:
         raise ValueError(f"--keep {max(given.keep)}: the contexts have {tokens} tokens")
-    try:
-        import kvpress  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"kvpress cannot be imported ({error}): --help says how to install it") from error
     weights = [_digest((given.model / name).read_bytes()) for name in ("model.safetensors", "tokenizer.json")]
     files, where = {}, environment("kvpress", "torch", "transformers")
-    for method, rows in [(name, rows) for name in given.methods for rows in (given.keep if name != FULL else [tokens])]:
-        press = "" if method == FULL else repr(make_press(method, rows, tokens))
-        who = _digest(json.dumps([weights, where["versions"], method, rows, press]).encode())
-        path = given.output / f"answers-{method}-{rows}.jsonl"
-        files[method, rows] = AnswerFile(path, who, [sample.digest for sample in samples])
+    for method in given.methods:
+        for rows in [tokens] if method == FULL else given.keep:
+            press = "" if method == FULL else repr(make_press(method, rows, tokens))
+            who = _digest(json.dumps([weights, where["versions"], method, rows, press]).encode())
+            path = given.output / f"answers-{method}-{rows}.jsonl"
+            files[method, rows] = AnswerFile(path, who, [sample.digest for sample in samples])
     reader = Reader(AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval(), tokenizer)
     for sample in tqdm(samples, unit="context"):
         missing = [budget for budget, file in files.items() if sample.digest not in file.done]
         for budget, said, row_bytes in reader.read(sample, missing) if missing else ():
             files[budget].add([judged(sample, said, budget[1], row_bytes, files[budget].model)])
-    # in the shape of every report, a method in front; too few samples for a table by depth
-    rows = [
-        {"method": method, **{key: row[key] for key in row if key != "by_depth"}}
-        for (method, _), file in files.items()
-        for row in rows_of(list(file.done.values()))
-    ]
+    # in the shape of every report, a method in front
+    rows = [{"method": name, **row} for (name, _), file in files.items() for row in rows_of(list(file.done.values()))]
     about = {
         "command": command,
         "protocol": "compressed before the question is seen; greedy",

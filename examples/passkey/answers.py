@@ -14,28 +14,11 @@ __all__ = ["AnswerFile"]
 
 
 class AnswerFile:
-    """The answers of one evaluation, in one file.
+    """The answers of one evaluation, in one file; without a `path` nothing is kept.
 
-    Parameters
-    ----------
-    path : Path or None
-        The file; None keeps nothing.
-    model : str
-        Digest of the weights and of how they read (`Reader.digest`).
-    wanted : iterable of str
-        Digests of the samples that this evaluation asks.
-    overwrite : bool
-        Start afresh if the file holds anything else than answers of this evaluation.
-
-    Attributes
-    ----------
-    done : dict of str to Answer
-        What was answered before, by the sample's digest.
-
-    Raises
-    ------
-    ValueError
-        If a line other than the last is torn, or the answers are of another evaluation and not to be overwritten.
+    `model` tells the weights and how they read (`Reader.digest`), `wanted` the samples that this evaluation asks. What
+    was answered before is `done`, by the sample's digest. ValueError if a line other than the last is torn, or the
+    answers are of another evaluation; with `overwrite` it starts afresh then.
     """
 
     def __init__(self, path: Path | None, model: str, wanted: Iterable[str], overwrite: bool = False) -> None:

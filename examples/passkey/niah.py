@@ -259,20 +259,11 @@ class Haystack:
 
 
 def dataset(
-    tokenizer: Tokenizer,
-    language: str,
-    tokens: int,
-    samples: int,
-    *,
-    seed: int = 0,
-    keys: int = 1,
-    filler: str = "templates",
-    wordings: str = "training",
-    asked_by: str = "question",
+    tokenizer: Tokenizer, language: str, tokens: int, samples: int, seed: int = 0, keys: int = 1, **how: str
 ) -> Iterator[Sample]:
-    """Held-out samples with depths spread evenly from front to end."""
+    """Held-out samples with depths spread evenly from front to end; `how` is filler, wordings and asked_by."""
     rng = random.Random(f"{seed}-{language}-{tokens}-{keys}")
-    haystack = Haystack(tokenizer, language, True, rng, filler=filler, wordings=wordings, asked_by=asked_by)
+    haystack = Haystack(tokenizer, language, True, rng, **how)
     for index in range(samples):
         _, sample = haystack.draw(tokens, (index + 0.5) / samples, keys)
         yield replace(sample, id=f"{language}-{tokens}-{seed}-{index}")

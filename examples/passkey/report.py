@@ -16,6 +16,10 @@ from typing import Any
 __all__ = ["command_line", "environment", "read_json", "show", "write_json", "write_report"]
 
 Rows = Sequence[Mapping[str, Any]]
+CELLS = (
+    "{tokens:,}|{gist_tokens:,}|{ratio:.0f}x|{n}|{exact:.1%}|{wilson_low:.1%} to {wilson_high:.1%}"
+    "|{digit:.1%}|{hallucinated:.1%}|{abstained:.1%}"
+)
 HEAD = ["questions", "tokens", "rows", "ratio", "n", "exact", "95 % interval", "digits", "hallucinated", "abstained"]
 
 
@@ -36,31 +40,18 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def show(rows: Rows) -> str:
     """The rows as a table for a terminal; a "method" stands in front where rows have one."""
-    lines = [HEAD]
-    for row in rows:
-        interval = f"{row['wilson_low']:.1%} to {row['wilson_high']:.1%}"
-        counts = f"{row['tokens']:,}", f"{row['gist_tokens']:,}", f"{row['ratio']:.0f}x", str(row["n"])
-        shares = (f"{row[name]:.1%}" for name in ("digit", "hallucinated", "abstained"))
-        lines.append([_label(row), *counts, f"{row['exact']:.1%}", interval, *shares])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = widths
-    return "\n".join(
-        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
-        for name, *cells in lines
-    )
+    lines = [HEAD, *([_label(row), *CELLS.format(**row).split("|")] for row in rows)]
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines)
 
 
 def _label(row: Mapping[str, Any]) -> str:
     """What a row's questions are, without their length: the differences from plain passkeys are spelled out."""
-    parts = [row["method"]] if "method" in row else []
-    parts.append(row["language"])
-    if row["keys"] > 1:
-        parts.append(f"{row['keys']} keys")
-    if row["filler"] != "templates":
-        parts.append(row["filler"])
-    if row["wordings"] != "training":
-        parts.append(f"{row['wordings'].replace('_', '-')} wordings")
-    return ", ".join(parts)
+    parts = [row.get("method"), row["language"]]
+    parts.append(f"{row['keys']} keys" if row["keys"] > 1 else None)
+    parts.append(row["filler"] if row["filler"] != "templates" else None)
+    parts.append("held-out wordings" if row["wordings"] == "held_out" else None)
+    return ", ".join(filter(None, parts))
 
 
 def heatmap(rows: Rows, path: Path) -> None:
