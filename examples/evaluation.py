@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gistkern.training import Share
 from passkey.answers import AnswerFile
 from passkey.data import PasskeyData
-from passkey.metrics import Answer, judged, parsed, rows_of
+from passkey.metrics import Answer, parsed, rows_of
 from passkey.niah import Sample
 from passkey.readers import Reader
 from passkey.report import write_report
@@ -51,16 +51,15 @@ def answer_samples(
     by_digest = {sample.digest: sample for sample in samples}
     if len(by_digest) < len(samples):
         raise ValueError("the samples hold the same question twice: give each row once")
-    file = AnswerFile(stream, reader.digest, by_digest, overwrite)
+    file = AnswerFile(stream, reader.digest, samples, overwrite)
     missing = [sample for digest, sample in by_digest.items() if digest not in file.done]
     with tqdm(total=len(samples), initial=len(file.done), desc=show, disable=not show, unit="sample") as bar:
         for _, group in groupby(missing, key=lambda sample: sample.tokens):  # so that none is padded
             alike = list(group)
             for begin in range(0, len(alike), batch):
-                asked = alike[begin : begin + batch]
-                said = zip(asked, reader.read(asked), strict=True)
-                file.add(judged(sample, *how, model=reader.digest) for sample, how in said)
-                bar.update(len(asked))
+                said = reader.read(alike[begin : begin + batch])
+                file.add(said)
+                bar.update(len(said))
                 bar.set_postfix_str(f"exact {sum(one.exact for one in file.done.values()) / len(file.done):.1%}")
     return [file.done[digest] for digest in by_digest]
 

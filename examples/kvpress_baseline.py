@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from passkey.answers import AnswerFile
 from passkey.command_line import at_least, errors_as_one_line, input_file, input_folder, output_folder
-from passkey.metrics import judged, rows_of
+from passkey.metrics import Answer, rows_of
 from passkey.niah import ASKED_BY, Sample, dataset, read_tokenizer
 from passkey.report import command_line, environment, show, write_json
 
@@ -69,8 +69,8 @@ class Reader:
         self.model, self.tokenizer = model, tokenizer
 
     @torch.inference_mode()
-    def read(self, sample: Sample, budgets: Sequence[Budget]) -> Iterator[tuple[Budget, str, int]]:
-        """For each budget: what is said, and the bytes of one row of the cache."""
+    def read(self, sample: Sample, budgets: Sequence[Budget]) -> Iterator[tuple[Budget, Answer]]:
+        """What is said to a sample from each budget."""
         import kvpress
 
         presses = {one: make_press(*one, sample.tokens) for one in budgets if one[0] != FULL}
@@ -92,7 +92,7 @@ class Reader:
             cache = whole if method == FULL else caches[method, rows]
             if {layer.keys.shape[2] for layer in cache.layers} != {rows}:
                 raise ValueError(f"{method} did not keep {rows} rows: kvpress 0.5.5 would have")
-            yield (method, rows), self._ask(cache, sample), row_bytes
+            yield (method, rows), Answer(sample, self._ask(cache, sample), rows, row_bytes)
 
     def _ask(self, cache: DynamicCache, sample: Sample) -> str:
         """Greedy answer, as long as the right one; `generate` would place it by the rows that are left."""
@@ -152,12 +152,12 @@ def _run(given: argparse.Namespace, command: str) -> None:
             press = "" if method == FULL else repr(make_press(method, rows, tokens))
             who = _digest(json.dumps([weights, where["versions"], method, rows, press]).encode())
             path = given.output / f"answers-{method}-{rows}.jsonl"
-            files[method, rows] = AnswerFile(path, who, [sample.digest for sample in samples])
+            files[method, rows] = AnswerFile(path, who, samples)
     reader = Reader(AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval(), tokenizer)
     for sample in tqdm(samples, unit="context"):
         missing = [budget for budget, file in files.items() if sample.digest not in file.done]
-        for budget, said, row_bytes in reader.read(sample, missing) if missing else ():
-            files[budget].add([judged(sample, said, budget[1], row_bytes, files[budget].model)])
+        for budget, answer in reader.read(sample, missing) if missing else ():
+            files[budget].add([answer])
     # in the shape of every report, a method in front
     rows = [{"method": name, **row} for (name, _), file in files.items() for row in rows_of(list(file.done.values()))]
     about = {

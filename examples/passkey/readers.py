@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from gistkern import GistCache, compress, left_padded
+from passkey.metrics import Answer
 from passkey.niah import Sample
 
 __all__ = ["Reader"]
@@ -47,8 +48,8 @@ class Reader:
     start: Sequence[int] = ()
     full: bool = False
 
-    def read(self, samples: Sequence[Sample]) -> list[tuple[str, int, int]]:
-        """What is said to each sample, the rows cached for its context, and the bytes of one row in all layers."""
+    def read(self, samples: Sequence[Sample]) -> list[Answer]:
+        """What is said to each sample."""
         if self.full:
             texts = [sample.context + sample.question for sample in samples]
             said, rows = self._said(samples, *self._padded(texts, self.start)), [sample.tokens for sample in samples]
@@ -59,7 +60,7 @@ class Reader:
             cache = self.compress(samples)
             row_bytes = cache.nbytes // (len(samples) * cache.layers[0].gist.key.shape[2])
             rows, said = cache.gist_rows.tolist(), self.ask(cache, samples)
-        return [(text, count, row_bytes) for text, count in zip(said, rows, strict=True)]
+        return [Answer(*one, row_bytes) for one in zip(samples, said, rows, strict=True)]
 
     def compress(self, samples: Sequence[Sample]) -> GistCache:
         """The gist rows of the samples' contexts."""

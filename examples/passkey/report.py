@@ -57,13 +57,11 @@ def _label(row: Mapping[str, Any]) -> str:
 def heatmap(rows: Rows, path: Path) -> None:
     """Draw exact match by depth (across) and length (down)."""
     known = sorted(rows, key=lambda row: (_label(row), row["tokens"]))
-    import matplotlib  # takes a second to load
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # takes a second to load
 
     cells = [[math.nan if cell["exact"] is None else cell["exact"] for cell in row["by_depth"]] for row in known]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(known)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(known)), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     names = [f"{_label(row)} {row['tokens']:,} ({row['ratio']:.0f}x)" for row in known]
     axes.set_yticks(range(len(known)), names)
@@ -71,7 +69,6 @@ def heatmap(rows: Rows, path: Path) -> None:
     axes.set(xlabel="depth of the needle", ylabel="context tokens", title="exact match from the gist rows alone")
     figure.colorbar(image, label="exact match")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def read_json(path: Path, *keys: str) -> Any:

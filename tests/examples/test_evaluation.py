@@ -10,6 +10,7 @@ from conftest import smoke, tiny_llama, untrained_run
 import eval_niah
 import gistkern
 from evaluation import answer_samples, swap_test
+from passkey.metrics import Answer
 from passkey.niah import dataset, train_tokenizer
 from passkey.readers import Reader
 from passkey.trained import open_trained
@@ -59,7 +60,7 @@ class Scripted:
                 raise KeyboardInterrupt
             self.batches -= 1
         self.asked += [sample.id for sample in samples]
-        return [(s.answer if int(s.id[-1]) % 3 else "I cannot say", 10, 100) for s in samples]
+        return [Answer(s, s.answer if int(s.id[-1]) % 3 else "I cannot say", 10, 100) for s in samples]
 
 
 # ---- readers
@@ -77,7 +78,7 @@ def test_batches_change_nothing(tokenizer, model, samples):
     reader = Reader(model, tokenizer, SEGMENTS)
     one, five = (answer_samples(reader, samples, batch=batch) for batch in (1, 5))
     assert one == five
-    assert [answer.id for answer in one] == [sample.id for sample in samples]
+    assert [answer.sample.id for answer in one] == [sample.id for sample in samples]
     assert len({answer.said for answer in one}) > 1
 
 

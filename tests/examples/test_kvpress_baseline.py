@@ -112,10 +112,10 @@ def greedy(model, tokenizer, text, tokens):
 def test_the_full_cache_answers_as_the_whole_text_does(reader, folder):
     said = set()
     for sample in samples():
-        ((_, text, row_bytes),) = reader.read(sample, [("full", TOKENS)])
-        assert text == greedy(reader.model, reader.tokenizer, sample.context + sample.question, 5)
-        assert row_bytes == 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, dims, bytes
-        said.add(text)
+        ((_, answer),) = reader.read(sample, [("full", TOKENS)])
+        assert answer.said == greedy(reader.model, reader.tokenizer, sample.context + sample.question, 5)
+        assert answer.row_bytes == 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, dims, bytes
+        said.add(answer.said)
     assert len(said) > 1
 
 
@@ -123,11 +123,11 @@ def test_budgets_do_not_touch_one_another(reader, folder):
     """Each answer from a prefill shared by all is that of a prefill of its own."""
     budgets = [("full", TOKENS), ("streaming_llm", 10), ("knorm", 10), ("streaming_llm", 60)]
     sample, *_ = samples()
-    together = {budget: rest for budget, *rest in reader.read(sample, budgets)}
-    alone = {budget: rest for one in budgets for budget, *rest in reader.read(sample, [one])}
+    together = dict(reader.read(sample, budgets))
+    alone = dict(given for one in budgets for given in reader.read(sample, [one]))
     assert together == alone
     assert set(together) == set(budgets)
-    assert len({text for text, _ in together.values()}) == 4, "nothing would show a mix-up"
+    assert len({answer.said for answer in together.values()}) == 4, "nothing would show a mix-up"
 
 
 def test_the_question_keeps_its_place_behind_the_whole_context(reader, folder):
@@ -136,7 +136,7 @@ def test_the_question_keeps_its_place_behind_the_whole_context(reader, folder):
     # with a single layer a row's key and value depend on its token alone
     reader.model.model.layers = reader.model.model.layers[:1]
     reader.model.config.num_hidden_layers = 1
-    ((_, text, _),) = reader.read(sample, [("streaming_llm", 10)])
+    ((_, answer),) = reader.read(sample, [("streaming_llm", 10)])
     ids = reader.tokenizer.encode(sample.context + sample.question, add_special_tokens=False).ids
     said = []
     for _ in range(5):
@@ -147,7 +147,7 @@ def test_the_question_keeps_its_place_behind_the_whole_context(reader, folder):
             logits = reader.model(torch.tensor([ids]), attention_mask=sees[None, None], use_cache=False).logits
         said.append(int(logits[0, -1].argmax()))
         ids.append(said[-1])
-    assert text == reader.tokenizer.decode(said)
+    assert answer.said == reader.tokenizer.decode(said)
 
 
 @pytest.mark.parametrize("tokens", [150, 200, 2990])
@@ -179,7 +179,7 @@ def test_report_counts_the_answers_that_were_written(folder, tmp_path, capsys):
     path = tmp_path / "answers-streaming_llm-10.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     for entry in entries[:4]:
-        entry["outcome"] = "exact"
+        entry["said"] = entry["answer"]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     row = run(folder, tmp_path, *options)["rows"][1]
     assert row["exact"] == pytest.approx(4 / 6)

@@ -1,12 +1,11 @@
 """The metrics of docs/metrics.md: every answer is one of four outcomes, and rows add up."""
 
-import dataclasses
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passkey.metrics import OUTCOMES, Answer, digit_accuracy, numbers_in, outcome, rows_of, wilson
+from passkey.metrics import OUTCOMES, Answer, numbers_in, rows_of, wilson
+from passkey.niah import Sample
 
 CONTEXT = "Ticket 13579 belongs to Mira. The river rose by 1234567 inches, 24,680 coins were lost, 900 found."
 
@@ -29,7 +28,7 @@ CONTEXT = "Ticket 13579 belongs to Mira. The river rose by 1234567 inches, 24,68
     ],
 )
 def test_outcome_of_a_passkey(said, expected):
-    assert outcome(said, "52047", CONTEXT) == expected
+    assert answer(said).outcome == expected
 
 
 def test_numbers_in():
@@ -42,7 +41,7 @@ def test_numbers_in():
     [("52047", 1.0), ("52048", 0.8), ("x2047", 0.8), ("It is 52946", 0.6), ("", 0.0), ("25704", 0.0)],
 )
 def test_digit_accuracy(said, share):
-    assert digit_accuracy(said, "52047") == share
+    assert answer(said).digits == share
 
 
 @pytest.mark.parametrize(("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (9, 10, 0.5958, 0.9821), (0, 0, 0, 1)])
@@ -52,24 +51,9 @@ def test_wilson(hits, n, low, high):
 
 
 def answer(said="52047", **changed):
-    made = Answer(
-        model="m",
-        digest="d",
-        id="en-0",
-        language="en",
-        tokens=3000,
-        filler="templates",
-        wordings="training",
-        keys=1,
-        depth=0.5,
-        answer="52047",
-        said=said,
-        outcome=outcome(said, "52047", CONTEXT),
-        digits=digit_accuracy(said, "52047"),
-        rows=10,
-        row_bytes=2048,
-    )
-    return dataclasses.replace(made, **changed)
+    sample = {"id": "en-0", "language": "en", "context": CONTEXT, "question": "?", "answer": "52047", "depth": 0.5}
+    sample |= {"tokens": 3000, "keys": {"": "52047"}, "filler": "templates", "wordings": "training"}
+    return Answer(Sample(**{**sample, **changed}), said, rows=10, row_bytes=2048)
 
 
 ANYTHING = st.one_of(st.sampled_from(["52047", "13579", "34567", "24,680", ""]), st.text(max_size=8))
@@ -101,13 +85,17 @@ def test_a_row_says_what_its_answers_say():
         ("wordings", "held_out"),
         ("language", "ko"),
         ("tokens", 500),
-        ("keys", 4),
+        ("keys", {"Mira": "52047", "Noah": "13579"}),
     ],
 )
 def test_different_questions_are_never_averaged(field, other):
     right, wrong = answer(), answer("13579", **{field: other})
     rows = rows_of([right, wrong, right])
-    assert [(row[field], row["n"], row["exact"]) for row in rows] == [(getattr(right, field), 2, 1), (other, 1, 0)]
+    assert [(row[field], row["n"], row["exact"]) for row in rows] == [
+        (right.kind[field], 2, 1),
+        (wrong.kind[field], 1, 0),
+    ]
+    assert right.kind[field] != wrong.kind[field]
 
 
 def test_depths():

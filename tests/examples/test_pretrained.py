@@ -96,7 +96,7 @@ def test_the_merged_model_answers_from_gist_rows(trained):
     opened = open_trained(trained)
     samples = list(dataset(opened.tokenizer.backend_tokenizer, "en", 120, 2, asked_by="cue"))
     answers = opened.reader().read(samples)
-    assert [(rows, row_bytes) for _, rows, row_bytes in answers] == [(10, 2 * 4 * 64 * 4)] * 2
+    assert [(answer.rows, answer.row_bytes) for answer in answers] == [(10, 2 * 4 * 64 * 4)] * 2
     assert samples[0].question == "\nThe pass key is "
 
 

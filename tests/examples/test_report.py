@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from passkey import report
 
@@ -66,23 +66,17 @@ def test_the_table_says_what_the_questions_are():
     assert len({len(line) for line in (head, plain, prose, method)}) == 1
 
 
-@pytest.fixture
-def axes(monkeypatch):
-    """The axes of the picture that was drawn last."""
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    yield lambda: pyplot.gcf().axes[0]
-    monkeypatch.undo()
-    pyplot.close("all")
-
-
-def test_heatmap_shows_depths_and_gaps(tmp_path, axes):
+def test_heatmap_shows_depths_and_gaps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     gap = row(language="ko", by_depth=[{"depth": 0.05, "n": 0, "exact": None}, *row()["by_depth"][1:]])
     report.heatmap([gap, row()], tmp_path / "x.png")
-    (image,) = axes().images
+    axes = figures[0].axes[0]
+    (image,) = axes.images
     cells = image.get_array().tolist()
     assert cells[0] == [index / 10 for index in range(10)]
     assert cells[1][0] is None or math.isnan(cells[1][0])
-    assert [text.get_text() for text in axes().get_yticklabels()] == ["en 3,000 (300x)", "ko 3,000 (300x)"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["en 3,000 (300x)", "ko 3,000 (300x)"]
 
 
 @pytest.mark.parametrize(
