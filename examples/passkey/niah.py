@@ -73,28 +73,13 @@ def train_tokenizer() -> Tokenizer:
 class Haystack:
     """Draws contexts of an exact number of tokens in one language.
 
-    Parameters
-    ----------
-    tokenizer : tokenizers.Tokenizer
-        Counts the tokens; of a transformers tokenizer this is its ``backend_tokenizer``.
-    language : str
-        ``"en"`` or ``"ko"``.
-    held_out : bool
-        Evaluation's side of the split: sentences and keys that training never shows.
-    rng : random.Random
-        The only source of chance.
-    filler : str
-        ``"templates"`` (sentences of haystack.py) or ``"prose"`` (consecutive sentences of real documents, prose.py).
-    wordings : str
-        ``"training"`` or ``"held_out"``: which sentences state the key.
-    asked_by : str
-        ``"question"``, or ``"cue"``: the start of the answer alone, which a small base model goes on with in a
-        language that it hardly knows. Of one key; several are asked for by name.
+    The `tokenizer` counts them (of a transformers one it is the `backend_tokenizer`), `rng` is the only source of
+    chance, and `held_out` is evaluation's side of the split: sentences and keys that training never shows. The filler
+    is made of "templates" (haystack.py) or "prose" (consecutive sentences of real documents, prose.py); `wordings` are
+    the sentences that state a key. A key is asked for by a "question", or by a "cue", the start of the answer alone,
+    which a small base model goes on with in a language that it hardly knows; several are asked for by name.
 
-    Raises
-    ------
-    ValueError
-        If a name is unknown, prose is not installed, or the tokenizer does not keep sentences apart.
+    ValueError if a name is unknown, prose is not installed, or the tokenizer does not keep sentences apart.
     """
 
     def __init__(
@@ -189,10 +174,7 @@ class Haystack:
     def draw(self, tokens: int, depth: float | None = None, keys: int = 1) -> tuple[list[int], Sample]:
         """Ids of a context of exactly `tokens` tokens, and the question about one of its keys.
 
-        Raises
-        ------
-        ValueError
-            If the needles do not fit into `tokens`, or there are not as many names, or wordings, as `keys`.
+        ValueError if the needles do not fit into `tokens`, or there are fewer names, or wordings, than `keys`.
         """
         rng, language = self.rng, self.language
         known = language.words["name"] if self.wordings == "training" else [""]

@@ -39,17 +39,8 @@ BILLS = {False: (0, 1, 2, 3, 6, 7, 8, 9), True: (4, 5)}
 def prose(language: str, held_out: bool) -> tuple[tuple[str, ...], ...]:
     """Documents of one side of the split, each a tuple of its sentences in order.
 
-    Parameters
-    ----------
-    language : str
-        ``"en"`` or ``"ko"``.
-    held_out : bool
-        Evaluation's side; no sentence of it is in training's.
-
-    Raises
-    ------
-    ValueError
-        If the language is unknown, or the package that carries the text is not installed.
+    No sentence of the held-out side, evaluation's, is in training's. ValueError if there is no prose in a language, or
+    the package that carries it is not installed.
     """
     if language not in _READERS:
         raise ValueError(f"no prose in language {language!r}: expected one of {', '.join(_READERS)}")
@@ -135,16 +126,11 @@ def _korean_sentences(paragraphs: Iterable[str]) -> list[str]:
     """Sentences that end like one and are whole, without headings, captions and formulas."""
     found = []
     for paragraph in paragraphs:
-        text = " ".join(paragraph.split())
-        for line in re.split(r"(?<=[다음임함됨자]\.)\s+|(?<=\)\.)\s+", text):
+        for line in re.split(r"(?<=[다음임함됨자]\.)\s+|(?<=\)\.)\s+", " ".join(paragraph.split())):
             bare = re.sub(MARKS, "", line)
             whole = all(bare.count(left) == bare.count(right) for left, right in ("“”", "()", "｢｣"))
-            if (
-                whole
-                and len(bare) >= 12
-                and re.search(r"[다음임함됨)]\.$", bare)
-                and not re.search(r"자료:| : |[가-힣]제\d+조", bare)
-            ):
+            ends = len(bare) >= 12 and re.search(r"[다음임함됨)]\.$", bare)
+            if whole and ends and not re.search(r"자료:| : |[가-힣]제\d+조", bare):
                 found.append(bare)
     return found
 

@@ -24,21 +24,10 @@ __all__ = ["Reader"]
 class Reader:
     """Reads contexts and answers their questions.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        In the dtype to evaluate, and patched by `gistkern.patch_llama` unless the reader is `full`.
-    tokenizer : tokenizers.Tokenizer
-        Of the model (`backend_tokenizer` of a transformers one).
-    compression : mapping, optional
-        Arguments of `gistkern.compress`: segment_length and segment_overlap, or nothing.
-    new_tokens : int, optional
-        Most tokens to say. By default as many as the longest right answer has, for models that were not trained to
-        stop; a model that ends its answer itself may have more.
-    start : sequence of int
-        Ids in front of every context, which its length does not count (Llama 3: <|begin_of_text|>).
-    full : bool
-        Context and question in one prompt, read with transformers' own attention and cache.
+    The `model` is patched by `gistkern.patch_llama` unless the reader is `full`: context and question in one prompt,
+    with transformers' own attention and cache. `compression` are arguments of `gistkern.compress`, `start` ids in front
+    of every context, which its length does not count (Llama 3: <|begin_of_text|>). At most `new_tokens` are said; by
+    default as many as the longest right answer has, for models that were not trained to stop.
     """
 
     model: LlamaForCausalLM

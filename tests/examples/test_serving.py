@@ -44,7 +44,7 @@ def test_a_queue_is_answered_and_handed_on(finished, tmp_path, capsys):
 def test_requests_come_first_and_vllm_is_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
         serve.main(["vllm", "--output", str(tmp_path)])
-    assert "holds no requests.json: serve with transformers first" in capsys.readouterr().err
+    assert "requests.json is missing, or none that `serve.py transformers` wrote" in capsys.readouterr().err
     if importlib.util.find_spec("vllm") is None:
         (tmp_path / "requests.json").write_text('{"requests": []}')
         with pytest.raises(SystemExit, match="2"):
