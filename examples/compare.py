@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from passkey.command_line import at_least, errors_as_one_line, input_file, output_folder
 from passkey.report import command_line, environment, read_json, show, write_json
@@ -25,7 +23,7 @@ from passkey.report import command_line, environment, read_json, show, write_jso
 if TYPE_CHECKING:
     from passkey.settings import Settings
 
-__all__ = ["digits_per_row", "main", "settings_of", "trained_and_asked"]
+__all__ = ["digits_per_row", "main", "trained_and_asked"]
 
 GRID = Path(__file__).parent / "passkey" / "compare.yaml"
 EVALUATION_SEED = 1
@@ -46,46 +44,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(given: argparse.Namespace, command: str) -> None:
-    try:
-        grid = yaml.safe_load(given.grid.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{given.grid} is no YAML: {error}") from error
-    if not isinstance(grid, dict) or not all(isinstance(changes, dict) for changes in grid.values()):
+    # here and below: what takes seconds to load, and a wrong argument is refused without
+    from passkey.settings import read_yaml, settings_of
+
+    grid = read_yaml(given.grid)
+    if not isinstance(grid, dict):
         raise ValueError(f"{given.grid} must be a mapping of names to what they change in a preset")
     if unknown := [name for name in given.only or () if name not in grid]:
         raise ValueError(f"no configuration {unknown[0]!r}: expected one of {', '.join(grid)}")
     out = given.runs / "compare.json"
     found = read_json(out, "results")["results"] if out.exists() else []
-    done = {(result["name"], result["seed"]): result for result in found}
-    for seed in given.seeds:
-        for name in given.only or grid:
-            settings, result = settings_of(name, grid[name], seed), done.get((name, seed))
-            if result is not None and result["settings"] != digest(settings):
-                raise ValueError(f"{out} has {name} with other settings: delete it, or pass another --runs folder")
-            if given.list:
-                print(f"{name:32} seed {seed}  {'to run' if result is None else 'finished'}")
-            elif result is None:
-                done[name, seed] = trained_and_asked(settings, given.runs / f"{name}-seed{seed}")
-                place = {name: index for index, name in enumerate(grid)}
-                results = sorted(done.values(), key=lambda one: (one["seed"], place.get(one["name"], len(place))))
-                where = environment("gistkern", "torch", "transformers")
-                about = {"grade": "measured", "command": command, "environments": [where]}
-                write_json(out, {**about, "results": results})
-
-
-def settings_of(name: str, changes: Mapping[str, Any], seed: int) -> Settings:
-    """The preset that a configuration is like, changed."""
-    from passkey.settings import read_settings
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(changes), "utf-8")
-        return read_settings(file, seed)
+    done = {(result["seed"], result["name"]): result for result in found}
+    for seed, name in product(given.seeds, given.only or grid):
+        settings, result = settings_of(name, grid[name], str(given.grid), seed), done.get((seed, name))
+        if result is not None and result["settings"] != digest(settings):
+            raise ValueError(f"{out} has {name} with other settings: delete it, or pass another --runs folder")
+        if given.list:
+            print(f"{name:32} seed {seed}  {'to run' if result is None else 'finished'}")
+        elif result is None:
+            done[seed, name] = trained_and_asked(settings, given.runs / f"{name}-seed{seed}")
+            about = {"grade": "measured", "command": command}
+            about["environments"] = [environment("gistkern", "torch", "transformers")]
+            write_json(out, {**about, "results": [*done.values()]})
 
 
 def trained_and_asked(settings: Settings, run: Path) -> dict[str, Any]:
     """Train and ask one configuration: its row of the report."""
-    # only here: they take seconds to load, and a wrong argument is refused without them
     import torch
 
     from evaluation import answer_samples, first_of
@@ -97,17 +81,21 @@ def trained_and_asked(settings: Settings, run: Path) -> dict[str, Any]:
     killed = newest_whole(run) is not None
     train(settings, run, resume=killed, overwrite=not killed)
     trained = open_trained(run)
-    name, seed = settings.name, settings.seed
     samples = first_of(trained.datasets(EVALUATION_SEED))
-    answers = answer_samples(trained.reader(), samples, batch=READ_TOGETHER, show=name)
+    answers = answer_samples(trained.reader(), samples, batch=READ_TOGETHER, show=settings.name)
     rows = [{key: value for key, value in row.items() if key != "by_depth"} for row in rows_of(answers)]
-    print(show([{"method": f"{name}, seed {seed}", **row} for row in rows]))
-    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
-    about = {"name": name, "seed": seed, "settings": digest(settings), "evaluation_seed": EVALUATION_SEED}
-    about |= {"parameters": parameters, "training": trained.about["training"]}
-    if any(row["keys"] > 1 for row in rows):
-        return {**about, "capacity": [{**row, "digits_per_row": digits_per_row(row)} for row in rows]}
-    return {**about, "rows": rows}
+    print(show([{"method": f"{settings.name}, seed {settings.seed}", **row} for row in rows]))
+    if capacity := any(row["keys"] > 1 for row in rows):
+        rows = [{**row, "digits_per_row": digits_per_row(row)} for row in rows]
+    return {
+        "name": settings.name,
+        "seed": settings.seed,
+        "settings": digest(settings),
+        "evaluation_seed": EVALUATION_SEED,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "training": trained.about["training"],
+        "capacity" if capacity else "rows": rows,
+    }
 
 
 def digits_per_row(row: Mapping[str, Any]) -> float:

@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from passkey.command_line import at_least, errors_as_one_line, output_folder
 
@@ -51,19 +47,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="folder or hub name; by default the model's")
     parser.add_argument("--dry-run", action="store_true", help="of a pretrained preset: step through it, tiny")
     given = parser.parse_args(arguments)
-    command = sys.argv[1:] if arguments is None else arguments
     run = given.run or Path("runs") / f"{Path(given.preset).stem}{'-leak' * given.leak}"
-    with errors_as_one_line(parser), _stopping_cleanly(run, command):
-        _train(given, output_folder(str(run)))
+    with errors_as_one_line(parser):
+        try:
+            _train_and_evaluate(given, run)
+        except KeyboardInterrupt:
+            _say_how_to_go_on(run)
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
-def _train(given: argparse.Namespace, run: Path) -> None:
+def _train_and_evaluate(given: argparse.Namespace, run: Path) -> None:
     # here and below: what takes seconds to load, and a wrong argument is refused without
     from passkey.settings import preset_file, read_settings
 
     settings = read_settings(preset_file(given.preset, given.leak), given.seed)
     import torch
 
+    from evaluation import evaluate_run
+    from passkey.trained import open_trained
     from passkey.training import dry, train
 
     torch.set_num_threads(given.threads)
@@ -74,58 +75,17 @@ def _train(given: argparse.Namespace, run: Path) -> None:
     elif (given.model or given.tokenizer) and not settings.model.name:
         raise ValueError(f"--model and --tokenizer are for pretrained models, {settings.name}'s weights are random")
     how = {"resume": given.resume, "overwrite": given.overwrite, "accumulate": given.accumulate}
-    try:
-        checkpoint = train(settings, run, given.model, given.tokenizer, **how)
-    except RuntimeError as error:
-        if "RANK" not in os.environ or "onnection" not in str(error):
-            raise
-        raise SystemExit(
-            f"process {os.environ['RANK']} stops: {str(error).splitlines()[0]}\nMost likely another process of this "
-            "run has ended, see what it said. Go on with --resume from the newest checkpoint."
-        ) from error
-    if checkpoint is not None:
-        _evaluate(run, given.model)
+    if train(settings, run, given.model, given.tokenizer, **how):  # to the end, and this is the main process
+        evaluate_run(open_trained(run, given.model), run)
 
 
-def _evaluate(run: Path, model: str | None) -> None:
-    """Evaluate what was trained; Ctrl-C loses no answer."""
-    try:
-        from evaluation import evaluate_run
-        from passkey.trained import open_trained
+def _say_how_to_go_on(run: Path) -> None:
+    from passkey.trained import newest_whole
 
-        evaluate_run(open_trained(run, model), run)
-    except KeyboardInterrupt:
-        script = str(Path(sys.argv[0]).with_name("eval_niah.py"))
-        model_of = [] if model is None else ["--model", model]
-        command = [_python(), script, "--checkpoint", str(run), *model_of, "--output", str(run)]
-        _say_stopped("training is over", command)
-
-
-@contextmanager
-def _stopping_cleanly(run: Path, arguments: Sequence[str]) -> Iterator[None]:
-    """After Ctrl-C, say where the run stands and the command that goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from passkey.trained import newest_whole
-
-        whole = newest_whole(run)
-        launcher = [_python()]
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--"]
-        kept = [one for one in arguments if one not in ("--resume", "--overwrite")]
-        command = [*launcher, sys.argv[0], *kept, "--resume" if whole else "--overwrite"]
-        _say_stopped(f"{whole} is whole" if whole else f"{run} holds no checkpoint yet", command)
-
-
-def _say_stopped(where: str, command: Sequence[str]) -> NoReturn:
+    whole = newest_whole(run)
+    how = f"{whole} is whole: go on with --resume" if whole else f"{run} holds no checkpoint yet: pass --overwrite"
     if os.environ.get("RANK", "0") == "0":
-        print(f"\nstopped: {where}. Go on with\n\n    {shlex.join(command)}\n", file=sys.stderr, flush=True)
-    raise SystemExit(128 + signal.SIGINT)
-
-
-def _python() -> str:
-    return sys.executable or "python"
+        print(f"\nstopped. {how}, and all else as it was.", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -173,14 +173,13 @@ def read_settings(path: str | Path, seed: int | None = None) -> Settings:
         If a key is unknown, missing or given twice, or a value has the wrong type: one line that says where.
     """
     path = Path(path)
-    found = settings_of(path.stem, read_yaml(path), str(path))
+    return settings_of(path.stem, read_yaml(path), str(path), seed)
+
+
+def settings_of(name: str, given: Any, where: str, seed: int | None = None) -> Settings:
+    """`read_settings` of what a file holds; `where` begins messages."""
+    found = _checked(Settings, {"name": name, **_merged(given)} if isinstance(given, Mapping) else given, where)
     return found if seed is None else replace(found, seed=seed)
-
-
-def settings_of(name: str, given: Any, where: str) -> Settings:
-    """Settings from what a file holds, on top of the preset that it is `like`; `where` begins messages."""
-    merged = {"name": name, **_merged(given)} if isinstance(given, Mapping) else given
-    return _checked(Settings, merged, where)
 
 
 def read_evaluation(path: Path) -> tuple[EvaluationRow, ...]:
@@ -199,12 +198,13 @@ def read_yaml(path: Path) -> Any:
 class _Loader(yaml.SafeLoader):
     """YAML allows a key twice and keeps the last; here that is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value]
         for place, name in enumerate(names):
             if name in names[:place]:
                 raise ValueError(f"key {name!r} is given twice (line {node.value[place][0].start_mark.line + 1})")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 # PyYAML takes 1e-4, and the 1e-05 of JSON, for texts

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import compare
+import passkey.settings
 from gistkern.training import Share, Stage
 from passkey.data import PasskeyData
 from passkey.models import patched
@@ -22,7 +23,7 @@ LAYOUTS, COUNTS = ("single", "segment-wise", "hierarchical"), (1, 2, 5, 10, 25)
 
 @functools.cache
 def settings_of(name):
-    return compare.settings_of(name, GRID[name], 0)
+    return passkey.settings.settings_of(name, GRID[name], "the grid")
 
 
 def test_the_grid_holds_every_axis_once_and_names_say_what_changes():
@@ -168,7 +169,7 @@ def test_results_of_other_settings_are_refused(small, tmp_path, capsys):
         (SMALL, ["--only", "double"], "no configuration 'double': expected one of _, wise, keys"),
         ("one: {like: compare, gists: {num_gits: 3}}", [], "num_gits"),
         ("[1, 2]", [], "must be a mapping"),
-        ("a: [", [], "grid.yaml is no YAML"),
+        ("a: [", [], "grid.yaml: while parsing"),
     ],
 )
 def test_a_grid_that_is_none(tmp_path, capsys, text, arguments, message):
