@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from passkey.settings import Settings
 from passkey.shared_haystack import needle_segments, plain_segments
 
 __all__ = ["PasskeyData"]
-
-Haystacks = Mapping[str, list[Haystack]]  # by language, one per filler
 
 
 class PasskeyData(StepDataset):
@@ -50,22 +48,15 @@ class PasskeyData(StepDataset):
         # what the tokenizer puts in front of a text (Llama 3: <|begin_of_text|>), which a haystack has not
         self.start: list[int] = tokenizer("")["input_ids"]
         self.size = 0
-        data, backend = settings.data, tokenizer.backend_tokenizer
-        made = {
-            (language, filler): Haystack(
-                backend,
-                language,
-                held_out,
-                random.Random(f"{settings.seed}-{language}"),
-                filler=filler,
-                asked_by=data.asked_by,
-            )
-            for language in set(data.languages)
-            for filler in set(data.fillers)
-        }
-        self.haystacks: Haystacks = {
-            language: [made[language, filler] for filler in data.fillers] for language in data.languages
-        }
+        data = settings.data
+
+        @cache
+        def haystack(language: str, filler: str) -> Haystack:
+            rng, core = random.Random(f"{settings.seed}-{language}"), tokenizer.backend_tokenizer
+            return Haystack(core, language, held_out, rng, filler=filler, asked_by=data.asked_by)
+
+        # by language, one per filler
+        self.haystacks = {name: [haystack(name, filler) for filler in data.fillers] for name in data.languages}
 
     def draw(self, step: int, share: Share) -> dict[str, Any]:
         """The contexts of `share` in a step: all are drawn, those are kept."""
@@ -106,9 +97,9 @@ class PasskeyData(StepDataset):
 
     def _longest(self, language: str, kind: str) -> int:
         haystack = self.haystacks[language][0]
-        texts = getattr(haystack.language, kind)
-        texts = [texts] if isinstance(texts, str) else texts
-        return max(len(haystack.encode(" " + text.strip().format(key="01234"))) for text in texts)
+        said = getattr(haystack.language, kind)
+        texts = [" " + text.strip().format(key="01234") for text in ([said] if isinstance(said, str) else said)]
+        return max(len(haystack.encode(text)) for text in texts)
 
     def _shared(self, haystack: Haystack, length: int, segments: int, size: int, share: Share) -> dict[str, Any]:
         """Contexts of `segments` segments or one more, all but the needle's in common, in one row."""

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the layers, AdamW for everything else: one optimizer, and the rate that it is given.
+"""Muon for the matrices inside the layers, AdamW for everything else: one optimizer.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") reached the gates of the tiny
 preset's first stages in about half of AdamW's steps.
@@ -6,13 +6,12 @@ preset's first stages in about half of AdamW's steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["AskedRate", "MuonAdamW", "grouped"]
+__all__ = ["MuonAdamW", "grouped"]
 
 # of the polynomial whose iteration makes a matrix orthogonal, as in the publication
 COEFFICIENTS, ITERATIONS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.95
@@ -29,19 +28,18 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter."""
-        groups = self.param_groups
-        try:
-            self.param_groups = [group for group in groups if not group["muon"]]
-            super().step(closure)
-        finally:
-            self.param_groups = groups
-        for group in groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self._muon(parameter, group["lr"], group["weight_decay"])
+        matrices = [(group, one) for group in self.param_groups if group["muon"] for one in group["params"]]
+        gradients = [one.grad for _, one in matrices]
+        for (group, one), gradient in zip(matrices, gradients, strict=True):
+            if gradient is not None:
+                self._muon(one, gradient, group["lr"], group["weight_decay"])
+            one.grad = None  # AdamW passes it over
+        super().step(closure)
+        for (_, one), gradient in zip(matrices, gradients, strict=True):
+            one.grad = gradient
 
-    def _muon(self, parameter: torch.Tensor, rate: float, decay: float) -> None:
-        state, gradient = self.state[parameter], parameter.grad
+    def _muon(self, parameter: torch.Tensor, gradient: torch.Tensor, rate: float, decay: float) -> None:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             # AdamW counts steps in every state that it loads
             state |= {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(parameter)}
@@ -72,32 +70,4 @@ def grouped(parameters: Iterable[tuple[str, torch.Tensor]], rate: float, muon: f
         {"params": others, "lr": rate * adamw, "muon": False},
         {"params": hidden, "lr": rate * muon, "muon": True},
     ]
-    return groups[: 1 + bool(hidden)]
-
-
-class AskedRate(LRScheduler):
-    """Multiplies the rates by what `factor` says before each update.
-
-    A Trainer steps its schedule after an update, when nobody knows the next batch yet, nor the curriculum's stage.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[], float]) -> None:
-        self.factor = factor
-        super().__init__(optimizer)
-
-    def ask(self) -> None:
-        """To be called before the update."""
-        factor, rates = self.factor(), self.base_lrs
-        self._last_lr: Sequence[float] = [factor * rate for rate in rates]
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
-
-    def step(self, epoch: int | None = None) -> None:
-        """Nothing: the Trainer calls it too late."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the curriculum and the data know all."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+    return [group for group in groups if group["params"]]

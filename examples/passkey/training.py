@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from gistkern.training import Curriculum, GistTrainer
 from passkey.data import PasskeyData
 from passkey.models import adapted, fast_tokenizer, patched, random_llama
-from passkey.optimizer import AskedRate, MuonAdamW, grouped
+from passkey.optimizer import MuonAdamW, grouped
 from passkey.settings import Settings, Stages, made
 from passkey.trained import SETTINGS, newest_whole, progress_of
 
@@ -27,6 +26,7 @@ __all__ = ["dry", "make_trainer", "train"]
 
 DRY_STEPS = 4
 DRY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_MODEL = "tiny-model"
 WRITTEN = ("log.jsonl", "report.json", "heatmap.png", "answers.jsonl", "answers-full.jsonl")
 
 
@@ -65,18 +65,17 @@ def train(
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         raise ValueError("accelerate shards models on GPUs only, and would train copies here: launch without FSDP")
     state = PartialState(cpu=not torch.cuda.is_available())
-    checkpoint = _checked(settings, run, resume, overwrite)
+    checkpoint = _resumed(settings, run) if resume else None
+    if not resume and not overwrite and run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} is in use: pass --resume to go on, --overwrite to start again, or another --run")
     state.wait_for_everyone()  # all have looked before one of them clears
     if state.is_main_process and not resume:
-        _clear(run)
-        (run / SETTINGS).write_text(settings.written(), "utf-8")
-        if settings.model.name == str(run / "tiny-model"):
-            write_tiny_model(settings)
+        _start(settings, run)
     state.wait_for_everyone()
     if checkpoint is None or not progress_of(checkpoint)["finished"]:
         trainer = make_trainer(settings, run, source, tokenizer, accumulate)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except SafetensorError as error:
             raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
     state.wait_for_everyone()
@@ -85,37 +84,60 @@ def train(
     return newest_whole(run) if is_main else None
 
 
+def _resumed(settings: Settings, run: Path) -> Path:
+    """The checkpoint to go on from."""
+    checkpoint, file = newest_whole(run), run / SETTINGS
+    if checkpoint is None:
+        raise ValueError(f"nothing to resume: {run} holds no checkpoint")
+    if not file.exists() or file.read_text("utf-8") != settings.written():
+        raise ValueError(f"{run} is a run of other settings or another seed (see {file}): pass the same")
+    return checkpoint
+
+
+def _start(settings: Settings, run: Path) -> None:
+    """A folder for a run: of an earlier one only what a run writes is removed."""
+    run.mkdir(parents=True, exist_ok=True)
+    for path in (*run.glob("checkpoint-*"), run / TINY_MODEL):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in WRITTEN:
+        (run / name).unlink(missing_ok=True)
+    (run / SETTINGS).write_text(settings.written(), "utf-8")
+    if settings.model.name == str(run / TINY_MODEL):
+        random_llama(settings).to(getattr(torch, settings.model.dtype)).save_pretrained(run / TINY_MODEL)
+        fast_tokenizer().save_pretrained(run / TINY_MODEL)
+
+
 def make_trainer(
     settings: Settings,
     run: Path,
     source: str | None = None,
-    tokenizer_source: str | None = None,
+    tokenizer: str | None = None,
     accumulate: int | None = None,
 ) -> PasskeyTrainer:
     """Model, data and trainer, ready to train."""
-    base, handle, tokenizer = patched(settings, source, tokenizer_source)
+    base, handle, tokenizer = patched(settings, source, tokenizer)
     curriculum = settings.curriculum.made()
     data = PasskeyData(settings, curriculum, handle, tokenizer)
-    arguments = training_arguments(settings, run, curriculum.max_steps, accumulate)
-    return PasskeyTrainer(settings, data, base=base, curriculum=curriculum, arguments=arguments)
+    return PasskeyTrainer(
+        settings,
+        model=adapted(settings, base),
+        args=training_arguments(settings, run, curriculum.max_steps, accumulate),
+        data_collator=data.collator,
+        train_dataset=data,
+        processing_class=tokenizer,
+        objectives=settings.objectives,
+        curriculum=curriculum,
+        callbacks=[Bar(curriculum)],
+    )
 
 
 def training_arguments(
     settings: Settings, run: Path, max_steps: int, accumulate: int | None = None
 ) -> TrainingArguments:
     """Of the settings' section, and what a script that is watched at a terminal wants."""
-    given: dict[str, Any] = {"save_total_limit": 2, "report_to": "none", **settings.training}
+    given = {"save_total_limit": 2, "report_to": "none", **settings.training}
     if accumulate is not None:
         given["gradient_accumulation_steps"] = accumulate
-    if given.get("gradient_checkpointing"):
-        given["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu and given.get("optim", "").startswith("paged_"):
-        print(
-            f"NOTE: no GPU. {given['optim']} runs, but bitsandbytes pages nothing on a CPU: its states stay in "
-            "ordinary memory.",
-            file=sys.stderr,
-        )
     return made(
         TrainingArguments,
         given,
@@ -123,7 +145,7 @@ def training_arguments(
         output_dir=str(run),
         max_steps=max_steps,
         seed=settings.seed,
-        use_cpu=on_cpu,
+        use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         include_num_input_tokens_seen="all",
         ddp_find_unused_parameters=False,
@@ -132,84 +154,57 @@ def training_arguments(
 
 
 class PasskeyTrainer(GistTrainer):
-    """`GistTrainer` with the settings' optimizer, and a schedule that follows the curriculum."""
+    """`GistTrainer` with the settings' optimizer, if they have one, and its rate."""
 
-    def __init__(
-        self, settings: Settings, data: PasskeyData, base: Any, curriculum: Curriculum, arguments: TrainingArguments
-    ) -> None:
-        self.settings, self.data = settings, data
-        super().__init__(
-            model=adapted(settings, base),
-            args=arguments,
-            data_collator=data.collator,
-            train_dataset=data,
-            processing_class=data.collator.tokenizer,
-            objectives=settings.objectives,
-            curriculum=curriculum,
-            callbacks=[Watch(curriculum)],
-        )
+    def __init__(self, settings: Settings, **arguments: Any) -> None:
+        self.settings = settings
+        super().__init__(**arguments)
         self.remove_callback(PrinterCallback)  # of every log entry, a line
 
     def create_optimizer(self, model=None):
-        """Muon and AdamW if the settings have an `optimizer`, else that of the TrainingArguments."""
+        """Muon and AdamW, or what the TrainingArguments say."""
         wanted = self.settings.optimizer
         if wanted is not None and self.optimizer is None:
             parameters = (self.model if model is None else model).named_parameters()
             groups = grouped(parameters, self.args.learning_rate, wanted.muon, wanted.adamw)
             self.optimizer = MuonAdamW(groups, betas=wanted.betas, weight_decay=self.args.weight_decay)
+            # the Trainer sets rates after an update, when nobody knows the next batch yet, nor the curriculum's stage
+            self.optimizer.register_step_pre_hook(lambda *_: self.lr_scheduler.step())
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As `create_optimizer`."""
         if self.settings.optimizer is not None and self.lr_scheduler is None:
-            self.lr_scheduler = AskedRate(optimizer or self.optimizer, self._rate)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: self._rate())
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _rate(self) -> float:
         """Grows with the batch's root and over the first steps, and falls in the last stage."""
-        curriculum, arguments = self.curriculum, self.args
-        assert curriculum is not None
-        assert self.settings.optimizer is not None
-        rate = math.sqrt(self.data.size / self.settings.optimizer.rate_batch)
-        rate *= min(1.0, (curriculum.step + 1) / max(1, arguments.warmup_steps))
+        curriculum = self.curriculum
+        rate = math.sqrt(self.train_dataset.size / self.settings.optimizer.rate_batch)
+        rate *= min(1.0, (curriculum.step + 1) / max(1, self.args.warmup_steps))
         return rate * max(0.02, 1 - curriculum.progress) if curriculum.is_last else rate
 
-    def floating_point_ops(self, inputs):
-        """Not counted: transformers' estimate walks over the model in every step, and knows nothing of the mask."""
-        return 0
 
-
-class Watch(TrainerCallback):
-    """A progress bar with what a person wants to see, and the rate of each update."""
+class Bar(ProgressCallback):
+    """transformers' progress bar, up to the steps that there will be if the gates are passed in time."""
 
     def __init__(self, curriculum: Curriculum) -> None:
-        self.curriculum, self.bar = curriculum, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Open the bar."""
-        shown = state.is_world_process_zero
-        self.bar = tqdm(total=args.max_steps, initial=state.global_step, unit="step", disable=not shown)
-
-    def on_pre_optimizer_step(self, args, state, control, lr_scheduler=None, **kwargs):
-        """Set the rate, now that the batch is known."""
-        if isinstance(lr_scheduler, AskedRate):
-            lr_scheduler.ask()
+        super().__init__()
+        self.curriculum = curriculum
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Count, towards the steps that there will be if the gates are passed in time."""
-        self.bar.total = self.curriculum.step + self.curriculum.remaining_steps
-        self.bar.update()
+        """Count."""
+        if self.training_bar is not None:
+            self.training_bar.total = self.curriculum.step + self.curriculum.remaining_steps
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show stage, loss and accuracy."""
-        if self.bar is not None and "stage" in (logs or {}):
+        if self.training_bar is not None and "stage" in logs:
             accuracy = f"{self.curriculum.measure} {logs['running_accuracy']:.3f}"
-            self.bar.set_postfix_str(f"stage {logs['stage']} loss {logs['loss']:.3f} {accuracy}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Close the bar."""
-        self.bar.close()
+            self.training_bar.set_postfix_str(f"stage {logs['stage']} loss {logs['loss']:.3f} {accuracy}")
 
 
 def dry(settings: Settings, run: Path) -> Settings:
@@ -218,45 +213,14 @@ def dry(settings: Settings, run: Path) -> Settings:
         raise ValueError(f"--dry-run is for pretrained models, {settings.name} starts from random weights")
     vocabulary = {"vocab_size": fast_tokenizer().backend_tokenizer.get_vocab_size(), "num_key_value_heads": 2}
     architecture = {**settings.model.architecture, **DRY, **vocabulary}
-    model = replace(settings.model, name=str(run / "tiny-model"), gguf_package="", architecture=architecture)
     stages = settings.curriculum.stages
     short = {"steps": max(1, DRY_STEPS // len(stages)), "tokens": (96, 112), "batch_size": 2}
     accumulate = min(2, settings.training.get("gradient_accumulation_steps", 1))
     few = {"warmup_steps": 0, "save_steps": DRY_STEPS // 2, "gradient_accumulation_steps": accumulate}
     return replace(
         settings,
-        model=model,
+        model=replace(settings.model, name=str(run / TINY_MODEL), gguf_package="", architecture=architecture),
         curriculum=Stages(tuple(replace(one, **short) for one in stages), patience=1.0),
         evaluation=tuple(replace(row, tokens=120, samples=3) for row in settings.evaluation),
         training={**settings.training, **few},
     )
-
-
-def write_tiny_model(settings: Settings) -> None:
-    """Random weights and the tiny preset's tokenizer, as a checkpoint to load like any other."""
-    model = random_llama(settings).to(getattr(torch, settings.model.dtype))
-    model.save_pretrained(settings.model.name)
-    fast_tokenizer().save_pretrained(settings.model.name)
-
-
-def _checked(settings: Settings, run: Path, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to resume from, if any; ValueError for a folder in use, or where nothing can be resumed."""
-    if resume:
-        checkpoint, file = newest_whole(run), run / SETTINGS
-        if checkpoint is None:
-            raise ValueError(f"nothing to resume: {run} holds no checkpoint")
-        if not file.exists() or file.read_text("utf-8") != settings.written():
-            raise ValueError(f"{run} is a run of other settings or another seed (see {file}): pass the same")
-        return checkpoint
-    if run.exists() and any(run.iterdir()) and not overwrite:
-        raise ValueError(f"{run} is in use: pass --resume to go on, --overwrite to start again, or another --run")
-    return None
-
-
-def _clear(run: Path) -> None:
-    """An empty folder for a run: of an earlier one only what a run writes is removed."""
-    run.mkdir(parents=True, exist_ok=True)
-    for path in (*run.glob("checkpoint-*"), run / "tiny-model"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in WRITTEN:
-        (run / name).unlink(missing_ok=True)
