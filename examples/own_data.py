@@ -70,28 +70,22 @@ def train(given: argparse.Namespace, lines: list[dict[str, str]]) -> None:
     if given.lora:
         from peft import LoraConfig, get_peft_model
 
+        adapter = {"r": given.lora, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         # the gist rows are trained and saved beside the adapter
-        adapter = LoraConfig(
-            r=given.lora, target_modules="all-linear", modules_to_save=["gist_embeddings"], task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, adapter)
-    ended = [{**line, "answer": line["answer"] + (tokenizer.eos_token or "")} for line in lines]
-    trainer = GistTrainer(
-        model,
-        TrainingArguments(
-            str(given.output),
-            max_steps=given.steps,
-            per_device_train_batch_size=given.batch,
-            learning_rate=given.rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=given.steps // 20,
-            logging_steps=10,
-            report_to="none",
-        ),
-        data_collator=GistDataCollator(tokenizer, handle, given.segment),
-        train_dataset=ended,
+        model = get_peft_model(model, LoraConfig(modules_to_save=["gist_embeddings"], **adapter))
+    arguments = TrainingArguments(
+        str(given.output),
+        max_steps=given.steps,
+        per_device_train_batch_size=given.batch,
+        learning_rate=given.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=given.steps // 20,
+        logging_steps=10,
+        report_to="none",
     )
-    trainer.train()
+    ended = [{**line, "answer": line["answer"] + (tokenizer.eos_token or "")} for line in lines]
+    collator = GistDataCollator(tokenizer, handle, given.segment)
+    GistTrainer(model, arguments, data_collator=collator, train_dataset=ended).train()
     if given.lora:
         model = model.merge_and_unload()
     model.save_pretrained(given.output / "model")

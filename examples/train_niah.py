@@ -37,10 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     parser.add_argument("--run", type=output_folder, help="output folder; runs/<preset> by default")
     parser.add_argument(
-        "--threads",
-        type=at_least(1),
-        default=1,
-        help="two are faster than one on idle cores, and need OMP_WAIT_POLICY=PASSIVE on busy ones",
+        "--threads", type=at_least(1), default=1, help="2 is faster; OMP_WAIT_POLICY=PASSIVE on busy cores"
     )
     parser.add_argument("--accumulate", type=at_least(1), metavar="N", help="compute each batch in N micro-batches")
     parser.add_argument("--model", help="folder or hub name of the pretrained model, instead of the settings' own")
@@ -74,9 +71,9 @@ def _train_and_evaluate(given: argparse.Namespace, run: Path) -> None:
         settings = dry(settings, run)
     elif (given.model or given.tokenizer) and not settings.model.name:
         raise ValueError(f"--model and --tokenizer are for pretrained models, {settings.name}'s weights are random")
-    how = {"resume": given.resume, "overwrite": given.overwrite, "accumulate": given.accumulate}
-    if train(settings, run, given.model, given.tokenizer, **how):  # to the end, and this is the main process
-        evaluate_run(open_trained(run, given.model), run)
+    settings = settings.on(given.model, given.tokenizer)
+    if train(settings, run, resume=given.resume, overwrite=given.overwrite, accumulate=given.accumulate):
+        evaluate_run(open_trained(run), run)
 
 
 def _say_how_to_go_on(run: Path) -> None:

@@ -65,41 +65,49 @@ class PasskeyData(StepDataset):
 
     def batch(self, stage: Stage, rng: random.Random, share: Share) -> dict[str, Any]:
         """A batch of the stage's contexts; of the first where the share has none."""
-        data = self.settings.data
-        least, known = 0, list(data.languages)
+        least, known = 0, list(self.settings.data.languages)
         if stage.tokens is not None:
             low, high = stage.tokens
             least = round(math.exp(rng.uniform(math.log(low), math.log(high))))  # short ones as often as long ones
-            known = [name for name in known if least >= self._longest(name, "statement")]
+            known = [name for name in known if least >= self._longest(name, bare=True)]
             if not known:
                 raise ValueError(f"no language states a key in {least} tokens: raise the stage's tokens")
         language = rng.choice(known)
         haystack = rng.choice(self.haystacks[language])
-        bare = stage.tokens is not None and least < self._longest(language, "needles")
+        bare = stage.tokens is not None and least < self._longest(language, bare=False)
         haystack.rng = rng
-        if stage.segments is not None:
-            assert stage.segment_length is not None
-            segments = rng.randint(*stage.segments)
-            if segments > 1:
-                batch = self._shared(haystack, stage.segment_length, segments, stage.batch_size, share)
-                return self._visible(batch) if data.leak else batch
+        segments = 1
+        if stage.segments is not None and (segments := rng.randint(*stage.segments)) == 1:
             least = stage.segment_length - rng.randrange(stage.segment_length // 4)
-        question = haystack.encode(haystack.question)
-        row = least + self.handle.num_ids + len(question) + KEY_DIGITS
-        self.size = max(1, min(stage.batch_size, data.batch_tokens // row))
-        samples = [_sample(haystack, stage, None if bare else least) for _ in range(self.size)]
-        features = [
-            {"context_ids": self.start + context, "question_ids": asked or question, "answer_ids": answer}
-            for context, asked, answer in samples
-        ]
-        batch = self.collator([features[place] for place in share.own(self.size) or range(1)])
-        return self._visible(batch) if data.leak else batch
+        if segments == 1:
+            batch = self._side_by_side(haystack, stage, least, bare, share)
+        else:
+            batch = self._shared(haystack, stage.segment_length, segments, stage.batch_size, share)
+        return _visible(batch) if self.settings.data.leak else batch
 
-    def _longest(self, language: str, kind: str) -> int:
+    def _longest(self, language: str, bare: bool) -> int:
+        """Tokens of the longest needle, or of the bare statement of a key."""
         haystack = self.haystacks[language][0]
-        said = getattr(haystack.language, kind)
-        texts = [" " + text.strip().format(key="01234") for text in ([said] if isinstance(said, str) else said)]
-        return max(len(haystack.encode(text)) for text in texts)
+        texts = [haystack.language.statement] if bare else haystack.language.needles
+        return max(len(haystack.encode(" " + text.strip().format(key="01234"))) for text in texts)
+
+    def _side_by_side(self, haystack: Haystack, stage: Stage, tokens: int, bare: bool, share: Share) -> dict[str, Any]:
+        """Contexts of so many tokens, or bare statements, a row each."""
+        encode, (least, most), features = haystack.encode, stage.keys, []
+        row = tokens + self.handle.num_ids + len(encode(haystack.question)) + KEY_DIGITS
+        self.size = max(1, min(stage.batch_size, self.settings.data.batch_tokens // row))
+        for _ in range(self.size):
+            question = haystack.question
+            if bare:
+                ids, key = haystack.statement()
+            else:
+                depth = haystack.rng.uniform(*stage.depth)
+                keys = least if least == most else haystack.rng.randint(least, most)
+                ids, sample = haystack.draw(tokens, depth, keys)
+                question, key = sample.question, sample.answer
+            ids = {"context_ids": self.start + ids, "question_ids": encode(question), "answer_ids": encode(key)}
+            features.append(ids)
+        return self.collator([features[place] for place in share.own(self.size) or range(1)])
 
     def _shared(self, haystack: Haystack, length: int, segments: int, size: int, share: Share) -> dict[str, Any]:
         """Contexts of `segments` segments or one more, all but the needle's in common, in one row."""
@@ -129,18 +137,9 @@ class PasskeyData(StepDataset):
         ids = {"input_ids": row + tails, "labels": [-100] * len(row) + labels}
         return {**{name: torch.tensor([one]) for name, one in ids.items()}, "gist_layout": layout}
 
-    def _visible(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Every token sees every earlier one, as in the proof of concept whose mask leaked."""
-        rows, columns = batch["input_ids"].shape
-        layout = GistLayout.from_segments([], 1, tail=columns)
-        return {**batch, "gist_layout": GistLayout.stack([layout] * rows)}
 
-
-def _sample(haystack: Haystack, stage: Stage, tokens: int | None) -> tuple[list[int], list[int], list[int]]:
-    """Ids of a context (without `tokens` a bare statement), of its question if that names a key, and of the key."""
-    if tokens is None:
-        ids, key = haystack.statement()
-        return ids, [], haystack.encode(key)
-    rng, (least, most) = haystack.rng, stage.keys
-    ids, sample = haystack.draw(tokens, rng.uniform(*stage.depth), least if least == most else rng.randint(least, most))
-    return ids, haystack.encode(sample.question) if len(sample.keys) > 1 else [], haystack.encode(sample.answer)
+def _visible(batch: dict[str, Any]) -> dict[str, Any]:
+    """Every token sees every earlier one, as in the proof of concept whose mask leaked."""
+    rows, columns = batch["input_ids"].shape
+    layout = GistLayout.from_segments([], 1, tail=columns)
+    return {**batch, "gist_layout": GistLayout.stack([layout] * rows)}

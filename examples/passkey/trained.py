@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,30 +29,14 @@ logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, ready to be asked.
+    """A trained model, ready to be asked."""
 
-    Parameters
-    ----------
-    checkpoint : Path
-        Its folder, an ordinary one of transformers or peft.
-    settings : Settings
-        Of its run.
-    model : PreTrainedModel
-        Patched, in evaluation mode; an adapter is merged into its model unless that is quantized.
-    tokenizer : PreTrainedTokenizerBase
-        Saved with it.
-    handle : GistHandle
-        Of `patch_llama`.
-    source : str, optional
-        Of the base model, if it is not the settings'.
-    """
-
-    checkpoint: Path
-    settings: Settings
-    model: PreTrainedModel
+    checkpoint: Path  # a folder of transformers' or peft's
+    settings: Settings  # of its run
+    model: PreTrainedModel  # patched, in evaluation mode; an adapter is merged into it unless it is quantized
     tokenizer: PreTrainedTokenizerBase
     handle: GistHandle
-    source: str | None = None
+    source: str | None = None  # of an adapter's base model, if not the run's
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -80,7 +63,7 @@ class Trained:
     def full(self) -> PreTrainedModel:
         """The model to compare with, whole contexts in sight: unpatched, and a pretrained one as it was."""
         if self.settings.model.name:
-            return base_model(self.settings, self.source).eval()
+            return base_model(self.settings).eval()
         trained = open_trained(self.checkpoint)
         trained.handle.unpatch()
         return trained.model
@@ -101,24 +84,15 @@ class Trained:
 
 
 def open_trained(path: str | Path, source: str | None = None) -> Trained:
-    """Open a checkpoint of train_niah.py, or the newest one of a run's folder.
+    """Open a checkpoint of train_niah.py, or the newest whole one of a run's folder; ValueError if there is none.
 
-    Parameters
-    ----------
-    path : str or Path
-        Folder of a run or of a checkpoint in it.
-    source : str, optional
-        Folder or hub name of an adapter's base model, by default the run's.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds no whole checkpoint, or `source` is given where nothing is loaded from it.
+    `source` is a folder or hub name of an adapter's base model, by default the run's.
     """
     checkpoint = newest(Path(path))
     settings = read_settings(settings_file(checkpoint))
     if source is not None and settings.lora is None:
         raise ValueError(f"a base model is for adapters, {checkpoint} is a whole model: leave --model out")
+    settings = settings.on(source)
     if settings.lora is None:
         tokenizer = read_tokenizer(checkpoint)
         with loading(checkpoint):
@@ -127,21 +101,18 @@ def open_trained(path: str | Path, source: str | None = None) -> Trained:
     else:
         from peft import PeftModel
 
-        base, handle, tokenizer = patched(settings, source, checkpoint)
+        base, handle, tokenizer = patched(settings, checkpoint)
         with loading(checkpoint):
             model = PeftModel.from_pretrained(base, checkpoint)
-            model = model if settings.quantization else model.merge_and_unload()
+        if not settings.quantization:
+            model = model.merge_and_unload()
     return Trained(checkpoint, settings, model.eval(), tokenizer, handle, source)
 
 
 def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end, or None: the Trainer writes its state last."""
-    whole = [
-        (int(number[1]), path)
-        for path in run.glob("checkpoint-*")
-        if (number := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
-    ]
-    return max(whole, default=(0, None))[1]
+    whole = [path for path in run.glob("checkpoint-[0-9]*") if (path / STATE).is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def newest(path: Path) -> Path:

@@ -31,14 +31,7 @@ WRITTEN = ("log.jsonl", "report.json", "heatmap.png", "answers.jsonl", "answers-
 
 
 def train(
-    settings: Settings,
-    run: Path,
-    source: str | None = None,
-    tokenizer: str | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    accumulate: int | None = None,
+    settings: Settings, run: Path, *, resume: bool = False, overwrite: bool = False, accumulate: int | None = None
 ) -> Path | None:
     """Train; returns the folder of the last checkpoint, or None in all processes but the main one.
 
@@ -48,19 +41,10 @@ def train(
         The run. Kept in its folder, for whoever reads the checkpoints.
     run : Path
         Output folder.
-    source, tokenizer : str, optional
-        Folders or hub names to load instead of the settings' model and its tokenizer.
     resume, overwrite : bool
         Go on from the newest checkpoint, or replace what an earlier run left.
     accumulate : int, optional
         Micro-batches of a step; changes nothing in the result but rounding, and may differ after a resume.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        After Ctrl-C, with a checkpoint of the step that was under way; a second Ctrl-C raises it at once.
-    ValueError
-        If `resume` finds no checkpoint, or one of other settings; for a folder in use that is not to be overwritten.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         raise ValueError("accelerate shards models on GPUs only, and would train copies here: launch without FSDP")
@@ -73,7 +57,7 @@ def train(
         _start(settings, run)
     state.wait_for_everyone()
     if checkpoint is None or not progress_of(checkpoint)["finished"]:
-        trainer = make_trainer(settings, run, source, tokenizer, accumulate)
+        trainer = make_trainer(settings, run, accumulate)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except SafetensorError as error:
@@ -107,15 +91,9 @@ def _start(settings: Settings, run: Path) -> None:
         fast_tokenizer().save_pretrained(run / TINY_MODEL)
 
 
-def make_trainer(
-    settings: Settings,
-    run: Path,
-    source: str | None = None,
-    tokenizer: str | None = None,
-    accumulate: int | None = None,
-) -> PasskeyTrainer:
+def make_trainer(settings: Settings, run: Path, accumulate: int | None = None) -> PasskeyTrainer:
     """Model, data and trainer, ready to train."""
-    base, handle, tokenizer = patched(settings, source, tokenizer)
+    base, handle, tokenizer = patched(settings)
     curriculum = settings.curriculum.made()
     data = PasskeyData(settings, curriculum, handle, tokenizer)
     return PasskeyTrainer(

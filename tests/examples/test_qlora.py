@@ -60,7 +60,7 @@ class Calls(TorchDispatchMode):
 
 def train(recipe, source, folder, steps, rate):
     """A few steps on one sample; returns the losses, the batch, and the operators of the last step."""
-    base, handle, tokenizer = patched(recipe, source)
+    base, handle, tokenizer = patched(recipe.on(source))
     model = adapted(recipe, base)
     base.gradient_checkpointing_enable({"use_reentrant": False})
     batch = GistDataCollator(tokenizer, handle)([{"context": CONTEXT, "question": QUESTION, "answer": ANSWER}])
@@ -115,12 +115,12 @@ def test_only_what_was_trained_is_saved(trained):
 def test_fresh_objects_give_the_same_logits(recipe, source, trained):
     model, _, batch, _, folder = trained
     expected = logits_of(model, batch)
-    base, handle, _ = patched(recipe, source, folder)
+    base, handle, _ = patched(recipe.on(source), folder)
     again = PeftModel.from_pretrained(base, folder)
     assert again is not model
     assert torch.equal(logits_of(again, batch), expected)
     # the gist rows and LoRA both matter, or equality would show nothing
-    start, _, _ = patched(recipe, source)
+    start, _, _ = patched(recipe.on(source))
     assert (logits_of(start, batch) - expected).abs().max() > 0.1
     with torch.no_grad():
         handle.inner.gist_embeddings.modules_to_save["default"].weight.zero_()
