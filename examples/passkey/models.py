@@ -75,15 +75,13 @@ def source_of(settings: Settings) -> str:
     return _converted(model.gguf_package, BUILD / model.name) if model.gguf_package else model.name
 
 
-def patched(
-    settings: Settings, tokenizer_source: str | Path = ""
-) -> tuple[PreTrainedModel, GistHandle, PreTrainedTokenizerBase]:
+def patched(settings: Settings) -> tuple[PreTrainedModel, GistHandle, PreTrainedTokenizerBase]:
     """The base model with gist tokens; also what an adapter has to be loaded onto, with the tokenizer beside that.
 
     `prepare_model_for_kbit_training` belongs to loading: without its fp32 casts a trained adapter's logits move.
     """
     model = base_model(settings)
-    found = tokenizer_source or settings.model.tokenizer or source_of(settings)
+    found = settings.model.tokenizer or source_of(settings)
     tokenizer = read_tokenizer(found) if found else fast_tokenizer()
     if settings.model.resize_vocabulary:
         # the new rows are never read, so they need no good start

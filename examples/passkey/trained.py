@@ -92,7 +92,7 @@ def open_trained(path: str | Path, source: str | None = None) -> Trained:
     settings = read_settings(settings_file(checkpoint))
     if source is not None and settings.lora is None:
         raise ValueError(f"a base model is for adapters, {checkpoint} is a whole model: leave --model out")
-    settings = settings.on(source)
+    settings = settings.on(source, str(checkpoint))
     if settings.lora is None:
         tokenizer = read_tokenizer(checkpoint)
         with loading(checkpoint):
@@ -101,7 +101,7 @@ def open_trained(path: str | Path, source: str | None = None) -> Trained:
     else:
         from peft import PeftModel
 
-        base, handle, tokenizer = patched(settings, checkpoint)
+        base, handle, tokenizer = patched(settings)
         with loading(checkpoint):
             model = PeftModel.from_pretrained(base, checkpoint)
         if not settings.quantization:

@@ -49,6 +49,11 @@ print(json.dumps([vars(sample) for sample in dataset(train_tokenizer(), *{what!r
     return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
 
 
+def entries(folder):
+    """What a run logged of its steps; the Trainer ends with an entry about the whole run."""
+    return [one for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in (one := json.loads(line))]
+
+
 def command(*arguments):
     """The smallest training run of the example."""
     return [sys.executable, str(EXAMPLES / "train_niah.py"), "--preset", str(SMOKE), *map(str, arguments)]

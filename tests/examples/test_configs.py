@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import entries, tiny_llama
 from launching import launch
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -187,11 +187,9 @@ def dry_runs(tmp_path_factory):
 
 def log_of(run):
     """Of the steps, without their times."""
-    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return [
-        {k: v for k, v in entry.items() if "per_second" not in k and k != "train_runtime"}
-        for entry in entries
-        if "loss" in entry
+        {name: value for name, value in entry.items() if "per_second" not in name and name != "train_runtime"}
+        for entry in entries(run)
     ]
 
 

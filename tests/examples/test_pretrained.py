@@ -78,7 +78,7 @@ def test_a_checkpoint_opens_merged(trained, settings):
     assert type(opened.model).__name__ == "LlamaForCausalLM"
     from peft import PeftModel
 
-    base, handle, _ = patched(settings, tokenizer_source=newest_whole(trained))
+    base, handle, _ = patched(settings.on(None, str(newest_whole(trained))))
     adapter = PeftModel.from_pretrained(base, newest_whole(trained)).eval()
     untrained, *_ = patched(settings)
     batch = PasskeyData(settings, settings.curriculum.made(), handle, opened.tokenizer).batch(

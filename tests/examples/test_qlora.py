@@ -115,7 +115,7 @@ def test_only_what_was_trained_is_saved(trained):
 def test_fresh_objects_give_the_same_logits(recipe, source, trained):
     model, _, batch, _, folder = trained
     expected = logits_of(model, batch)
-    base, handle, _ = patched(recipe.on(source), folder)
+    base, handle, _ = patched(recipe.on(source, str(folder)))
     again = PeftModel.from_pretrained(base, folder)
     assert again is not model
     assert torch.equal(logits_of(again, batch), expected)

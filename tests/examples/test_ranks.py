@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, smoke, tiny_llama
+from conftest import command, entries, smoke, tiny_llama
 from launching import launch, torchrun
 from safetensors.torch import load_file
 
@@ -23,11 +23,6 @@ from passkey.trained import newest_whole, open_trained
 from passkey.training import train
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
-
-
-def entries(folder):
-    """Of the steps; the Trainer ends with one about the whole run."""
-    return [one for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in (one := json.loads(line))]
 
 
 def same_run(folder, other, optimizer=True):

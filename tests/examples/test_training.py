@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMOKE, command, run, smoke, tiny_llama
+from conftest import SMOKE, command, entries, run, smoke, tiny_llama
 from safetensors.torch import load_file
 
 import eval_niah
@@ -25,11 +25,6 @@ from passkey.training import train
 
 pytestmark = pytest.mark.xdist_group("training")
 LEAK = SMOKE.with_name("smoke-leak.yaml")
-
-
-def entries(folder):
-    """Of the steps; the Trainer ends with one about the whole run."""
-    return [one for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in (one := json.loads(line))]
 
 
 def test_it_writes_log_checkpoint_and_report(finished):
