@@ -56,7 +56,7 @@ def _run(given: argparse.Namespace, command: str) -> None:
     found = read_json(out, "results")["results"] if out.exists() else []
     done = {(result["seed"], result["name"]): result for result in found}
     for seed, name in product(given.seeds, given.only or grid):
-        settings, result = settings_of(name, grid[name], str(given.grid), seed), done.get((seed, name))
+        settings, result = settings_of(name, grid[name], f"{given.grid}, {name}", seed), done.get((seed, name))
         if result is not None and result["settings"] != digest(settings):
             raise ValueError(f"{out} has {name} with other settings: delete it, or pass another --runs folder")
         if given.list:
