@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["at_least", "errors_as_one_line", "input_file", "input_folder", "output_file", "output_folder"]
+__all__ = ["at_least", "errors_as_one_line", "input_file", "input_folder", "output_folder"]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -41,7 +41,6 @@ def _is_writable(folder: Path) -> bool:
 
 input_file = _path_if(Path.is_file, "no file {}")
 input_folder = _path_if(Path.is_dir, "no folder {}")
-output_file = _path_if(lambda path: not path.is_dir() and _is_writable(path.parent), "cannot write a file {}")
 output_folder = _path_if(_is_writable, "cannot write to a folder {}")
 
 

@@ -36,7 +36,6 @@ class Trained:
     model: PreTrainedModel  # patched, in evaluation mode; an adapter is merged into it unless it is quantized
     tokenizer: PreTrainedTokenizerBase
     handle: GistHandle
-    source: str | None = None  # of an adapter's base model, if not the run's
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def open_trained(path: str | Path, source: str | None = None) -> Trained:
             model = PeftModel.from_pretrained(base, checkpoint)
         if not settings.quantization:
             model = model.merge_and_unload()
-    return Trained(checkpoint, settings, model.eval(), tokenizer, handle, source)
+    return Trained(checkpoint, settings, model.eval(), tokenizer, handle)
 
 
 def newest_whole(run: Path) -> Path | None:
