@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -62,6 +63,8 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except SafetensorError as error:
             raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
+        del trainer  # a DistributedDataParallel that outlives its process group can wait for it for ever
+        gc.collect()
     state.wait_for_everyone()
     is_main = state.is_main_process
     state.destroy_process_group()  # what follows is for the main process alone
