@@ -1,5 +1,6 @@
 """One rank of the tests: runs every case that test_context_parallel.py compares with a single process."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -176,4 +177,5 @@ if __name__ == "__main__":
     if dist.get_rank() in (0, 1):
         every_case(folder / "2", pair)
     dist.barrier()
+    gc.collect()  # a DistributedDataParallel that outlives its process group can wait for it for ever
     dist.destroy_process_group()

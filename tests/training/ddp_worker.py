@@ -1,5 +1,6 @@
 """The same training in one process (imported by the test) or as one of several (started by torchrun)."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -115,4 +116,5 @@ if __name__ == "__main__":
     found = {case: train(case, folder / case, processes) for case in CASES}
     found["refusal"] = refusal(folder / "refused")
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    gc.collect()  # a DistributedDataParallel that outlives its process group can wait for it for ever
     torch.distributed.destroy_process_group()
