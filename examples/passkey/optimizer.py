@@ -63,11 +63,11 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 def grouped(parameters: Iterable[tuple[str, torch.Tensor]], rate: float, muon: float, adamw: float) -> list[dict]:
     """Groups for `MuonAdamW`, whose rates are multiples of one; AdamW alone if the factor `muon` is 0."""
-    trained = [(name, one) for name, one in parameters if one.requires_grad]
-    hidden = [one for name, one in trained if muon and one.dim() == 2 and ".layers." in name]
-    others = [one for _, one in trained if not any(one is other for other in hidden)]
-    groups = [
-        {"params": others, "lr": rate * adamw, "muon": False},
-        {"params": hidden, "lr": rate * muon, "muon": True},
+    groups: list[dict] = [
+        {"params": [], "lr": rate * adamw, "muon": False},
+        {"params": [], "lr": rate * muon, "muon": True},
     ]
+    for name, one in parameters:
+        if one.requires_grad:
+            groups[bool(muon) and one.dim() == 2 and ".layers." in name]["params"].append(one)
     return [group for group in groups if group["params"]]

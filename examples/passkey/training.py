@@ -8,7 +8,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -23,7 +22,7 @@ from passkey.optimizer import MuonAdamW, grouped
 from passkey.settings import Settings, Stages, made
 from passkey.trained import SETTINGS, newest_whole, progress_of
 
-__all__ = ["dry", "make_trainer", "train"]
+__all__ = ["PasskeyTrainer", "dry", "train"]
 
 DRY_STEPS = 4
 DRY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,7 +57,7 @@ def train(
         _start(settings, run)
     state.wait_for_everyone()
     if checkpoint is None or not progress_of(checkpoint)["finished"]:
-        trainer = make_trainer(settings, run, accumulate)
+        trainer = PasskeyTrainer(settings, run, accumulate)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except SafetensorError as error:
@@ -94,24 +93,6 @@ def _start(settings: Settings, run: Path) -> None:
         fast_tokenizer().save_pretrained(run / TINY_MODEL)
 
 
-def make_trainer(settings: Settings, run: Path, accumulate: int | None = None) -> PasskeyTrainer:
-    """Model, data and trainer, ready to train."""
-    base, handle, tokenizer = patched(settings)
-    curriculum = settings.curriculum.made()
-    data = PasskeyData(settings, curriculum, handle, tokenizer)
-    return PasskeyTrainer(
-        settings,
-        model=adapted(settings, base),
-        args=training_arguments(settings, run, curriculum.max_steps, accumulate),
-        data_collator=data.collator,
-        train_dataset=data,
-        processing_class=tokenizer,
-        objectives=settings.objectives,
-        curriculum=curriculum,
-        callbacks=[Bar(curriculum)],
-    )
-
-
 def training_arguments(
     settings: Settings, run: Path, max_steps: int, accumulate: int | None = None
 ) -> TrainingArguments:
@@ -135,11 +116,22 @@ def training_arguments(
 
 
 class PasskeyTrainer(GistTrainer):
-    """`GistTrainer` with the settings' optimizer, if they have one, and its rate."""
+    """`GistTrainer` on the model, the data and the curriculum of settings, with their optimizer, if they have one."""
 
-    def __init__(self, settings: Settings, **arguments: Any) -> None:
-        self.settings = settings
-        super().__init__(**arguments)
+    def __init__(self, settings: Settings, run: Path, accumulate: int | None = None) -> None:
+        self.settings, curriculum = settings, settings.curriculum.made()
+        base, handle, tokenizer = patched(settings)
+        data = PasskeyData(settings, curriculum, handle, tokenizer)
+        super().__init__(
+            adapted(settings, base),
+            training_arguments(settings, run, curriculum.max_steps, accumulate),
+            data_collator=data.collator,
+            train_dataset=data,
+            processing_class=tokenizer,
+            objectives=settings.objectives,
+            curriculum=curriculum,
+            callbacks=[Bar(curriculum)],
+        )
         self.remove_callback(PrinterCallback)  # of every log entry, a line
 
     def create_optimizer(self, model=None):
@@ -200,7 +192,9 @@ def dry(settings: Settings, run: Path) -> Settings:
     few = {"warmup_steps": 0, "save_steps": DRY_STEPS // 2, "gradient_accumulation_steps": accumulate}
     return replace(
         settings,
-        model=replace(settings.model, name=str(run / TINY_MODEL), gguf_package="", architecture=architecture),
+        model=replace(
+            settings.model, name=str(run / TINY_MODEL), tokenizer="", gguf_package="", architecture=architecture
+        ),
         curriculum=Stages(tuple(replace(one, **short) for one in stages), patience=1.0),
         evaluation=tuple(replace(row, tokens=120, samples=3) for row in settings.evaluation),
         training={**settings.training, **few},

@@ -165,7 +165,7 @@ def test_ctrl_c_before_the_first_step_and_in_the_evaluation(finished, tmp_path, 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("passkey.training.make_trainer", stop)
+    monkeypatch.setattr("passkey.training.PasskeyTrainer", stop)
     given = ["--preset", str(SMOKE), "--run", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="130"):
         train_niah.main(given)

@@ -134,11 +134,11 @@ def small(tmp_path_factory):
 
 def test_a_configuration_is_a_row_of_the_report(small):
     folder, _ = small
-    wise, keys = json.loads((folder / "compare.json").read_text())["results"]
-    assert (wise["name"], keys["name"]) == ("wise", "keys")
+    keys, wise = json.loads((folder / "compare.json").read_text())["results"]
+    assert (keys["name"], wise["name"]) == ("keys", "wise")
     assert [(row["tokens"], row["gist_tokens"]) for row in wise["rows"]] == [(60, 10), (200, 30)]
-    assert [(row["keys"], row["n"], row["gist_tokens"]) for row in keys["capacity"]] == [(1, 3, 10), (2, 3, 10)]
-    assert all(row["digits_per_row"] == compare.digits_per_row(row) for row in keys["capacity"])
+    assert [(row["keys"], row["n"], row["gist_tokens"]) for row in keys["rows"]] == [(1, 3, 10), (2, 3, 10)]
+    assert all(row["digits_per_row"] == compare.digits_per_row(row) for row in keys["rows"])
     assert wise["training"]["steps"] == 2
     lines = (folder / "compare.json").read_text().splitlines()
     assert len([line for line in lines if line.startswith(' {"name"')]) == 2
@@ -146,13 +146,14 @@ def test_a_configuration_is_a_row_of_the_report(small):
 
 def test_what_is_finished_is_not_run_again(small, monkeypatch, capsys):
     folder, arguments = small
-    before = (folder / "compare.json").read_bytes()
-    monkeypatch.setattr(compare, "trained_and_asked", lambda *_: pytest.fail("it ran again"))
-    compare.main([*arguments, "--only", "wise"])
-    assert (folder / "compare.json").read_bytes() == before
     compare.main([*arguments, "--list"])
     listed = dict(re.findall(r"^(\S+) .* (finished|to run)$", capsys.readouterr().out, re.M))
     assert listed == {"_": "to run", "wise": "finished", "keys": "finished"}
+    before = json.loads((folder / "compare.json").read_text())["results"]
+    for name in ("passkey.training.PasskeyTrainer", "evaluation.evaluate_run"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("it ran again"))
+    compare.main([*arguments, "--only", "wise"])
+    assert json.loads((folder / "compare.json").read_text())["results"] == before
 
 
 def test_results_of_other_settings_are_refused(small, tmp_path, capsys):
@@ -160,7 +161,7 @@ def test_results_of_other_settings_are_refused(small, tmp_path, capsys):
     (tmp_path / "grid.yaml").write_text(SMALL.replace("steps: 2", "steps: 3"))
     with pytest.raises(SystemExit, match="2"):
         compare.main(["--grid", str(tmp_path / "grid.yaml"), "--runs", str(folder), "--only", "wise"])
-    assert "has wise with other settings" in capsys.readouterr().err
+    assert "wise-seed0 is a run of other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

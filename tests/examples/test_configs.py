@@ -23,7 +23,7 @@ from passkey.niah import dataset
 from passkey.readers import Reader
 from passkey.settings import Data, EvaluationRow, made, preset_file, read_evaluation, read_settings
 from passkey.trained import open_trained, progress_of
-from passkey.training import DRY_STEPS, dry, make_trainer, train, training_arguments
+from passkey.training import DRY_STEPS, PasskeyTrainer, dry, train, training_arguments
 
 OURS, THEIRS = preset_file("llama3-8b"), preset_file("llama3-8b-poc")
 
@@ -298,7 +298,7 @@ def test_the_loss_falls_on_a_fixed_batch(path, dry_runs, tmp_path):
     """With the recipe's own optimizer, rate, precision and objectives."""
     settings = read_settings(dry_runs[path] / "settings.json")
     settings = replace(settings, training={**settings.training, "gradient_accumulation_steps": 1, "save_steps": 100})
-    trainer = make_trainer(settings, tmp_path)
+    trainer = PasskeyTrainer(settings, tmp_path)
     data = trainer.train_dataset
     batch = data.draw(0, Share())
     data.draw = lambda step, share: batch
