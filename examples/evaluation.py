@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from passkey.report import write_report
 from passkey.settings import EvaluationRow
 from passkey.trained import Trained
 
-__all__ = ["answer_samples", "evaluate_run", "first_of", "swap_test"]
+__all__ = ["answer_samples", "evaluate_run", "swap_test"]
 
 # samples read together: changes nothing in the answers, and of 1 to 10 four were read fastest on CPU
 BATCH = 4
@@ -35,38 +34,32 @@ DECODING = "greedy, from the gist rows alone; the context is compressed before t
 
 def answer_samples(
     reader: Reader,
-    samples: Sequence[Sample],
+    datasets: Sequence[Sequence[Sample]],
     *,
     batch: int = BATCH,
     stream: Path | None = None,
     overwrite: bool = False,
     show: str = "",
 ) -> list[Answer]:
-    """Answers to all samples, in their order; neighbours of one length are read together, `batch` at a time.
+    """Answers to all samples of datasets of one length each, in their order; `batch` of one are read together.
 
     `stream` is a file that gets every batch's answers as they come, and whose answers are not asked again; `overwrite`
     replaces one of another evaluation. `show` is the title of the progress bar. ValueError if a sample stands there
     twice, or as `AnswerFile` says.
     """
-    by_digest = {sample.digest: sample for sample in samples}
-    if len(by_digest) < len(samples):
+    samples = {sample.digest: sample for dataset in datasets for sample in dataset}
+    if len(samples) < sum(map(len, datasets)):
         raise ValueError("the samples hold the same question twice: give each row once")
     file = AnswerFile(stream, reader.digest, samples, overwrite)
-    missing = [sample for digest, sample in by_digest.items() if digest not in file.done]
     with tqdm(total=len(samples), initial=len(file.done), desc=show, disable=not show, unit="sample") as bar:
-        for _, group in groupby(missing, key=lambda sample: sample.tokens):  # so that none is padded
-            alike = list(group)
-            for begin in range(0, len(alike), batch):
-                said = reader.read(alike[begin : begin + batch])
+        for dataset in datasets:
+            missing = [sample for sample in dataset if sample.digest not in file.done]
+            for begin in range(0, len(missing), batch):
+                said = reader.read(missing[begin : begin + batch])
                 file.add(said)
                 bar.update(len(said))
                 bar.set_postfix_str(f"exact {sum(one.exact for one in file.done.values()) / len(file.done):.1%}")
-    return [file.done[digest] for digest in by_digest]
-
-
-def first_of(datasets: Sequence[Sequence[Sample]], count: int | None = None) -> list[Sample]:
-    """The first `count` samples (all without) of each dataset."""
-    return [sample for dataset in datasets for sample in dataset[:count]]
+    return [file.done[digest] for digest in samples]
 
 
 def swap_test(reader: Reader, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -104,9 +97,10 @@ def evaluate_run(
     longest = max(rows, key=lambda row: row.tokens)
     (probe,) = trained.datasets(seed + 1, [EvaluationRow(longest.language, longest.tokens, SWAPPED)])
 
-    def asked(reader: Reader, count: int | None, name: str) -> list[dict[str, Any]]:
+    def rows_said(reader: Reader, count: int | None, name: str) -> list[dict[str, Any]]:
         options = {"overwrite": overwrite, "show": f"{settings.name}, {name}"}
-        return rows_of(answer_samples(reader, first_of(datasets, count), stream=folder / f"{name}.jsonl", **options))
+        asked = [dataset[:count] for dataset in datasets]
+        return rows_of(answer_samples(reader, asked, stream=folder / f"{name}.jsonl", **options))
 
     report = {
         **trained.about,
@@ -117,12 +111,12 @@ def evaluate_run(
         },
         "decoding": DECODING,
         "compression": reader.compression,
-        "rows": asked(reader, None, "answers"),
+        "rows": rows_said(reader, None, "answers"),
         "swap": swap_test(reader, probe),
         "evaluation_seed": seed,
     }
     if full:
-        report["full_context"] = asked(trained.full_reader(new_tokens), full, "answers-full")
+        report["full_context"] = rows_said(trained.full_reader(new_tokens), full, "answers-full")
     if settings.data.leak:
         report["context_visible"] = context_visible(trained, seed)
     write_report(report, folder)

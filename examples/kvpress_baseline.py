@@ -152,7 +152,7 @@ def _run(given: argparse.Namespace, command: str) -> None:
             press = "" if method == FULL else repr(make_press(method, rows, tokens))
             who = _digest(json.dumps([weights, where["versions"], method, rows, press]).encode())
             path = given.output / f"answers-{method}-{rows}.jsonl"
-            files[method, rows] = AnswerFile(path, who, samples)
+            files[method, rows] = AnswerFile(path, who, {sample.digest: sample for sample in samples})
     reader = Reader(AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval(), tokenizer)
     for sample in tqdm(samples, unit="context"):
         missing = [budget for budget, file in files.items() if sample.digest not in file.done]

@@ -93,7 +93,8 @@ def serve_with_transformers(given: argparse.Namespace) -> None:
 def serve_with_vllm(folder: Path, command: str) -> None:
     """Answer the same requests with vLLM, and compare."""
     path = folder / "requests.json"
-    requests = read_json(path, "requests")["requests"] if path.exists() else None
+    found = read_json(path) if path.exists() else None
+    requests = found.get("requests") if isinstance(found, dict) else None
     if not isinstance(requests, list) or not all(isinstance(one, dict) and {*FIELDS} <= one.keys() for one in requests):
         raise ValueError(f"{path} is missing, or none that `serve.py transformers` wrote: run that first")
     # the engine in this process, so that an error in it is one here; prompts are short, so is the cache

@@ -16,18 +16,18 @@ __all__ = ["AnswerFile"]
 class AnswerFile:
     """The answers of one evaluation, in one file; without a `path` nothing is kept.
 
-    `model` tells the weights and how they read (`Reader.digest`); `samples` are those that this evaluation asks. What
-    was answered before is `done`, by the sample's digest. ValueError if a line other than the last is torn, or the
+    `model` tells the weights and how they read (`Reader.digest`); `samples` are those that this evaluation asks,
+    and `done` what was answered before, by their digests. ValueError if a line other than the last is torn, or the
     answers are of another evaluation; with `overwrite` it starts afresh then.
     """
 
-    def __init__(self, path: Path | None, model: str, samples: Iterable[Sample], overwrite: bool = False) -> None:
+    def __init__(self, path: Path | None, model: str, samples: Mapping[str, Sample], overwrite: bool = False) -> None:
         self.path, self.model, self.done = path, model, dict[str, Answer]()
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = self._read(path, {sample.digest: sample for sample in samples}) if path.exists() else []
+            found = self._read(path, samples) if path.exists() else []
         except ValueError as error:
             if not overwrite:
                 raise ValueError(f"{error}: choose another output folder, or overwrite it") from error

@@ -84,16 +84,14 @@ def rows_of(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def _row(group: Sequence[Answer]) -> dict[str, Any]:
-    n = len(group)
+    n, row_bytes = len(group), group[0].row_bytes
+    tokens, rows = group[0].sample.tokens, sum(answer.rows for answer in group) / n
     count = {name: sum(answer.outcome == name for answer in group) for name in OUTCOMES}
-    rows = sum(answer.rows for answer in group) / n
-    size = sum(answer.rows * answer.row_bytes for answer in group) / n
-    full = sum(answer.sample.tokens * answer.row_bytes for answer in group) / n
     low, high = wilson(count["exact"], n)
     return {
         **group[0].kind,
         "gist_tokens": round(rows),
-        "ratio": group[0].sample.tokens / rows,
+        "ratio": tokens / rows,
         "n": n,
         "exact": count["exact"] / n,
         "wilson_low": low,
@@ -101,9 +99,9 @@ def _row(group: Sequence[Answer]) -> dict[str, Any]:
         "hallucinated": (count["hallucinated_context"] + count["hallucinated_invented"]) / n,
         **{name: count[name] / n for name in OUTCOMES[1:]},
         "digit": sum(answer.digits for answer in group) / n,
-        "full_kv_bytes": round(full),
-        "gist_kv_bytes": round(size),
-        "bytes_ratio": full / size,
+        "full_kv_bytes": tokens * row_bytes,
+        "gist_kv_bytes": round(rows * row_bytes),
+        "bytes_ratio": tokens / rows,
         "by_depth": _by_depth(group),
     }
 

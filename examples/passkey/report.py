@@ -71,16 +71,12 @@ def heatmap(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def read_json(path: Path, *keys: str) -> Any:
-    """What a file holds; ValueError names the file if that is no JSON, or no object with these keys."""
+def read_json(path: Path) -> Any:
+    """What a file holds; ValueError names the file if that is no JSON."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

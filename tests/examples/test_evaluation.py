@@ -46,6 +46,12 @@ def samples(tokenizer):
     return [*dataset(tokenizer, "en", 150, 5), *dataset(tokenizer, "ko", 100, 3, wordings="held_out")]
 
 
+def answered(reader, samples, **how):
+    """The answers to both datasets of `samples`."""
+    datasets = [[one for one in samples if one.language == language] for language in ("en", "ko")]
+    return answer_samples(reader, datasets, **how)
+
+
 class Scripted:
     """A reader that says the right key to all but every third sample, and can be killed after some batches."""
 
@@ -70,13 +76,13 @@ def test_bytes_are_those_of_the_cache(tokenizer, model, samples):
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     for reader in (Reader(model, tokenizer, SEGMENTS), Reader(untrained(), tokenizer, full=True)):
-        for sample, answer in zip(samples, answer_samples(reader, samples), strict=True):
+        for sample, answer in zip(samples, answered(reader, samples), strict=True):
             assert (answer.rows, answer.row_bytes) == (sample.tokens if reader.full else 10, per_token)
 
 
 def test_batches_change_nothing(tokenizer, model, samples):
     reader = Reader(model, tokenizer, SEGMENTS)
-    one, five = (answer_samples(reader, samples, batch=batch) for batch in (1, 5))
+    one, five = (answered(reader, samples, batch=batch) for batch in (1, 5))
     assert one == five
     assert [answer.sample.id for answer in one] == [sample.id for sample in samples]
     assert len({answer.said for answer in one}) > 1
@@ -85,7 +91,7 @@ def test_batches_change_nothing(tokenizer, model, samples):
 def test_the_full_reader_reads_the_context(tokenizer, samples):
     model = untrained()
     model.gistkern_handle.unpatch()
-    (answer,) = answer_samples(Reader(model, tokenizer, new_tokens=3, full=True), samples[:1])
+    (answer,) = answered(Reader(model, tokenizer, new_tokens=3, full=True), samples[:1])
     ids = torch.tensor([tokenizer.encode(samples[0].context + samples[0].question).ids])
     for _ in range(3):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
@@ -102,8 +108,8 @@ def test_an_answer_gets_the_tokens_of_a_right_one(tokenizer, model, samples):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "generate", generate)
-        answer_samples(Reader(model, tokenizer, SEGMENTS), samples)
-        answer_samples(Reader(model, tokenizer, SEGMENTS, new_tokens=9), samples[:1])
+        answered(Reader(model, tokenizer, SEGMENTS), samples)
+        answered(Reader(model, tokenizer, SEGMENTS, new_tokens=9), samples[:1])
     assert asked == [5, 5, 5, 9], "batches of one length"
 
 
@@ -141,33 +147,33 @@ def test_the_swap_test_tells_a_leak(samples):
 
 def test_a_killed_evaluation_goes_on_where_it_was(samples, tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    expected = answer_samples(Scripted(), samples, batch=2, stream=whole)
+    expected = answered(Scripted(), samples, batch=2, stream=whole)
     with pytest.raises(KeyboardInterrupt):
-        answer_samples(Scripted(batches=2), samples, batch=2, stream=killed)
+        answered(Scripted(batches=2), samples, batch=2, stream=killed)
     assert killed.read_bytes() == b"".join(whole.read_bytes().splitlines(True)[:4])
     with killed.open("a") as out:
         out.write('{"model": "scripted", "dig')
     reader = Scripted()
-    assert answer_samples(reader, samples, batch=2, stream=killed) == expected
+    assert answered(reader, samples, batch=2, stream=killed) == expected
     assert len(reader.asked) == len(samples) - 4
     assert killed.read_bytes() == whole.read_bytes()
     again = Scripted()
-    assert answer_samples(again, samples, stream=killed) == expected
+    assert answered(again, samples, stream=killed) == expected
     assert again.asked == []
 
 
 def test_answers_of_different_models_never_mix(samples, tmp_path):
     path = tmp_path / "answers.jsonl"
-    answer_samples(Scripted(), samples, stream=path)
+    answered(Scripted(), samples, stream=path)
     before = path.read_bytes()
     other = Scripted()
     other.digest = "other"
     with pytest.raises(ValueError, match="holds answers of another checkpoint"):
-        answer_samples(other, samples, stream=path)
+        answered(other, samples, stream=path)
     with pytest.raises(ValueError, match="or other questions"):
-        answer_samples(Scripted(), samples[1:], stream=path)
+        answered(Scripted(), samples[1:], stream=path)
     assert path.read_bytes() == before, "a refusal leaves the file alone"
-    answer_samples(other, samples, stream=path, overwrite=True)
+    answered(other, samples, stream=path, overwrite=True)
     assert {json.loads(line)["model"] for line in path.read_text().splitlines()} == {"other"}
 
 
@@ -188,19 +194,19 @@ def test_a_reader_is_its_weights_and_its_way_of_reading(tokenizer, model):
 
 def test_a_damaged_file_is_refused_by_line(samples, tmp_path):
     path = tmp_path / "answers.jsonl"
-    answer_samples(Scripted(), samples, stream=path)
+    answered(Scripted(), samples, stream=path)
     lines = path.read_text().splitlines(True)
     path.write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
     with pytest.raises(ValueError, match=r"answers\.jsonl, line 2 is no answer"):
-        answer_samples(Scripted(), samples, stream=path)
+        answered(Scripted(), samples, stream=path)
     reader = Scripted()
-    answer_samples(reader, samples, stream=path, overwrite=True)
+    answered(reader, samples, stream=path, overwrite=True)
     assert len(reader.asked) == len(samples)
 
 
 def test_the_same_question_twice_is_refused(samples):
     with pytest.raises(ValueError, match="the same question twice"):
-        answer_samples(Scripted(), [*samples, samples[2]])
+        answered(Scripted(), [*samples, samples[2]])
 
 
 # ---- eval_niah.py

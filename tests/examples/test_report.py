@@ -79,17 +79,9 @@ def test_heatmap_shows_depths_and_gaps(tmp_path, monkeypatch):
     assert [text.get_text() for text in axes.get_yticklabels()] == ["en 3,000 (300x)", "ko 3,000 (300x)"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"a": ', "x.json is no JSON"),
-        ("[" * 10**5, "x.json is no JSON"),
-        ("[1]", "lacks rows, n"),
-        ('{"n": 1}', "lacks rows$"),
-    ],
-)
-def test_what_is_no_report_is_refused(tmp_path, content, message):
+@pytest.mark.parametrize("content", ['{"a": ', "[" * 10**5])
+def test_what_is_no_json_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        report.read_json(path, "rows", "n")
+    with pytest.raises(ValueError, match="x.json is no JSON"):
+        report.read_json(path)
