@@ -134,7 +134,7 @@ class GistCache(Signed, Cache):
         plan, ids = self._call.plan, self._call.ids
         if ids is None:
             ids = torch.full((plan.layout.batch_size, plan.layout.num_rows), UNKNOWN, device=plan.layout.device)
-        self.read.add(ids, plan.layout.is_real() if plan.has_padding else None)
+        self.read.add(ids, plan.real)
         self.state, self._call = plan.after, None
 
     def abandon(self) -> None:

@@ -91,7 +91,8 @@ class CallPlan:
     """One call: `layout` for the attention, what the cache keeps of its rows, the state after the call.
 
     `arrange` (int64 ``[B, T + N]`` or None) re-orders the local rows before they are seen; `keep_gists` and `keep_tail`
-    say which compact rows and which local rows, of those, stay. Without `has_padding` every row is real.
+    say which compact rows and which local rows, of those, stay. `real` (bool ``[B, N]``) are the tokens that are no
+    padding, None where all are: a re-ordered call's layout has rows of the tail in the places of padding.
     """
 
     layout: GistLayout
@@ -100,7 +101,7 @@ class CallPlan:
     arrange: torch.Tensor | None = None
     keep_gists: Kept = None
     keep_tail: Kept = None
-    has_padding: bool = True
+    real: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> CallPlan:
         """The same plan with its tensors on a device."""
@@ -157,7 +158,7 @@ def plan_call(
     layout = whole.last_rows(rows)
     if scheme == "gist_first" and tail:
         began_before = layout.local_begin < (tail + left)[:, None]
-        late = layout.is_gist & began_before & (state.tail_rows > 0)[:, None]
+        late = is_gist & new_valid & began_before & (state.tail_rows > 0)[:, None]
         if late.any():
             raise ValueError(
                 "positions='gist_first' needs a segment's raw tokens and its gist tokens in one call: "
@@ -168,7 +169,7 @@ def plan_call(
     before_tail = all_valid & (index < whole.keep_local[:, None])
     passed = before_tail & all_gist if scheme == "gist_first" else before_tail
     after, keep_gists, keep_tail = _finish(state, layout, all_valid, all_gist, state.tail_position + passed.sum(1))
-    return CallPlan(layout, position_ids, after, arrange, keep_gists, keep_tail, has_padding=valid is not None)
+    return CallPlan(layout, position_ids, after, arrange, keep_gists, keep_tail, valid)
 
 
 def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tensor, is_gist: torch.Tensor) -> CallPlan:
@@ -188,7 +189,7 @@ def plan_layout(state: CacheState, layout: GistLayout, position_ids: torch.Tenso
     last_start = layout.local_begin.masked_fill(~real, -1).amax(1)
     moving = bool(((after.tail_rows > 0) & (layout.keep_local > last_start)).any())
     after = replace(after, tail_position=tail_position, moving=moving)
-    return CallPlan(layout, position_ids, after, None, keep_gists, keep_tail)
+    return CallPlan(layout, position_ids, after, None, keep_gists, keep_tail, real)
 
 
 def _tail_position(
@@ -223,7 +224,7 @@ def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
         fed=state.fed + rows,
     )
     start = state.tail_position + state.tail_rows
-    return CallPlan(layout, layout.stream_position + start[:, None], after, has_padding=False)
+    return CallPlan(layout, layout.stream_position + start[:, None], after)
 
 
 def _join_tail(

@@ -173,7 +173,8 @@ def _plan(
             state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens, documents=documents
         )
         if documents is None:
-            check_positions(arguments.get("position_ids"), _guesses(plan, state), plan.layout.is_real())
+            real = torch.ones_like(is_gist) if valid is None else valid
+            check_positions(arguments.get("position_ids"), _guesses(plan, state), real)
         return plan
     positions = _given_positions(handle, arguments, layout, is_gist, state)
     if valid is not None and not torch.equal(valid, layout.is_real()):
