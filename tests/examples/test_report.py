@@ -83,5 +83,5 @@ def test_heatmap_shows_depths_and_gaps(tmp_path, monkeypatch):
 def test_what_is_no_json_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="x.json is no JSON"):
+    with pytest.raises(ValueError, match="is no JSON"):
         report.read_json(path)
