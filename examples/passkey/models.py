@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,12 +34,12 @@ BUILD = Path(__file__).parents[2] / "build"
 
 
 @contextmanager
-def loading(folder: object) -> Iterator[None]:
-    """ValueError, naming the folder, for whatever torch, safetensors and peft raise over weights that do not fit."""
+def loading(source: object, what: str) -> Iterator[None]:
+    """ValueError, naming the folder, for what torch, transformers and peft raise where something is missing or torn."""
     try:
         yield
-    except (RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{source} holds no {what}: {error}") from error
 
 
 def fast_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,7 +62,7 @@ def base_model(settings: Settings) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
     if settings.quantization is not None:
         options["quantization_config"] = made(BitsAndBytesConfig, settings.quantization, "quantization")
-    with loading(model.name):
+    with loading(model.name, "model"):
         loaded = AutoModelForCausalLM.from_pretrained(source_of(settings), **options)
     loaded.name_or_path = model.name  # what adapters note as their base, instead of where it is cached
     return loaded
@@ -112,10 +111,8 @@ def adapted(settings: Settings, model: PreTrainedModel) -> Any:
 
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or on the hub; ValueError if there is none."""
-    try:
+    with loading(source, "tokenizer"):
         found = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # of many kinds, by what is missing or torn
-        raise ValueError(f"{source} holds no tokenizer: {error}") from error
     if not found.is_fast:
         raise ValueError(f"the tokenizer of {source} is a slow one: expected one with a tokenizer.json")
     return found

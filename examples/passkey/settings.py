@@ -166,10 +166,7 @@ def preset_file(name: str, leak: bool = False) -> Path:
 def read_settings(path: str | Path, seed: int | None = None) -> Settings:
     """The settings in a YAML file, or in the JSON that a run keeps of them; `seed` replaces the file's.
 
-    Raises
-    ------
-    ValueError
-        If a key is unknown, missing or given twice, or a value has the wrong type: one line that says where.
+    ValueError says in one line which keys are unknown, missing or given twice, and which values are of a wrong type.
     """
     path = Path(path)
     return settings_of(path.stem, read_yaml(path), str(path), seed)
@@ -216,12 +213,15 @@ def _merged(given: Mapping[str, Any]) -> dict[str, Any]:
     """A file's sections on top of those of the preset that it is `like`, key by key."""
     if "like" not in given:
         return dict(given)
-    base = _merged(read_yaml(CONFIGS / f"{given['like']}.yaml"))
-    for name, value in given.items():
-        both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        base[name] = {**base[name], **value} if both else value
-    del base["like"]
-    return base
+    changes = {name: value for name, value in given.items() if name != "like"}
+    return overlaid(_merged(read_yaml(CONFIGS / f"{given['like']}.yaml")), changes)
+
+
+def overlaid(base: Any, changes: Any) -> Any:
+    """`changes` on top of `base`: key by key where both are mappings, else instead of it."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**base, **{name: overlaid(base.get(name), value) for name, value in changes.items()}}
 
 
 def _checked(kind: Any, given: Any, where: str, **config: Any) -> Any:

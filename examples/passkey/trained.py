@@ -94,14 +94,14 @@ def open_trained(path: str | Path, source: str | None = None) -> Trained:
     settings = settings.on(source, str(checkpoint))
     if settings.lora is None:
         tokenizer = read_tokenizer(checkpoint)
-        with loading(checkpoint):
+        with loading(checkpoint, "model"):
             model = AutoModelForCausalLM.from_pretrained(checkpoint)
             handle = patch_llama(model, tokenizer)
     else:
         from peft import PeftModel
 
         base, handle, tokenizer = patched(settings)
-        with loading(checkpoint):
+        with loading(checkpoint, "model"):
             model = PeftModel.from_pretrained(base, checkpoint)
         if not settings.quantization:
             model = model.merge_and_unload()

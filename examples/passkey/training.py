@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,12 @@ from gistkern.training import Curriculum, GistTrainer
 from passkey.data import PasskeyData
 from passkey.models import adapted, fast_tokenizer, patched, random_llama
 from passkey.optimizer import MuonAdamW, grouped
-from passkey.settings import Settings, Stages, made
+from passkey.settings import Settings, made, overlaid, read_yaml, settings_of
 from passkey.trained import SETTINGS, newest_whole, progress_of
 
 __all__ = ["PasskeyTrainer", "dry", "train"]
 
-DRY_STEPS = 4
-DRY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+DRY = Path(__file__).with_name("dry.yaml")
 TINY_MODEL = "tiny-model"
 WRITTEN = ("log.jsonl", "report.json", "heatmap.png", "answers.jsonl", "answers-full.jsonl")
 
@@ -184,18 +183,6 @@ def dry(settings: Settings, run: Path) -> Settings:
     """The same run at tiny dimensions, with short contexts and few steps, on a model of its own in the run's folder."""
     if not settings.model.name:
         raise ValueError(f"--dry-run is for pretrained models, {settings.name} starts from random weights")
-    vocabulary = {"vocab_size": fast_tokenizer().backend_tokenizer.get_vocab_size(), "num_key_value_heads": 2}
-    architecture = {**settings.model.architecture, **DRY, **vocabulary}
-    stages = settings.curriculum.stages
-    short = {"steps": max(1, DRY_STEPS // len(stages)), "tokens": (96, 112), "batch_size": 2}
-    accumulate = min(2, settings.training.get("gradient_accumulation_steps", 1))
-    few = {"warmup_steps": 0, "save_steps": DRY_STEPS // 2, "gradient_accumulation_steps": accumulate}
-    return replace(
-        settings,
-        model=replace(
-            settings.model, name=str(run / TINY_MODEL), tokenizer="", gguf_package="", architecture=architecture
-        ),
-        curriculum=Stages(tuple(replace(one, **short) for one in stages), patience=1.0),
-        evaluation=tuple(replace(row, tokens=120, samples=3) for row in settings.evaluation),
-        training={**settings.training, **few},
-    )
+    changed = overlaid(json.loads(settings.written()), read_yaml(DRY))
+    changed["model"] |= {"name": str(run / TINY_MODEL), "tokenizer": "", "gguf_package": ""}
+    return settings_of(settings.name, changed, str(DRY))
