@@ -137,12 +137,12 @@ class Haystack:
     def _is_padding(self, text: str) -> bool:
         return len(self.encode(text)) == 1 and self._joins([text] * 8)
 
-    def lines(self) -> Iterator[tuple[str, list[int]]]:
-        """Text and ids of one haystack sentence after the other, with fresh numbers, without end."""
+    def lines(self) -> Iterator[list[int]]:
+        """Ids of one haystack sentence after the other, with fresh numbers, without end."""
         prose = self.filler == "prose"
         for line in passage(self._documents, self.rng) if prose else iter(lambda: self.rng.choice(self._pool), ""):
             text = " " + re.sub(r"\{n\}", lambda _: number(self.rng), line)
-            yield text, list(chain.from_iterable(map(self._known, re.findall(self._piece, text))))
+            yield list(chain.from_iterable(map(self._known, re.findall(self._piece, text))))
 
     def key(self) -> str:
         """A key of `KEY_DIGITS` digits of this side of the split."""
@@ -156,7 +156,7 @@ class Haystack:
         key = self.key()
         return self.encode(self.language.statement.format(key=key)), key
 
-    def cut(self, ids: list[int], count: int) -> tuple[str, list[int]]:
+    def cut(self, ids: list[int], count: int) -> list[int]:
         """A sentence cut to `count` tokens: where that would split a character, padding takes the last places."""
         keep = count
         while self.encode(text := self.tokenizer.decode(ids[:keep])) != ids[:keep] or (
@@ -164,8 +164,7 @@ class Haystack:
             self.filler == "prose" and keep < count and text[-1:].isdigit()
         ):
             keep -= 1
-        padding = self._padding * (count - keep)
-        return text + padding, ids[:keep] + self.encode(padding)
+        return ids[:keep] + self.encode(self._padding * (count - keep))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -195,12 +194,12 @@ class Haystack:
             (asked_depth if name == asked else rng.random(), " " + rng.choice(wordings).format(key=key, name=name))
             for name, key in secrets.items()
         )
-        ids, context, starts = self._hidden(needles, tokens)
+        ids, starts = self._hidden(needles, tokens)
         start = next(at for at, (_, text) in zip(starts, needles, strict=True) if secrets[asked] in text)
         sample = Sample(
             id="",
             language=language.code,
-            context=context,
+            context=self.tokenizer.decode(ids),
             question=(self.question if keys == 1 else language.named_question).format(name=asked),
             answer=secrets[asked],
             depth=round(start / tokens, 4),
@@ -211,33 +210,29 @@ class Haystack:
         )
         return ids, sample
 
-    def _hidden(self, needles: list[tuple[float, str]], tokens: int) -> tuple[list[int], str, list[int]]:
-        """Ids and text of `tokens` tokens with needles between the sentences, and where those start."""
-        encoded = [(at, text, self.encode(text)) for at, text in needles]
-        filler = tokens - sum(len(ids) for *_, ids in encoded)
+    def _hidden(self, needles: list[tuple[float, str]], tokens: int) -> tuple[list[int], list[int]]:
+        """`tokens` ids with needles between the sentences, and where those start."""
+        encoded = [(at, self.encode(text)) for at, text in needles]
+        filler = tokens - sum(len(needle) for _, needle in encoded)
         if filler < 0:
             raise ValueError(f"{tokens} tokens are too few for {len(needles)} needle(s): they take {tokens - filler}")
-        ids, pieces, starts = [], [], []
-        used, lines, waiting = 0, self.lines(), None
-        for at, text, needle in [*encoded, (1.0, "", [])]:
+        ids, starts, waiting = list[int](), list[int](), list[int]()
+        used, lines = 0, self.lines()
+        for at, needle in [*encoded, (1.0, [])]:
             # whole sentences up to the needle's place; the last stretch is cut to the exact length
             goal = round(at * filler)
             while used < goal:
-                line, line_ids = waiting or next(lines)
-                waiting = None
-                if used + len(line_ids) > filler:
-                    line, line_ids = self.cut(line_ids, filler - used)
-                if self.filler == "prose" and used + len(line_ids) - goal > goal - used:
-                    # sentences of prose can be long: the needle goes to the nearer end
-                    waiting = line, line_ids
+                line, waiting = waiting or next(lines), []
+                if used + len(line) > filler:
+                    line = self.cut(line, filler - used)
+                if self.filler == "prose" and used + len(line) - goal > goal - used:
+                    waiting = line  # sentences of prose can be long: the needle goes to the nearer end
                     break
-                used += len(line_ids)
-                ids += line_ids
-                pieces.append(line)
+                used += len(line)
+                ids += line
             starts.append(len(ids))
             ids += needle
-            pieces.append(text)
-        return ids, "".join(pieces), starts[:-1]
+        return ids, starts[:-1]
 
 
 def dataset(

@@ -38,5 +38,5 @@ def _plain(haystack: Haystack, tokens: int) -> tuple[list[int], list[int]]:
     lines = haystack.lines()
     while len(ids) < tokens:
         starts.append(len(ids))
-        ids += next(lines)[1]
+        ids += next(lines)
     return ids[:tokens], [*starts, tokens]
