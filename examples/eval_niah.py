@@ -4,16 +4,13 @@
     python examples/eval_niah.py --checkpoint runs/tiny --output out/ --rows rows.yaml --full 20
 
 A run's folder stands for its newest checkpoint. What is asked are the rows of its preset's `evaluation`, or those of a
-file like it: `- {language: ko, tokens: 6096, samples: 200, filler: prose}`. The output folder gets report.json,
-heatmap.png and answers.jsonl, a line per answer as it comes: the same command goes on where a killed one was.
+file like it: `- {language: ko, tokens: 6096, samples: 200, filler: prose}`. The output folder gets report.json and
+answers.jsonl, a line per answer as it comes: the same command goes on where a killed one was.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
-from pathlib import Path
 
 from passkey.command_line import at_least, errors_as_one_line, input_file, input_folder, output_folder
 
@@ -35,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another evaluation in the output folder")
     parser.add_argument("--threads", type=at_least(1), default=1)
     given = parser.parse_args(arguments)
-    with errors_as_one_line(parser), tempfile.TemporaryDirectory() as folder:
+    with errors_as_one_line(parser):
         # here and below: what takes seconds to load, and a wrong argument is refused without
         import torch
 
@@ -45,24 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         torch.set_num_threads(given.threads)
         rows = read_evaluation(given.rows) if given.rows else None
-        trained = open_trained(_snapshot(given.checkpoint, Path(folder)), given.model)
+        trained = open_trained(given.checkpoint, given.model)
         how = {name: getattr(given, name) for name in ("seed", "full", "new_tokens", "overwrite")}
         evaluate_run(trained, given.output, rows, **how)
-
-
-def _snapshot(path: Path, folder: Path) -> Path:
-    """A copy of the checkpoint: training deletes old ones, and an evaluation may take longer than it keeps them."""
-    from passkey.trained import newest, settings_file
-
-    while True:
-        checkpoint = newest(path)
-        try:
-            shutil.copy(settings_file(checkpoint), folder)
-            return shutil.copytree(checkpoint, folder / checkpoint.name, ignore=shutil.ignore_patterns("optimizer*"))
-        except (shutil.Error, FileNotFoundError):
-            if newest(path) == checkpoint:
-                raise
-            shutil.rmtree(folder / checkpoint.name, ignore_errors=True)  # deleted meanwhile, for a newer one
 
 
 if __name__ == "__main__":

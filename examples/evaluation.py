@@ -87,13 +87,14 @@ def evaluate_run(
     new_tokens: int | None = None,
     overwrite: bool = True,
 ) -> dict[str, Any]:
-    """Ask what was trained held-out questions and write report.json, answers.jsonl and the heatmap into a folder.
+    """Ask what was trained held-out questions and write report.json and answers.jsonl into a folder.
 
     Asked are the settings' rows, or others; of each the first `full` questions also with the whole context in sight.
     `seed` draws them, `new_tokens` is as of `Reader`, and `overwrite` replaces another evaluation in the folder.
     """
     rows, settings = rows or trained.settings.evaluation, trained.settings
     reader, datasets = trained.reader(new_tokens), trained.datasets(seed, rows)
+    with_context = trained.full_reader(new_tokens) if full else None  # now: training may delete the checkpoint
     longest = max(rows, key=lambda row: row.tokens)
     (probe,) = trained.datasets(seed + 1, [EvaluationRow(longest.language, longest.tokens, SWAPPED)])
 
@@ -115,8 +116,8 @@ def evaluate_run(
         "swap": swap_test(reader, probe),
         "evaluation_seed": seed,
     }
-    if full:
-        report["full_context"] = rows_said(trained.full_reader(new_tokens), full, "answers-full")
+    if with_context is not None:
+        report["full_context"] = rows_said(with_context, full, "answers-full")
     if settings.data.leak:
         report["context_visible"] = context_visible(trained, seed)
     write_report(report, folder)

@@ -17,7 +17,7 @@ from passkey.command_line import at_least, errors_as_one_line, input_file, outpu
 
 __all__ = ["answer", "main", "train"]
 
-FIELDS = {"context", "question", "answer"}
+FIELDS = dict.fromkeys(("answer", "context", "question"), str)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,12 +45,11 @@ def read(path: Path) -> list[dict[str, str]]:
     lines = []
     for number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(line, dict) or line.keys() != FIELDS or not all(isinstance(v, str) for v in line.values()):
-            raise ValueError(f"{path}, line {number} must be an object of texts: {', '.join(sorted(FIELDS))}")
-        lines.append(line)
+        if not isinstance(lines[-1], dict) or {name: type(one) for name, one in lines[-1].items()} != FIELDS:
+            raise ValueError(f"{path}, line {number} must be an object of texts: {', '.join(FIELDS)}")
     if len(lines) < 2:
         raise ValueError(f"{path} holds {len(lines)} lines: give one to train on and one to ask, at least")
     return lines

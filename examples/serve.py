@@ -26,12 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from passkey.command_line import at_least, errors_as_one_line, input_folder, output_folder
-from passkey.niah import read_tokenizer
 from passkey.report import command_line, environment, read_json, write_json
 
 __all__ = ["main"]
-
-FIELDS = ("document", "question", "answer", "said")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,18 +92,20 @@ def serve_with_vllm(folder: Path, command: str) -> None:
     path = folder / "requests.json"
     found = read_json(path) if path.exists() else None
     requests = found.get("requests") if isinstance(found, dict) else None
-    if not isinstance(requests, list) or not all(isinstance(one, dict) and {*FIELDS} <= one.keys() for one in requests):
+    fields = {"document", "question", "answer", "said"}
+    if not isinstance(requests, list) or not all(isinstance(one, dict) and fields <= one.keys() for one in requests):
         raise ValueError(f"{path} is missing, or none that `serve.py transformers` wrote: run that first")
     # the engine in this process, so that an error in it is one here; prompts are short, so is the cache
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from gistkern import GistStore
     from gistkern.serving import request_for, transfer_config
+    from passkey.models import read_tokenizer
 
     transfer = transfer_config(folder / "corpus")  # says what to do where vLLM is missing
     from vllm import LLM
 
-    store, tokenizer = GistStore(folder / "corpus"), read_tokenizer(folder / "model" / "tokenizer.json")
+    store, tokenizer = GistStore(folder / "corpus"), read_tokenizer(folder / "model").backend_tokenizer
     greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     asked = []
     for one in requests:

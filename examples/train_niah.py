@@ -11,7 +11,7 @@
     accelerate launch --num_processes 2 examples/train_niah.py          # the same; or as your accelerate config says
 
 Writes to runs/<preset>/: checkpoints of transformers' Trainer, log.jsonl, settings.json, and the evaluation's
-report.json, answers.jsonl and heatmap.png.
+report.json and answers.jsonl.
 """
 
 from __future__ import annotations

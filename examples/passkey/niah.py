@@ -10,20 +10,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from passkey.haystack import LANGUAGES, Language, decoy, is_held_out, number, scrambled, sentence
 from passkey.prose import passage, prose
 
-__all__ = ["KEY_DIGITS", "Haystack", "Sample", "dataset", "read_tokenizer", "train_tokenizer"]
+__all__ = ["KEY_DIGITS", "Haystack", "Sample", "dataset", "train_tokenizer"]
 
 KEY_DIGITS = 5
 POOL = 10_000
-FILLERS = ("templates", "prose")
-WORDINGS = ("training", "held_out")
-ASKED_BY = ("question", "cue")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Haystack:
     the sentences that state a key. A key is asked for by a "question", or by a "cue", the start of the answer alone,
     which a small base model goes on with in a language that it hardly knows; several are asked for by name.
 
-    ValueError if a name is unknown, prose is not installed, or the tokenizer does not keep sentences apart.
+    ValueError if prose is not installed, or the tokenizer does not keep sentences apart.
     """
 
     def __init__(
@@ -93,14 +89,6 @@ class Haystack:
         wordings: str = "training",
         asked_by: str = "question",
     ) -> None:
-        for what, value, known in (
-            ("language", language, tuple(LANGUAGES)),
-            ("filler", filler, FILLERS),
-            ("wordings", wordings, WORDINGS),
-            ("way of asking", asked_by, ASKED_BY),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
         self.tokenizer, self.held_out, self.rng = tokenizer, held_out, rng
         self.filler, self.wordings = filler, wordings
         self.language: Language = LANGUAGES[language]
@@ -244,11 +232,3 @@ def dataset(
     for index in range(samples):
         _, sample = haystack.draw(tokens, (index + 0.5) / samples, keys)
         yield replace(sample, id=f"{language}-{tokens}-{seed}-{index}")
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json; ValueError if there is none."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{path} is no tokenizer: {error}") from error

@@ -1,9 +1,8 @@
-"""The report of an evaluation: report.json with one row a line, a heatmap by depth, and a table on the terminal."""
+"""The report of an evaluation: report.json with one row a line, and a table on the terminal."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -15,7 +14,6 @@ from typing import Any
 
 __all__ = ["command_line", "environment", "read_json", "show", "write_json", "write_report"]
 
-Rows = Sequence[Mapping[str, Any]]
 CELLS = (
     "{tokens:,}|{gist_tokens:,}|{ratio:.0f}x|{n}|{exact:.1%}|{wilson_low:.1%} to {wilson_high:.1%}"
     "|{digit:.1%}|{hallucinated:.1%}|{abstained:.1%}"
@@ -24,22 +22,21 @@ HEAD = ["questions", "tokens", "rows", "ratio", "n", "exact", "95 % interval", "
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write report.json and heatmap.png into a folder, and print the tables.
+    """Write report.json into a folder, and print the tables.
 
     `report` has "rows" of `metrics.rows_of`, perhaps "full_context" with those of the same questions when the whole
     context was in sight, and whatever else is to be kept.
     """
     found = {**report, "environment": environment("gistkern", "torch", "transformers")}
     write_json(folder / "report.json", found)
-    heatmap(report["rows"], folder / "heatmap.png")
     print(show(report["rows"]))
     if report.get("full_context"):
         print(f"\nthe same questions with the whole context in sight:\n{show(report['full_context'])}")
     print(f"\n{folder / 'report.json'}; what the columns mean: docs/metrics.md")
 
 
-def show(rows: Rows) -> str:
-    """The rows as a table for a terminal; a "method" stands in front where rows have one."""
+def show(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table for a terminal."""
     lines = [HEAD, *([_label(row), *CELLS.format(**row).split("|")] for row in rows)]
     first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines)
@@ -47,28 +44,9 @@ def show(rows: Rows) -> str:
 
 def _label(row: Mapping[str, Any]) -> str:
     """What a row's questions are, without their length: the differences from plain passkeys are spelled out."""
-    parts = [row.get("method"), row["language"]]
-    parts.append(f"{row['keys']} keys" if row["keys"] > 1 else None)
-    parts.append(row["filler"] if row["filler"] != "templates" else None)
-    parts.append("held-out wordings" if row["wordings"] == "held_out" else None)
+    keys, filler = f"{row['keys']} keys" * (row["keys"] > 1), row["filler"].removesuffix("templates")
+    parts = [row["language"], keys, filler, "held-out wordings" * (row["wordings"] == "held_out")]
     return ", ".join(filter(None, parts))
-
-
-def heatmap(rows: Rows, path: Path) -> None:
-    """Draw exact match by depth (across) and length (down)."""
-    known = sorted(rows, key=lambda row: (_label(row), row["tokens"]))
-    from matplotlib.figure import Figure  # takes a second to load
-
-    cells = [[math.nan if cell["exact"] is None else cell["exact"] for cell in row["by_depth"]] for row in known]
-    figure = Figure(figsize=(8, 1.2 + 0.45 * len(known)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    names = [f"{_label(row)} {row['tokens']:,} ({row['ratio']:.0f}x)" for row in known]
-    axes.set_yticks(range(len(known)), names)
-    axes.set_xticks(range(len(cells[0])), [f"{cell['depth']:.0%}" for cell in known[0]["by_depth"]])
-    axes.set(xlabel="depth of the needle", ylabel="context tokens", title="exact match from the gist rows alone")
-    figure.colorbar(image, label="exact match")
-    figure.savefig(path, dpi=120)
 
 
 def read_json(path: Path) -> Any:

@@ -18,7 +18,7 @@ from passkey.niah import Sample, dataset
 from passkey.readers import Reader
 from passkey.settings import EvaluationRow, Settings, read_settings
 
-__all__ = ["SETTINGS", "Trained", "newest", "newest_whole", "open_trained", "progress_of", "settings_file"]
+__all__ = ["SETTINGS", "Trained", "newest", "newest_whole", "open_trained", "progress_of"]
 
 SETTINGS = "settings.json"
 STATE = "trainer_state.json"
@@ -88,7 +88,10 @@ def open_trained(path: str | Path, source: str | None = None) -> Trained:
     `source` is a folder or hub name of an adapter's base model, by default the run's.
     """
     checkpoint = newest(Path(path))
-    settings = read_settings(settings_file(checkpoint))
+    file = next((one / SETTINGS for one in (checkpoint, checkpoint.parent) if (one / SETTINGS).is_file()), None)
+    if file is None:
+        raise ValueError(f"{checkpoint} belongs to no run: no {SETTINGS} in it or above it")
+    settings = read_settings(file)
     if source is not None and settings.lora is None:
         raise ValueError(f"a base model is for adapters, {checkpoint} is a whole model: leave --model out")
     settings = settings.on(source, str(checkpoint))
@@ -120,14 +123,6 @@ def newest(path: Path) -> Path:
     if found is None:
         raise ValueError(f"{path} holds no checkpoint: pass a folder that train_niah.py wrote")
     return found
-
-
-def settings_file(checkpoint: Path) -> Path:
-    """The settings of a checkpoint's run: in its folder or beside it."""
-    for folder in (checkpoint, checkpoint.parent):
-        if (folder / SETTINGS).is_file():
-            return folder / SETTINGS
-    raise ValueError(f"{checkpoint} belongs to no run: no {SETTINGS} in it or above it")
 
 
 def progress_of(checkpoint: Path) -> dict[str, Any]:

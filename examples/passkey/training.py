@@ -26,7 +26,7 @@ __all__ = ["PasskeyTrainer", "dry", "train"]
 
 DRY = Path(__file__).with_name("dry.yaml")
 TINY_MODEL = "tiny-model"
-WRITTEN = ("log.jsonl", "report.json", "heatmap.png", "answers.jsonl", "answers-full.jsonl")
+WRITTEN = ("log.jsonl", "report.json", "answers.jsonl", "answers-full.jsonl")
 
 
 def train(
@@ -34,16 +34,9 @@ def train(
 ) -> Path | None:
     """Train; returns the folder of the last checkpoint, or None in all processes but the main one.
 
-    Parameters
-    ----------
-    settings : Settings
-        The run. Kept in its folder, for whoever reads the checkpoints.
-    run : Path
-        Output folder.
-    resume, overwrite : bool
-        Go on from the newest checkpoint, or replace what an earlier run left.
-    accumulate : int, optional
-        Micro-batches of a step; changes nothing in the result but rounding, and may differ after a resume.
+    The settings are kept in the run's folder, for whoever reads the checkpoints. `resume` goes on from the newest one,
+    `overwrite` replaces what an earlier run left. `accumulate` micro-batches make a step: their number changes nothing
+    in the result but rounding, and may differ after a resume.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         raise ValueError("accelerate shards models on GPUs only, and would train copies here: launch without FSDP")

@@ -15,7 +15,6 @@ from conftest import EXAMPLES, SMOKE, command, smoke
 from safetensors.torch import load_file
 
 import eval_niah
-import kvpress_baseline
 import serve
 import train_niah
 from passkey.niah import train_tokenizer
@@ -61,7 +60,6 @@ def place(tmp_path):
 
 
 EVALUATE = "--checkpoint {run} --output {empty}"
-KVPRESS = "--output {new} --model {model} --rows"
 
 
 @pytest.mark.parametrize(
@@ -84,15 +82,6 @@ KVPRESS = "--output {new} --model {model} --rows"
         (serve, "vllm --output {none}", "no folder .*none"),
         (serve, "vllm --output {empty}", "requests.json is missing, or none that"),
         (serve, "vllm --output {.}", "requests.json is missing, or none that"),
-        (kvpress_baseline, "--model {none} --rows {file} --output {new}", "no folder .*none"),
-        (kvpress_baseline, "--model {empty} --rows {file} --output {new}", "tokenizer.json is no tokenizer"),
-        (kvpress_baseline, f"{KVPRESS} {{none}}", "no file .*none"),
-        (kvpress_baseline, f"{KVPRESS} {{file}}", "file holds no rows as eval_niah.py reads them"),
-        (kvpress_baseline, f"{KVPRESS} {{latin}}", "latin holds no rows"),
-        (kvpress_baseline, f"{KVPRESS} {{torn.yaml}}", "torn.yaml holds no rows"),
-        (kvpress_baseline, f"{KVPRESS} {{other.json}}", "other.json holds no rows"),
-        (kvpress_baseline, f"{KVPRESS} {{short.yaml}}", "short.yaml .*: 7 tokens are too few"),
-        (kvpress_baseline, f"{KVPRESS} {{two.yaml}}", "two.yaml: expected samples of one length"),
         (train_niah, f"--preset {SMOKE} --run {{file}}", "cannot write to a folder .*file"),
         (train_niah, f"--preset {SMOKE} --run {{file}}/new", "cannot write to a folder .*file"),
         (train_niah, f"--preset {SMOKE} --threads -1", "--threads: expected at least 1"),

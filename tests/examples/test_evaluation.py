@@ -13,7 +13,6 @@ from evaluation import answer_samples, swap_test
 from passkey.metrics import Answer
 from passkey.niah import dataset, train_tokenizer
 from passkey.readers import Reader
-from passkey.trained import open_trained
 
 SETTINGS = smoke()
 SEGMENTS = vars(SETTINGS.segments)
@@ -257,29 +256,23 @@ def test_any_checkpoint_on_any_rows(run, rows, tmp_path, capsys):
     assert [row["exact"] for row in report["rows"]] == [
         sum(one["exact"] for one in answers if one["tokens"] == tokens) / n for tokens, n in ((150, 3), (400, 2))
     ]
-    names = {"answers.jsonl", "answers-full.jsonl", "report.json", "heatmap.png"}
+    names = {"answers.jsonl", "answers-full.jsonl", "report.json"}
     assert {path.name for path in output.iterdir()} == names
     said = " ".join(capsys.readouterr().out.split())
     assert "en 150 10 15x 3" in said
     assert "ko, 2 keys 400 10 40x 2" in said
 
 
-def test_evaluating_while_training_deletes_checkpoints(run, tmp_path, monkeypatch):
-    training = tmp_path / "training"
+def test_an_evaluation_outlives_its_checkpoint(run, rows, tmp_path, monkeypatch):
+    """Training deletes old checkpoints while they are evaluated, with the whole context in sight too."""
+    training, read = tmp_path / "training", Reader.read
     shutil.copytree(run, training)
-    copytree = shutil.copytree
-    newer = training / "checkpoint-2"
 
-    def copy_while_training(source, target, **kwargs):
-        if source != newer:
-            copytree(source, newer)
-            shutil.rmtree(source)
-        return copytree(source, target, **kwargs)
+    def read_while_training(reader, samples):
+        shutil.rmtree(training, ignore_errors=True)
+        return read(reader, samples)
 
-    monkeypatch.setattr("shutil.copytree", copy_while_training)
-    (tmp_path / "copy").mkdir()
-    snapshot = eval_niah._snapshot(training, tmp_path / "copy")
-    shutil.rmtree(training)
-    assert snapshot.name == "checkpoint-2"
-    assert not list(snapshot.glob("optimizer*"))
-    open_trained(snapshot)
+    monkeypatch.setattr(Reader, "read", read_while_training)
+    report = evaluate(training, tmp_path / "out", "--rows", rows, "--full", "1")
+    assert report["checkpoint"] == "checkpoint-1"
+    assert [row["n"] for row in report["rows"] + report["full_context"]] == [3, 2, 1, 1]

@@ -1,5 +1,6 @@
 """Haystacks: exact lengths, one findable needle, a clean split, the same bytes for the same seed."""
 
+import json
 import random
 import re
 
@@ -8,6 +9,7 @@ from conftest import drawn_by_a_process
 
 from passkey.haystack import LANGUAGES, is_held_out, sentence
 from passkey.niah import KEY_DIGITS, Haystack, dataset, train_tokenizer
+from passkey.settings import read_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +113,9 @@ def test_what_cannot_be_drawn(tokenizer, tokens, how, message):
         list(dataset(tokenizer, "en", tokens, 1, **how))
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ({"language": "fr"}, "unknown language 'fr': expected one of en, ko"),
-        ({"filler": "poems"}, "unknown filler 'poems': expected one of templates, prose"),
-        ({"wordings": "new"}, "unknown wordings 'new': expected one of training, held_out"),
-        ({"asked_by": "name"}, "unknown way of asking 'name': expected one of question, cue"),
-    ],
-)
-def test_unknown_names(tokenizer, argument, message):
-    with pytest.raises(ValueError, match=message):
-        Haystack(tokenizer, held_out=True, rng=random.Random(0), **{"language": "en", **argument})
+@pytest.mark.parametrize("wrong", [{"language": "fr"}, {"filler": "poems"}, {"wordings": "new"}], ids=str)
+def test_unknown_names(tmp_path, wrong):
+    (tmp_path / "rows.yaml").write_text(json.dumps([{"language": "en", "tokens": 100, "samples": 1, **wrong}]))
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"rows.yaml: \[0\].{name}: Input should be "):
+        read_evaluation(tmp_path / "rows.yaml")

@@ -1,10 +1,8 @@
-"""Reports: what is written, line by line, what the terminal shows, what the heatmap shows."""
+"""Reports: what is written, line by line, and what the terminal shows."""
 
 import json
-import math
 
 import pytest
-from matplotlib.figure import Figure
 
 from passkey import report
 
@@ -52,31 +50,17 @@ def test_a_report_is_a_line_per_row_and_a_table(tmp_path, capsys):
     assert len(lines) == 2 + len(found) + 1 + 2 + len(ROWS) + len(whole), "a line per key, and per row of a table"
     said = capsys.readouterr().out
     assert "whole context in sight:\nquestions" in said
-    assert (tmp_path / "new" / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
     assert not list((tmp_path / "new").glob("*.tmp"))
 
 
 def test_the_table_says_what_the_questions_are():
-    head, plain, prose, method = report.show([*ROWS, row(method="knorm", keys=4)]).splitlines()
-    cells = [" ".join(line.split()) for line in (head, plain, prose, method)]
+    head, plain, prose, keys = report.show([*ROWS, row(keys=4)]).splitlines()
+    cells = [" ".join(line.split()) for line in (head, plain, prose, keys)]
     assert cells[0].startswith("questions tokens rows ratio n exact 95 % interval digits")
     assert cells[1] == "en 3,000 10 300x 100 93.0% 86.3% to 96.6% 95.0% 6.0% 1.0%"
     assert cells[2].startswith("en, prose, held-out wordings 3,000")
-    assert cells[3].startswith("knorm, en, 4 keys 3,000")
-    assert len({len(line) for line in (head, plain, prose, method)}) == 1
-
-
-def test_heatmap_shows_depths_and_gaps(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    gap = row(language="ko", by_depth=[{"depth": 0.05, "n": 0, "exact": None}, *row()["by_depth"][1:]])
-    report.heatmap([gap, row()], tmp_path / "x.png")
-    axes = figures[0].axes[0]
-    (image,) = axes.images
-    cells = image.get_array().tolist()
-    assert cells[0] == [index / 10 for index in range(10)]
-    assert cells[1][0] is None or math.isnan(cells[1][0])
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["en 3,000 (300x)", "ko 3,000 (300x)"]
+    assert cells[3].startswith("en, 4 keys 3,000")
+    assert len({len(line) for line in (head, plain, prose, keys)}) == 1
 
 
 @pytest.mark.parametrize("content", ['{"a": ', "[" * 10**5])

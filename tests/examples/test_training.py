@@ -45,7 +45,6 @@ def test_it_writes_log_checkpoint_and_report(finished):
     assert report["training"]["tokens"] == entries(folder)[-1]["num_input_tokens_seen"] > 1000
     assert report["training"]["cpu_seconds"] >= 0
     assert report["swap"]["n"] == 20
-    assert (folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
     assert "95 % interval" in done.stdout
     assert "token_accuracy 0." in done.stderr, "the progress bar shows what the gates are about"
 
