@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from gistkern.lazy import loaded_on_use
 
 __version__ = "0.1.0"
 
@@ -25,46 +26,20 @@ _EXPORTS = {
     "segments_of": "gistkern.layout.streams",
 }
 
-__all__ = [
-    "GistCache",
-    "GistHandle",
-    "GistLayout",
-    "GistStore",
-    "KeyValueRows",
-    "__version__",
-    "compress",
-    "compress_corpus",
-    "gist_attention",
-    "gist_compact",
-    "gist_decode",
-    "left_padded",
-    "patch_llama",
-    "plain_prefix",
-    "segments_of",
-]
+__all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
-    from gistkern.cache.cache import GistCache
-    from gistkern.cache.prefix import plain_prefix
-    from gistkern.corpus.compress import compress_corpus
-    from gistkern.corpus.store import GistStore
-    from gistkern.hf.compress import compress
-    from gistkern.hf.handle import GistHandle
-    from gistkern.hf.patch import patch_llama
-    from gistkern.layout import GistLayout
-    from gistkern.layout.streams import left_padded, segments_of
-    from gistkern.ops.attention import gist_attention
-    from gistkern.ops.decode import gist_compact, gist_decode
-    from gistkern.rows import KeyValueRows
-
-
-def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'gistkern' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    from gistkern.cache.cache import GistCache as GistCache
+    from gistkern.cache.prefix import plain_prefix as plain_prefix
+    from gistkern.corpus.compress import compress_corpus as compress_corpus
+    from gistkern.corpus.store import GistStore as GistStore
+    from gistkern.hf.compress import compress as compress
+    from gistkern.hf.handle import GistHandle as GistHandle
+    from gistkern.hf.patch import patch_llama as patch_llama
+    from gistkern.layout import GistLayout as GistLayout
+    from gistkern.layout.streams import left_padded as left_padded
+    from gistkern.layout.streams import segments_of as segments_of
+    from gistkern.ops.attention import gist_attention as gist_attention
+    from gistkern.ops.decode import gist_compact as gist_compact
+    from gistkern.ops.decode import gist_decode as gist_decode
+    from gistkern.rows import KeyValueRows as KeyValueRows

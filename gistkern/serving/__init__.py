@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from gistkern.lazy import loaded_on_use
+
+_EXPORTS = dict.fromkeys(("GistConnector", "request_for", "transfer_config"), "gistkern.serving.vllm")
+
+__all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS)
+
 if TYPE_CHECKING:
-    from gistkern.serving.vllm import GistConnector, request_for, transfer_config
-
-__all__ = ["GistConnector", "request_for", "transfer_config"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'gistkern.serving' has no attribute {name!r}")
-    return getattr(importlib.import_module("gistkern.serving.vllm"), name)
+    from gistkern.serving.vllm import GistConnector as GistConnector
+    from gistkern.serving.vllm import request_for as request_for
+    from gistkern.serving.vllm import transfer_config as transfer_config

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from gistkern.lazy import loaded_on_use
 
 # public name -> module: the curriculum and the objectives need no Trainer, nor accelerate
 _EXPORTS = {
@@ -22,39 +23,19 @@ _EXPORTS = {
     "unlabeled": "gistkern.training.steps",
 }
 
-__all__ = [
-    "Curriculum",
-    "GistCallback",
-    "GistDataCollator",
-    "GistTrainer",
-    "Objectives",
-    "Share",
-    "Stage",
-    "StepDataset",
-    "answer_loss",
-    "distillation_loss",
-    "ignore_gist_labels",
-    "reconstruction_loss",
-    "unlabeled",
-]
+__all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
-    from gistkern.training.callback import GistCallback
-    from gistkern.training.collator import GistDataCollator
-    from gistkern.training.curriculum import Curriculum, Stage
-    from gistkern.training.labels import ignore_gist_labels
-    from gistkern.training.objectives import Objectives, answer_loss, distillation_loss, reconstruction_loss
-    from gistkern.training.steps import Share, StepDataset, unlabeled
-    from gistkern.training.trainer import GistTrainer
-
-
-def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'gistkern.training' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    from gistkern.training.callback import GistCallback as GistCallback
+    from gistkern.training.collator import GistDataCollator as GistDataCollator
+    from gistkern.training.curriculum import Curriculum as Curriculum
+    from gistkern.training.curriculum import Stage as Stage
+    from gistkern.training.labels import ignore_gist_labels as ignore_gist_labels
+    from gistkern.training.objectives import Objectives as Objectives
+    from gistkern.training.objectives import answer_loss as answer_loss
+    from gistkern.training.objectives import distillation_loss as distillation_loss
+    from gistkern.training.objectives import reconstruction_loss as reconstruction_loss
+    from gistkern.training.steps import Share as Share
+    from gistkern.training.steps import StepDataset as StepDataset
+    from gistkern.training.steps import unlabeled as unlabeled
+    from gistkern.training.trainer import GistTrainer as GistTrainer
