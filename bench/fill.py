@@ -1,14 +1,11 @@
 """Put tables into pages that are written by hand.
 
-    python -m bench.fill            # again, from the committed reports: the pages that no other command fills
-
 A page marks the place of a table by name, and what stands there is replaced:
 
     <!-- table: attention -->
     <!-- end -->
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,22 +27,3 @@ def fill(page: Path, tables: Mapping[str, str]) -> None:
     bare = "\n\n".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->" for name in tables)
     text = page.read_text("utf-8") if page.exists() else f"# {page.stem}\n\n{bare}\n"
     page.write_text(filled(text, tables), encoding="utf-8")
-
-
-def main() -> None:
-    """Fill the pages of the committed reports."""
-    from bench.compiled import aot
-    from bench.measured import context_parallel
-    from bench.measured import tables as measured
-
-    evidence = DOCS / "evidence"
-    pages = dict.fromkeys(sorted(DOCS.glob("benchmarks*.json")), measured.tables)
-    pages[evidence / "kernels.json"] = aot.tables
-    pages[evidence / "context-parallel.json"] = context_parallel.tables
-    pages[evidence / "compare.json"] = measured.compared
-    for path, tables in pages.items():
-        fill(path.with_suffix(".md"), tables(json.loads(path.read_text("utf-8"))))
-
-
-if __name__ == "__main__":
-    main()

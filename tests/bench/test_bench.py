@@ -405,7 +405,7 @@ COMMITTED = dict.fromkeys(DOCS.glob("benchmarks*.json"), tables.tables) | {
 @pytest.mark.parametrize("path", sorted(COMMITTED), ids=lambda path: path.stem)
 def test_the_tables_of_a_committed_page_are_those_of_its_report(path):
     page = path.with_suffix(".md").read_text()
-    assert filled(page, COMMITTED[path](json.loads(path.read_text()))) == page, "run python -m bench.fill"
+    assert filled(page, COMMITTED[path](json.loads(path.read_text()))) == page, "run python -m bench.pages"
 
 
 def test_a_gist_cache_holds_the_bytes_of_its_rows_and_no_more():

@@ -1,0 +1,23 @@
+"""``python -m bench.pages``: the tables of the committed reports again, on the pages that no other command fills."""
+
+import json
+
+from bench.compiled import aot
+from bench.fill import DOCS, fill
+from bench.measured import context_parallel
+from bench.measured import tables as measured
+
+
+def main() -> None:
+    """Fill the pages."""
+    evidence = DOCS / "evidence"
+    pages = dict.fromkeys(sorted(DOCS.glob("benchmarks*.json")), measured.tables)
+    pages[evidence / "kernels.json"] = aot.tables
+    pages[evidence / "context-parallel.json"] = context_parallel.tables
+    pages[evidence / "compare.json"] = measured.compared
+    for path, tables in pages.items():
+        fill(path.with_suffix(".md"), tables(json.loads(path.read_text("utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
