@@ -141,6 +141,7 @@ def unchecked(tmp_path_factory):
 @pytest.mark.sanitize
 @pytest.mark.timeout(1800)
 @sanitized
+@pytest.mark.xdist_group("unchecked")  # a library of their own
 @pytest.mark.parametrize("family", PLANTED)
 def test_the_fuzz_finds_a_check_that_is_left_out(family, unchecked):
     done = run([FUZZ, "--calls", "3000", "--compiled", "0", "--only", family], unchecked, **_preload())
