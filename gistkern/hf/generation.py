@@ -72,7 +72,8 @@ def _refuse(handle: GistHandle, arguments: dict[str, Any], config: Any) -> None:
             "use_cache=False beside a cache would read the question again at every step: leave use_cache out, or the "
             "cache (and pass the context's tokens)"
         )
-    if setting("cache_implementation") not in (None, "dynamic"):
+    # the second is what assisted decoding asks of a draft model in transformers 5.6
+    if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation={setting('cache_implementation')!r} is not available: a patched model keeps a "
             "GistCache, which is small because contexts are compressed; leave it out"
