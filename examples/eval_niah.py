@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--full", type=at_least(1), default=0, metavar="N", help="of each row, with the whole context too"
     )
-    parser.add_argument("--model", help="of a recipe's adapter: folder or hub name of its base model, if not its own")
+    parser.add_argument("--model", help="of an adapter: folder or hub name of its base model, if not its own")
     parser.add_argument("--new-tokens", type=at_least(1), help="most tokens of an answer; by default those of a key")
     parser.add_argument("--overwrite", action="store_true", help="replace another evaluation in the output folder")
     parser.add_argument("--threads", type=at_least(1), default=1)
