@@ -13,7 +13,8 @@ ARGS ?=
 # the chips of this machine's GPUs; without any, one chip is enough to compile and load the CUDA kernels
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed s/90/90a/ | sort -u | paste -sd ';')
 export GISTKERN_CUDA_ARCHS ?= $(or $(GPUS),80)
-export OMP_WAIT_POLICY ?= PASSIVE
+# threads that wait spin for some microseconds: never would halve the demo's speed, for long would disturb busy cores
+export GOMP_SPINCOUNT ?= 30000
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 

@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     parser.add_argument("--run", type=output_folder, help="output folder; runs/<preset> by default")
-    parser.add_argument(
-        "--threads", type=at_least(1), default=1, help="2 is faster; OMP_WAIT_POLICY=PASSIVE on busy cores"
-    )
+    parser.add_argument("--threads", type=at_least(1), default=1, help="2 are faster on idle cores")
     parser.add_argument("--accumulate", type=at_least(1), metavar="N", help="compute each batch in N micro-batches")
     parser.add_argument("--model", help="folder or hub name of the pretrained model, instead of the settings' own")
     parser.add_argument("--tokenizer", help="folder or hub name; by default the model's")

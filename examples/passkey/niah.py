@@ -94,8 +94,8 @@ class Haystack:
         self.language: Language = LANGUAGES[language]
         self.question: str = getattr(self.language, asked_by)
         self._known = lru_cache(1 << 16)(self.encode)
-        # where digits are tokens of their own, what stands between them comes again and is encoded once
-        self._piece = "[0-9]|[^0-9]+" if self._joins(list("0123456789")) else ".+"
+        # where digits are tokens of their own, what stands between numbers comes again and is encoded once
+        self._digits_apart = self._joins(list("0123456789"))
         self._padding = next((text for text in ("7", " a", " 1") if self._is_padding(text)), "")
         self._taken: set[str] = set()
         if filler == "prose":
@@ -127,10 +127,11 @@ class Haystack:
 
     def lines(self) -> Iterator[list[int]]:
         """Ids of one haystack sentence after the other, with fresh numbers, without end."""
-        prose = self.filler == "prose"
-        for line in passage(self._documents, self.rng) if prose else iter(lambda: self.rng.choice(self._pool), ""):
-            text = " " + re.sub(r"\{n\}", lambda _: number(self.rng), line)
-            yield list(chain.from_iterable(map(self._known, re.findall(self._piece, text))))
+        drawn = iter(lambda: self.rng.choice(self._pool), "")
+        for line in passage(self._documents, self.rng) if self.filler == "prose" else drawn:
+            first, *others = f" {line}".split("{n}")
+            pieces = [first, *chain.from_iterable((*number(self.rng), piece) for piece in others)]
+            yield [*chain.from_iterable(map(self._known, pieces if self._digits_apart else ["".join(pieces)]))]
 
     def key(self) -> str:
         """A key of `KEY_DIGITS` digits of this side of the split."""
