@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from gistkern.lazy import loaded_on_use
+
+# on first use: the command line's --help waits for no torch
+_EXPORTS = {"GistStore": "gistkern.corpus.store", "compress_corpus": "gistkern.corpus.compress"}
+
+__all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS)
+
 if TYPE_CHECKING:
-    from gistkern.corpus.compress import compress_corpus
-    from gistkern.corpus.store import GistStore
-
-__all__ = ["GistStore", "compress_corpus"]
-
-
-def __getattr__(name: str) -> object:
-    # on first use: the command line's --help waits for no torch
-    modules = {"GistStore": "gistkern.corpus.store", "compress_corpus": "gistkern.corpus.compress"}
-    if name not in modules:
-        raise AttributeError(f"module 'gistkern.corpus' has no attribute {name!r}")
-    return getattr(importlib.import_module(modules[name]), name)
+    from gistkern.corpus.compress import compress_corpus as compress_corpus
+    from gistkern.corpus.store import GistStore as GistStore
