@@ -100,8 +100,8 @@ PLAIN = {
     "bwd_dq": "plain_bwd_dq",
     "bwd_dkv_gist": "plain_bwd_dkv",
     "bwd_dkv_local": "plain_bwd_dkv",
+    "decode": None,
 }
-PLAIN |= {"decode": None}
 
 
 def launch_of(kernel: str, arch: str, dim: int) -> Launch:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import eval_niah
 import serve
 import train_niah
-from passkey.niah import train_tokenizer
 from passkey.trained import newest_whole
 
 pytestmark = pytest.mark.xdist_group("training")
@@ -29,17 +28,12 @@ def place(tmp_path):
     run = tmp_path / "run" / "checkpoint-1"
     run.mkdir(parents=True)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "model").mkdir()
     files = {
         "file": "",
-        "torn.json": '{"a": ',
         "other.json": '{"rows": [{"tokens": null}]}',
         "latin": b"\xe9",
         "torn.yaml": "- {language: en, tokens: 150",
         "float.yaml": "- {language: en, tokens: 7.5, samples: 2}",
-        "short.yaml": "- {language: en, tokens: 7, samples: 2}",
-        "two.yaml": "- {language: en, tokens: 99, samples: 2}\n- {language: en, tokens: 150, samples: 2}",
-        "model/tokenizer.json": train_tokenizer().to_str(),
         "requests.json": '{"requests": [{"document": 1}]}',
         "run/settings.json": smoke().written(),
         "run/checkpoint-1/trainer_state.json": json.dumps(
