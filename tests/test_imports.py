@@ -84,6 +84,8 @@ ORDER = [
     ("serving",),
     ("testing",),
     ("autotune", "doctor"),
+    ("cli",),
+    ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 MODULES = {
