@@ -1,1 +1,1 @@
-"""The console command: ``gistkern doctor | compress | ask | train | eval | bench`` (``python -m gistkern`` is the same)."""
+"""The console command ``gistkern`` (``python -m gistkern`` is the same): one file for each of its commands."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["Parser", "at_least", "errors_as_one_line", "input_folder", "input_path", "output_path"]
 
@@ -17,9 +17,9 @@ __all__ = ["Parser", "at_least", "errors_as_one_line", "input_folder", "input_pa
 class Parser(argparse.ArgumentParser):
     """argparse's, which takes whole option names only and suggests the one that was meant."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**how | kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2; an unknown word is followed by the known one that it resembles."""
