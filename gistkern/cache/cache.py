@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache
 
-from gistkern.cache import file
+from gistkern.cache import on_disk
+from gistkern.cache.file import FLOATS, check_device
 from gistkern.cache.fingerprint import check_cache
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.offload import input_device
@@ -17,11 +18,10 @@ from gistkern.cache.pool import PoolIntervals, base_of, gathered, refuse_changes
 from gistkern.cache.reader import Reader, patched
 from gistkern.cache.running import UNPATCHED, ModelCall, check_whole
 from gistkern.cache.signed import Signed
-from gistkern.cache.tail import TailRows
-from gistkern.cache.tokens_read import UNKNOWN, ContextRead, TokensRead
+from gistkern.cache.tokens_read import UNKNOWN, TokensRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
 from gistkern.layout import GistLayout
-from gistkern.rows import LARGEST, KeyValueRows, check_gist_dtype, dequantize_rows
+from gistkern.rows import LARGEST, check_gist_dtype, dequantize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -265,7 +265,7 @@ class GistCache(Signed, Cache):
             (docs/cache.md), or the model's dtype. Quantized rows stay so unless another type is asked for.
         """
         place = None if device is None else torch.empty(0, device=device).device  # of "cuda": its current one
-        if dtype is not None and dtype not in file.FLOATS:
+        if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype is what the model computes in, a float of 2 bytes or more, got {dtype}")
         check_gist_dtype(gist_dtype, dtype or self.dtype)
         if self._call is not None and not self._call.failed and dtype is gist_dtype is None:
@@ -353,22 +353,7 @@ class GistCache(Signed, Cache):
         state = self._state()
         if self.first is not None:
             raise ValueError("a shared cache is not saved: save the cache that shared() was called on")
-        if self.fingerprint is None and self.is_signed:
-            raise ValueError(
-                "the model that wrote the cache is gone, or its weights were changed since, and a file names its "
-                "model: save before, or compress again"
-            )
-        read = self.read.ids()
-        found = file.CacheFile(
-            positions=self.positions,
-            fingerprint=self.fingerprint,
-            contexts=sorted(map(str, self.contexts)),
-            dtype=self.layers[0].dtype,
-            state=vars(state),
-            read=torch.empty(len(state.seen), 0, dtype=torch.int64) if read is None else read,
-            layers=[(layer.gist, KeyValueRows(*layer.tail.pair)) for layer in self.layers],
-        )
-        file.save(found, path)
+        on_disk.save(path, self, state, self.read, self.layers)
 
     @classmethod
     def load(
@@ -384,16 +369,9 @@ class GistCache(Signed, Cache):
         ValueError
             If the file is torn, is no gist cache, or was written by another model, position scheme or dtype.
         """
-        device = file.check_device(device) if model is None else input_device(patched(model).inner)
-        found = file.load(path)
+        place = check_device(device) if model is None else input_device(patched(model).inner)
         cache = cls()
-        cache.positions, cache.fingerprint = found.positions, found.fingerprint
-        cache.contexts = set(map(ContextRead.parse, found.contexts))
-        cache.state = CacheState(**found.state).on(device)
-        cache.read = TokensRead(found.read.to(device, torch.int64))
-        for gist, tail in found.layers:
-            rows = TailRows(tail.key.to(device), tail.value.to(device))
-            cache.layers.append(GistLayer.holding(gist.map(lambda t: t.to(device)), rows, found.dtype))
+        cache.state, cache.read, cache.layers = on_disk.load(path, cache, place)
         if model is not None:
             check_cache(cache, model)
         return cache
