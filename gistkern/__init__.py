@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GistLayout": "gistkern.layout",
     "gist_attention": "gistkern.ops.attention",
+    "patch": "gistkern.hf.patch",
     "patch_llama": "gistkern.hf.patch",
+    "load": "gistkern.hf.load",
+    "ask": "gistkern.hf.ask",
     "GistHandle": "gistkern.hf.handle",
     "compress": "gistkern.hf.compress",
     "GistCache": "gistkern.cache.cache",
@@ -26,15 +29,21 @@ _EXPORTS = {
     "segments_of": "gistkern.layout.streams",
 }
 
-__all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS)
+# modules that are public as a whole; what else there is, is free to change
+_SUBMODULES = ("backends", "serving", "testing", "training")
+
+__all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS, _SUBMODULES)
 
 if TYPE_CHECKING:
     from gistkern.cache.cache import GistCache as GistCache
     from gistkern.cache.prefix import plain_prefix as plain_prefix
     from gistkern.corpus.compress import compress_corpus as compress_corpus
     from gistkern.corpus.store import GistStore as GistStore
+    from gistkern.hf.ask import ask as ask
     from gistkern.hf.compress import compress as compress
     from gistkern.hf.handle import GistHandle as GistHandle
+    from gistkern.hf.load import load as load
+    from gistkern.hf.patch import patch as patch
     from gistkern.hf.patch import patch_llama as patch_llama
     from gistkern.layout import GistLayout as GistLayout
     from gistkern.layout.streams import left_padded as left_padded

@@ -12,9 +12,8 @@ _WRAPPERS = ("get_base_model", "_orig_mod", "module")  # peft's, torch.compile's
 
 LOADED_UNPATCHED = (
     "the adapter holds gist rows, but was loaded on a model that was not patched, which drops them "
-    "(AutoPeftModelForCausalLM does so): patch the model before wrapping it with peft or loading an adapter, "
-    "patch_llama(base, ...) with the settings of the training (gistkern.json beside the adapter), then "
-    "PeftModel.from_pretrained(base, folder)"
+    "(AutoPeftModelForCausalLM does so): load it by model, tokenizer, handle = gistkern.load(folder), or patch the "
+    "base before PeftModel.from_pretrained(base, folder), with the settings of the training"
 )
 
 
@@ -57,7 +56,10 @@ def patched(model: Any) -> Reader:
         raise ValueError(LOADED_UNPATCHED)
     if hasattr(getattr(base, "model", None), ATTRIBUTE):
         raise ValueError("only the model's inner model is patched: pass that one, or patch the whole model instead")
-    raise ValueError("the model knows no gist tokens: call gistkern.patch_llama(model) first")
+    raise ValueError(
+        "the model knows no gist tokens: load a trained one by gistkern.load(folder), or call gistkern.patch(model) to "
+        "train one"
+    )
 
 
 def adapters_with_rows(model: Any) -> list[str]:

@@ -11,7 +11,10 @@ from gistkern.cache.pool import PoolIntervals
 
 __all__ = ["UNPATCHED", "ModelCall", "check_whole"]
 
-UNPATCHED = "a GistCache works with a patched model only: call gistkern.patch_llama(model) first"
+UNPATCHED = (
+    "a GistCache works with a patched model only: load a trained one by gistkern.load(folder), or call "
+    "gistkern.patch(model) first"
+)
 
 
 @dataclass

@@ -100,7 +100,7 @@ def compress_corpus(
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     if tokenizer is not None:
-        check_prefix(handle.context_prefix, tokenizer, "the model's training")
+        check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
     rank, ranks = _ranks(rank, ranks)
     settings = {
         "fingerprint": fingerprint(handle.inner),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Hashable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,8 @@ from gistkern.cache.offload import on_device
 from gistkern.cache.reader import ATTRIBUTE, adapters_with_rows, patched
 from gistkern.hf.attention import NAME
 from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
-from gistkern.hf.peft_state import active_adapters
+from gistkern.hf.peft_state import active_adapters, adapter_parameters
+from gistkern.hf.settings import Training
 from gistkern.layout.positions import SCHEMES
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class GistHandle:
         The patched model and its inner model.
     context_parallel : ProcessGroup or None
         Ranks that share each context.
+    adapter : str or None
+        Folder or name of the adapter that `gistkern.load` put on the model.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class GistHandle:
             ids[settings.num_gist_tokens :],
         )
         self.settings = settings
+        self.adapter: str | None = None
         self.hooks: list[Any] = []  # what patch_llama registered, and has to take back
         self.previous: dict[str, Any] = {}
         self._vocabulary = vocabulary_size(inner.get_input_embeddings(), model.config)
@@ -100,19 +104,26 @@ class GistHandle:
         return copied
 
     @property
-    def context_prefix(self) -> list[int] | None:
-        """Special tokens that contexts begin with, as trained; None where nobody knows. Saved with the model."""
-        return self.model.config.gistkern.get("context_prefix")
+    def training(self) -> Training:
+        """How contexts were made in training, as far as that is known. Saved with the model."""
+        block = self.model.config.gistkern
+        return Training(**{name: block[name] for name in Training.__dataclass_fields__ if name in block})
 
-    @context_prefix.setter
-    def context_prefix(self, ids: list[int] | None) -> None:
-        if ids is not None:
-            self.model.config.gistkern["context_prefix"] = list(ids)
+    def record(self, **known: Any) -> None:
+        """Set fields of `training`: who trains knows them, and `gistkern.ask` and the commands read them later.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a field that there is not, or a value that it cannot have.
+        """
+        found = replace(self.training, **known)
+        block = {name: value for name, value in self.model.config.gistkern.items() if name not in vars(found)}
+        self.model.config.gistkern = block | found.stated()
 
     def arguments(self) -> dict[str, Any]:
-        """What to give `patch_llama` beside a fresh base model (gistkern.json)."""
-        prefix = self.context_prefix
-        return asdict(self.settings) | ({} if prefix is None else {"context_prefix": prefix})
+        """What to give `gistkern.patch` beside a fresh base model (gistkern.json)."""
+        return asdict(self.settings) | self.training.stated()
 
     def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
         """bool, like `ids`: which are gist tokens."""
@@ -125,6 +136,28 @@ class GistHandle:
         """
         rows = rows_in_use(self.inner.gist_embeddings).requires_grad_()
         return list(rows.parameters())
+
+    def freeze_base(self) -> list[nn.Parameter]:
+        """Train the gist rows alone, beside whatever adapters train: no other weight of the model takes gradients.
+
+        Returns
+        -------
+        list of nn.Parameter
+            What is trained, for an optimizer.
+
+        Examples
+        --------
+        ::
+
+            handle = gistkern.patch(model)
+            optimizer = torch.optim.AdamW(handle.freeze_base(), lr=1e-2)
+        """
+        kept = adapter_parameters(self.model)
+        for parameter in self.model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+        self.trainable_parameters()
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def fingerprint(self) -> str:
         """Hex digest of the weights in use, by which a cache knows its model again."""

@@ -20,8 +20,15 @@ from gistkern.hf.embedding import GistEmbedding, embedded_sample, fresh_rows, vo
 from gistkern.hf.families import family_of, inner_model
 from gistkern.hf.handle import GistHandle
 from gistkern.hf.peft_state import has_adapters
-from gistkern.hf.settings import GistSettings, agreed_settings, config_block, read_block
-from gistkern.hf.texts import agreed_prefix, check_prefix
+from gistkern.hf.settings import (
+    GistSettings,
+    Training,
+    agreed_settings,
+    agreed_training,
+    config_block,
+    read_block,
+)
+from gistkern.hf.texts import check_prefix
 from gistkern.hf.tokens import add_gist_tokens, check_tokenizer
 
 if TYPE_CHECKING:
@@ -29,10 +36,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["patch_llama"]
+__all__ = ["patch", "patch_llama"]
 
 
-def patch_llama(
+def patch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_gist_tokens: int = 10,
@@ -42,8 +49,11 @@ def patch_llama(
     num_segment_gist_tokens: int = 0,
     context_parallel: ProcessGroup | DeviceMesh | None = None,
     context_prefix: list[int] | None = None,
+    segment_length: int | None = None,
+    segment_overlap: int = 0,
+    chat: bool | None = None,
 ) -> GistHandle:
-    """Teach a Llama, Mistral, Qwen2 or Qwen3 model gist tokens, in place.
+    """Teach a model gist tokens, in place. `patch_llama` is the same function by its first name.
 
     From then on ``model(input_ids)`` with gist tokens in it *is* gist-masked, with padding on either side;
     without gist tokens the model computes what it did before. Gist tokens get embeddings of their own (the
@@ -72,9 +82,9 @@ def patch_llama(
         Ranks that share each context (docs/distributed.md): all are called with the whole of it, each computes its
         shard's rows and logits, and `loss` is the whole context's on every rank. Average gradients over the group, as
         DDP and FSDP do.
-    context_prefix : list of int, optional
-        Special tokens that contexts began with in training, as gistkern.json records them beside an adapter. Who makes
-        contexts from texts later has to begin them so too.
+    context_prefix, segment_length, segment_overlap, chat
+        How contexts were made in training, as gistkern.json records it beside an adapter: the special tokens they began
+        with, how they were cut, and whether through the chat template. `gistkern.ask` and the commands then do so too.
 
     Returns
     -------
@@ -95,12 +105,13 @@ def patch_llama(
     >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
     ...                      vocab_size=100)
     >>> model = LlamaForCausalLM(config)
-    >>> with patch_llama(model, num_gist_tokens=2) as handle:
+    >>> with patch(model, num_gist_tokens=2) as handle:
     ...     handle.gist_token_ids
     [100, 101]
     """
     check_tokenizer(tokenizer)
     given = GistSettings(num_gist_tokens, positions, sink_tokens, num_segment_gist_tokens)
+    trained = Training(context_prefix, segment_length, segment_overlap, chat)
     if backend != "auto":
         backends.get(backend)
     _check_unwrapped(model)
@@ -110,9 +121,9 @@ def patch_llama(
         raise ValueError("the model is patched already: use model.gistkern_handle, or unpatch it first")
     saved = read_block(model.config)
     settings = given if saved is None else agreed_settings(saved, given)
-    prefix = agreed_prefix(None if saved is None else saved.get("context_prefix"), context_prefix)
+    trained = agreed_training(saved, trained)
     if tokenizer is not None:
-        check_prefix(prefix, tokenizer, "the training")
+        check_prefix(trained.context_prefix, tokenizer, "the training")
     size = vocabulary_size(inner.get_input_embeddings(), model.config)
     if saved is not None and tokenizer is None:
         _check_first_id(saved, size)
@@ -147,9 +158,12 @@ def patch_llama(
             row_cost=0.0 if group is None else row_cost(inner),
             drawn=drawn,
         )
-        _install(handle, GistEmbedding(rows, settings.numbers(first_id)), previous | {"block": saved}, prefix)
+        _install(handle, GistEmbedding(rows, settings.numbers(first_id)), previous | {"block": saved}, trained)
         undo.pop_all()
     return handle
+
+
+patch_llama = patch
 
 
 def _check_unwrapped(model: Any) -> None:
@@ -193,11 +207,11 @@ def _switch_attention(model: Any, inner: Any, undo: ExitStack) -> dict[str, Any]
     return {"attention": "sdpa" if before == NAME else before}
 
 
-def _install(handle: GistHandle, rows: GistEmbedding, previous: dict[str, Any], prefix: list[int] | None) -> None:
+def _install(handle: GistHandle, rows: GistEmbedding, previous: dict[str, Any], trained: Training) -> None:
     """Put rows, settings, hooks and methods in place; `GistHandle.unpatch` takes them back."""
     model, inner = handle.model, handle.inner
     inner.gist_embeddings = rows
-    model.config.gistkern = config_block(handle.settings, handle.first_id, handle.ids_from_tokenizer, prefix)
+    model.config.gistkern = config_block(handle.settings, handle.first_id, handle.ids_from_tokenizer, trained)
     handle.hooks = [
         inner.get_input_embeddings().register_forward_pre_hook(handle.refuse_gist_ids),
         inner.register_forward_pre_hook(partial(call.before_inner, handle), with_kwargs=True),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["active_adapters", "has_adapters"]
+__all__ = ["active_adapters", "adapter_parameters", "has_adapters"]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -22,3 +22,14 @@ def active_adapters(model: nn.Module) -> list[str]:
             active = [] if layer.disable_adapters else layer.active_adapter
             return [active] if isinstance(active, str) else list(active)
     return []
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that adapters brought."""
+    found: set[int] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module | nn.ParameterDict):
+                found |= {id(parameter) for parameter in part.parameters()}
+    return found

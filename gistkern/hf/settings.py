@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gistkern.layout.arguments import check_count
 from gistkern.layout.positions import SCHEMES, check_scheme
+from gistkern.layout.streams import check_segmentation
 
-__all__ = ["GistSettings", "agreed_settings", "config_block", "read_block"]
-
-_OPTIONAL = ("ids_from_tokenizer", "context_prefix", "rows")
+__all__ = ["GistSettings", "Training", "agreed_settings", "agreed_training", "config_block", "read_block"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,14 @@ class GistSettings:
             check_count(name, getattr(self, name), least)
         check_scheme(self.positions)
 
+    @classmethod
+    def of_numbers(cls, numbers: list[int]) -> GistSettings:
+        """The settings that `numbers` made a list of; ValueError if that is none."""
+        if len(numbers) != 5 or numbers[2] not in range(len(SCHEMES)):
+            raise ValueError(f"no gist settings: {numbers}")
+        gists, segment_gists, scheme, sinks, _ = numbers
+        return cls(gists, SCHEMES[scheme], sinks, segment_gists)
+
     @property
     def num_ids(self) -> int:
         """Gist tokens of both kinds."""
@@ -41,6 +48,52 @@ class GistSettings:
             self.sink_tokens,
             first_id,
         ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How contexts were made in training, which whoever makes contexts later has to repeat.
+
+    Parameters
+    ----------
+    context_prefix : list of int, optional
+        Special tokens that contexts begin with (`gistkern.hf.texts`); None where nobody knows.
+    segment_length, segment_overlap : int
+        Of `gistkern.compress`; no length where a context was one segment, or nobody knows.
+    chat : bool, optional
+        Whether contexts and questions went through the chat template; None where nobody knows.
+    """
+
+    context_prefix: list[int] | None = None
+    segment_length: int | None = None
+    segment_overlap: int = 0
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        prefix = self.context_prefix
+        if prefix is not None and (
+            not isinstance(prefix, list) or any(type(one) is not int or not 0 <= one < 2**31 for one in prefix)
+        ):
+            raise ValueError(f"context_prefix must be a list of token ids or None, got {prefix!r}")
+        check_segmentation(self.segment_length, self.segment_overlap)
+        if self.chat is not None and not isinstance(self.chat, bool):
+            raise ValueError(f"chat must be true, false or None, got {self.chat!r}")
+
+    def stated(self) -> dict[str, Any]:
+        """What is known, by name."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+
+
+_OPTIONAL = ("ids_from_tokenizer", "rows", *(one.name for one in fields(Training)))
+
+
+def agreed_training(saved: dict[str, Any] | None, given: Training) -> Training:
+    """What a checkpoint (`read_block`) and arguments say; ValueError where they differ."""
+    known = {name: value for name, value in (saved or {}).items() if name in given.__dataclass_fields__}
+    for name, value in given.stated().items():
+        if name in known and known[name] != value:
+            raise ValueError(f"{name}={value!r} contradicts the checkpoint, which was trained with {known[name]!r}")
+    return Training(**{**given.stated(), **known})
 
 
 def agreed_settings(saved: dict[str, Any], given: GistSettings) -> GistSettings:
@@ -61,16 +114,12 @@ def agreed_settings(saved: dict[str, Any], given: GistSettings) -> GistSettings:
     return GistSettings(**{name: saved[name] for name in default})
 
 
-def config_block(
-    settings: GistSettings, first_id: int, from_tokenizer: bool, prefix: list[int] | None
-) -> dict[str, Any]:
+def config_block(settings: GistSettings, first_id: int, from_tokenizer: bool, training: Training) -> dict[str, Any]:
     """What `save_pretrained` writes into config.json.
 
-    `from_tokenizer` says that the ids are a tokenizer's (they may then lie inside a padded vocabulary), `prefix` with
-    which ids its contexts begin (`gistkern.hf.texts`).
+    `from_tokenizer` says that the ids are a tokenizer's (they may then lie inside a padded vocabulary).
     """
-    block = asdict(settings) | {"first_gist_id": first_id, "ids_from_tokenizer": from_tokenizer}
-    return block if prefix is None else block | {"context_prefix": prefix}
+    return asdict(settings) | {"first_gist_id": first_id, "ids_from_tokenizer": from_tokenizer} | training.stated()
 
 
 def read_block(config: Any) -> dict[str, Any] | None:
@@ -110,8 +159,4 @@ def _check_block(block: Any) -> None:
         raise ValueError(f"ids_from_tokenizer must be true or false, got {block['ids_from_tokenizer']!r}")
     if not isinstance(block.get("rows", ""), str):
         raise ValueError(f"rows must be a digest, got {block['rows']!r}")
-    prefix = block.get("context_prefix", [])
-    if not isinstance(prefix, list):
-        raise ValueError(f"context_prefix must be a list of token ids, got {prefix!r}")
-    for one in prefix:
-        check_count("a token id in context_prefix", one, 0)
+    Training(**{name: block[name] for name in Training.__dataclass_fields__ if name in block})

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-__all__ = ["agreed_prefix", "check_prefix", "context_ids", "context_prefix", "text_ids"]
+__all__ = ["check_prefix", "context_ids", "context_prefix", "text_ids"]
 
 # words that most vocabularies know; the first of a tokenizer's own come after them
 _PROBES = ("a", "0", ".", "A", "?", "the")
@@ -91,19 +91,6 @@ def check_prefix(recorded: Sequence[int] | None, tokenizer: Any, where: str) -> 
             f"contexts of {where} begin with {_spelled(tokenizer, recorded)}, this tokenizer begins them with "
             f"{_spelled(tokenizer, found)}: pass the tokenizer that was used there (its add_bos_token as it was)"
         )
-
-
-def agreed_prefix(saved: Any, given: Any) -> list[int] | None:
-    """What a checkpoint and an argument say that contexts begin with; ValueError if that is no ids, or they differ."""
-    for value in (saved, given):
-        if value is not None and (
-            not isinstance(value, list)
-            or any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**31 for one in value)
-        ):
-            raise ValueError(f"context_prefix must be a list of token ids or None, got {value!r}")
-    if saved is not None and given is not None and saved != given:
-        raise ValueError(f"context_prefix={given} contradicts the checkpoint, which was trained with {saved}")
-    return given if saved is None else saved
 
 
 def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:

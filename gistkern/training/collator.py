@@ -88,7 +88,7 @@ class GistDataCollator:
         self.pad_id: int = 0 if pad_id is None else pad_id  # hidden by the mask: any id will do
         self.prefix: list[int] | None = None  # what contexts begin with; None where nobody knows
         if self.tokenizer is not None:
-            check_prefix(handle.context_prefix, self.tokenizer, "the model's training")
+            check_prefix(handle.training.context_prefix, self.tokenizer, "the model's training")
             self.prefix = context_prefix(self.tokenizer)
         self.streams = Streams.of(handle, segment_length, segment_overlap)
         self.teacher = teacher

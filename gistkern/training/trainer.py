@@ -76,7 +76,12 @@ class GistTrainer(Trainer):
         self.curriculum = curriculum
         self._check(curriculum)
         if isinstance(self.data_collator, GistDataCollator):  # saved with the settings, and compared by who reads texts
-            handle_of(self.model).context_prefix = self.data_collator.prefix
+            cut = self.data_collator.streams
+            handle_of(self.model).record(
+                context_prefix=self.data_collator.prefix,
+                segment_length=cut.segment_length,
+                segment_overlap=cut.segment_overlap,
+            )
         self.gist_callback = GistCallback(curriculum, log_file)
         self.add_callback(self.gist_callback)
         if self.compute_metrics is None and not self.args.batch_eval_metrics:

@@ -155,7 +155,7 @@ def test_a_patched_model_unloads_and_is_patched_again():
     handle.unpatch()
     with adapted.disable_adapter():
         torch.testing.assert_close(logits(adapted, ids[:, :9]), expected)
-    with pytest.raises(ValueError, match="patch the model before wrapping it with peft"):
+    with pytest.raises(ValueError, match="loaded on a model that was not patched"):
         gistkern.patch_llama(model)
     adapted.unload()
     with gistkern.patch_llama(model):

@@ -114,7 +114,7 @@ def test_a_context_begins_as_in_a_corpus_and_what_follows_does_not(text, tmp_pat
 
 def test_a_model_remembers_how_contexts_began():
     _, handle, _ = patched()
-    handle.context_prefix = [7]
+    handle.record(context_prefix=[7])
     GistDataCollator(Words([7]), handle)
     with pytest.raises(ValueError, match=r"contexts of the model's training begin with \[7\], this tokenizer .* no "):
         GistDataCollator(Words(), handle)

@@ -243,7 +243,7 @@ def test_a_checkpoint_says_what_contexts_began_with(tmp_path, peft):
         handle = gistkern.patch_llama(base, **json.loads((tmp_path / "gistkern.json").read_text()))
     else:
         handle = gistkern.patch_llama(LlamaForCausalLM.from_pretrained(tmp_path))
-    assert handle.context_prefix == [7]
+    assert handle.training.context_prefix == [7]
     GistDataCollator(tokenizer, handle)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(ValueError, match=r"begin with \[7\] \('<s>'\), this tokenizer begins them with no special"):
