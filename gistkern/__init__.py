@@ -16,6 +16,7 @@ _EXPORTS = {
     "patch_llama": "gistkern.hf.patch",
     "load": "gistkern.hf.load",
     "ask": "gistkern.hf.ask",
+    "Chat": "gistkern.hf.conversation",
     "GistHandle": "gistkern.hf.handle",
     "compress": "gistkern.hf.compress",
     "GistCache": "gistkern.cache.cache",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from gistkern.corpus.store import GistStore as GistStore
     from gistkern.hf.ask import ask as ask
     from gistkern.hf.compress import compress as compress
+    from gistkern.hf.conversation import Chat as Chat
     from gistkern.hf.handle import GistHandle as GistHandle
     from gistkern.hf.load import load as load
     from gistkern.hf.patch import patch as patch

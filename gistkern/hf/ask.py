@@ -9,6 +9,7 @@ import torch
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.offload import input_device
+from gistkern.hf.chat import chat_context, chat_parts, stop_ids
 from gistkern.hf.compress import compress
 from gistkern.hf.handle import handle_of
 from gistkern.hf.texts import check_prefix, context_ids, text_ids
@@ -17,7 +18,9 @@ from gistkern.layout.streams import left_padded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ask"]
+__all__ = ["answer", "ask", "compressed"]
+
+_ANY = "a"  # a context
 
 
 def ask(
@@ -25,11 +28,15 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     context: str | GistCache,
     question: str | Sequence[str],
+    *,
+    chat: bool | None = None,
+    role: str = "user",
     **generate: Any,
 ) -> Any:
     """Compress a context into gist rows and answer questions from those alone.
 
-    Contexts are cut and begun as in training, as far as the model knows (``handle.training``, `gistkern.load`).
+    Contexts are begun, cut and put into the chat template as in training, as far as the model knows
+    (``handle.training``, see `gistkern.load`).
 
     Parameters
     ----------
@@ -41,18 +48,23 @@ def ask(
         The text, or what `gistkern.compress` or a `GistStore` made of it, which stays as it is.
     question : str or sequence of str
         What follows the context, as in training. Several are answered together.
+    chat : bool, optional
+        Whether context and question go through the chat template; by default as in training.
+    role : str
+        With `chat`: ``"user"`` for a document that stands in front of the question, ``"system"`` for a system prompt.
     **generate
         For ``model.generate``. By default greedy, and at most 64 new tokens.
 
     Returns
     -------
     str or list of str
-        The answer, or one for each question, without special tokens.
+        The answer, or one for each question, without special tokens. A list too if `generate` gives several answers.
 
     Raises
     ------
     ValueError
-        If the model is not patched, the tokenizer begins contexts otherwise than in training, or a text is empty.
+        If the model is not patched, the tokenizer begins contexts otherwise than in training, a text is empty, or the
+        chat template does not leave contexts as they are.
 
     Examples
     --------
@@ -63,30 +75,48 @@ def ask(
     """
     handle = handle_of(model)
     check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
+    chat = bool(handle.training.chat) if chat is None else chat
     questions = [question] if isinstance(question, str) else list(question)
-    asked = [text_ids(tokenizer, one) for one in questions]
-    if not asked or not all(asked):
+    if not questions or not all(map(str.strip, questions)):
         raise ValueError("there is nothing to answer: a question is empty, or there is none")
-    cache = _compressed(model, tokenizer, context)
-    cache = cache.clone() if len(asked) == 1 else cache.shared()
-    device = input_device(handle.inner)
+    if chat:  # what follows a context does not depend on it
+        questions = [chat_parts(tokenizer, _ANY, one, role=role).question for one in questions]
+    cache = compressed(model, tokenizer, context, role if chat else None)
+    cache = cache.clone() if len(questions) == 1 else cache.shared()
+    answers = answer(model, tokenizer, [text_ids(tokenizer, one) for one in questions], cache, chat, generate)
+    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return said[0] if isinstance(question, str) and len(said) == 1 else said
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    asked: Sequence[Sequence[int]],
+    cache: GistCache,
+    chat: bool,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """New token ids behind each of `asked`, which follow the cached context; greedy unless `options` say otherwise."""
+    device = input_device(handle_of(model).inner)
     ids, mask = left_padded([torch.tensor(one, device=device) for one in asked], _pad_id(tokenizer))
-    greedy = {} if "generation_config" in generate else {"do_sample": False, "max_new_tokens": 64}
-    if not {"generation_config", "do_sample"} & generate.keys():  # of a checkpoint's generation_config, unused
-        greedy |= {"temperature": None, "top_p": None, "top_k": None}
-    options = {"pad_token_id": _pad_id(tokenizer), **greedy, **generate}
-    said = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, **options)
-    ids = said if torch.is_tensor(said) else said.sequences
-    answers = tokenizer.batch_decode(ids[:, mask.shape[1] :], skip_special_tokens=True)
-    return answers[0] if isinstance(question, str) and len(answers) == 1 else answers
+    default: dict[str, Any] = {}
+    if "generation_config" not in options:
+        default = {"do_sample": False, "max_new_tokens": 64, "eos_token_id": stop_ids(model, tokenizer, chat) or None}
+        if not options.get("do_sample"):  # a checkpoint's own settings of sampling, which would be warned of
+            default |= {"temperature": None, "top_p": None, "top_k": None}
+    options = {"pad_token_id": _pad_id(tokenizer), **default, **options}
+    said: Any = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, **options)  # type: ignore[operator]
+    found: list[list[int]] = (said if torch.is_tensor(said) else said.sequences)[:, ids.shape[1] :].tolist()
+    return found
 
 
-def _compressed(model: PreTrainedModel, tokenizer: Any, context: str | GistCache) -> GistCache:
+def compressed(model: PreTrainedModel, tokenizer: Any, context: str | GistCache, role: str | None) -> GistCache:
+    """A text as in training (None: without the chat template), cut as in training."""
     if isinstance(context, GistCache):
         return context
-    ids = context_ids(tokenizer, context)
-    if not ids:
+    if not context.strip():
         raise ValueError("the context is empty: there is nothing to ask about")
+    ids = context_ids(tokenizer, context if role is None else chat_context(tokenizer, context, role))
     trained = handle_of(model).training
     return compress(model, [ids], segment_length=trained.segment_length, segment_overlap=trained.segment_overlap)
 

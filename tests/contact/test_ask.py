@@ -7,7 +7,8 @@ from tokenizers import processors
 from training_oracle import make_tokenizer
 
 import gistkern
-from gistkern.hf.texts import context_ids
+from gistkern.hf.chat import chat_context, chat_parts
+from gistkern.hf.texts import context_ids, text_ids
 
 CONTEXT = "w3 w1 w4 w1 w5 w9 w2 w6 w5 w3 w5"
 QUESTIONS = ["w8 w9", "w7", "w9 w3 w2 w3"]
@@ -23,13 +24,12 @@ def trained(peft=False, **notes):
 
 
 @torch.no_grad()
-def by_hand(model, tokenizer, question, tokens=8, **segments):
+def by_hand(model, tokenizer, question, context=CONTEXT, tokens=8, **segments):
     """Greedy, each token by a masked forward over the whole stream, as training computes it."""
     handle = model.gistkern_handle
-    ids = context_ids(tokenizer, CONTEXT)
+    ids = context_ids(tokenizer, context)
     parts = gistkern.segments_of(ids, **segments) if segments else [ids]
-    stream = [one for part in parts for one in (*part, *handle.gist_token_ids)]
-    stream += tokenizer(question, add_special_tokens=False)["input_ids"]
+    stream = [one for part in parts for one in (*part, *handle.gist_token_ids)] + text_ids(tokenizer, question)
     begun = len(stream)
     for _ in range(tokens):
         stream.append(int(model(torch.tensor([stream]), use_cache=False).logits[0, -1].argmax()))
@@ -95,3 +95,65 @@ def test_another_tokenizer_and_an_unpatched_model_are_refused():
         gistkern.ask(model, tokenizer, CONTEXT, "w8")
     with pytest.raises(ValueError, match=r"gistkern\.load\(folder\)"):
         gistkern.ask(make_model(), tokenizer, CONTEXT, "w8")
+
+
+# a template with an end of turn, and one that rewrites what was said earlier
+SAID = "{{ m['content'] }}"
+TURNS = (
+    "{% for m in messages %}{{ m['role'] }} " + SAID + " <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+EARLIER = "loop.index < loop.length - 2 and m['role'] == 'assistant'"
+FORGETS = TURNS.replace(SAID, "{% if " + EARLIER + " %}w50{% else %}" + SAID + "{% endif %}")
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_chat_template_is_used_as_in_training(role):
+    model, tokenizer = trained(chat=True, segment_length=6)
+    tokenizer.chat_template = TURNS
+    context = chat_context(tokenizer, CONTEXT, role)
+    for one in QUESTIONS:
+        asked = chat_parts(tokenizer, CONTEXT, one, role=role).question
+        expected = by_hand(model, tokenizer, asked, context, segment_length=6)
+        assert gistkern.ask(model, tokenizer, CONTEXT, one, role=role, max_new_tokens=8) == expected
+        plain = by_hand(model, tokenizer, one, segment_length=6)
+        assert gistkern.ask(model, tokenizer, CONTEXT, one, chat=False, max_new_tokens=8) == plain
+
+
+@pytest.mark.parametrize("template", [TURNS, FORGETS], ids=["turns", "rewritten"])
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_turn_after_turn_is_the_masked_forward_of_the_whole_conversation(template, role):
+    """The system prompt is compressed once; each answer is that of the uncompressed conversation under the mask."""
+    model, tokenizer = trained(segment_length=6)
+    tokenizer.chat_template = template
+    chat = gistkern.Chat(model, tokenizer, CONTEXT, role=role)
+    rows = int(chat.cache.gist_rows[0])
+    for turn, text in enumerate(QUESTIONS):
+        asked = [*chat.messages, {"role": "user", "content": text}]
+        whole = [{"role": "system", "content": CONTEXT}, *asked] if role == "system" else [
+            {**asked[0], "content": f"{CONTEXT}\n\n{asked[0]['content']}"}, *asked[1:]]  # fmt: skip
+        rendered = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
+        context = chat_context(tokenizer, CONTEXT, role)
+        assert rendered.startswith(context)
+        expected = by_hand(model, tokenizer, rendered[len(context) :], context, segment_length=6)
+        assert chat.say(text, max_new_tokens=8) == expected
+        assert len(chat.messages) == 2 * turn + 2
+        assert int(chat.cache.gist_rows[0]) == rows
+    other = chat.again()
+    assert other.say(QUESTIONS[0], max_new_tokens=8) == chat.messages[1]["content"]
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was():
+    model, tokenizer = trained()
+    tokenizer.chat_template = TURNS
+    chat = gistkern.Chat(model, tokenizer, CONTEXT)
+    first = chat.say("w8", max_new_tokens=4)
+    for wrong in ({"num_return_sequences": 2}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match=r"num_return_sequences|max_new_tokens"):
+            chat.say("w9", **wrong)
+    with pytest.raises(ValueError, match="turn is empty"):
+        chat.say(" ")
+    assert chat.messages == [{"role": "user", "content": "w8"}, {"role": "assistant", "content": first}]
+    again = chat.again()
+    again.say("w8", max_new_tokens=4)
+    assert chat.say("w9", max_new_tokens=4) == again.say("w9", max_new_tokens=4)
