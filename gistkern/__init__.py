@@ -26,7 +26,7 @@ _EXPORTS = {
     "gist_compact": "gistkern.ops.decode",
     "gist_decode": "gistkern.ops.decode",
     "left_padded": "gistkern.layout.streams",
-    "plain_prefix": "gistkern.cache.prefix",
+    "plain_prefix": "gistkern.hf.prefix",
     "segments_of": "gistkern.layout.streams",
 }
 
@@ -37,7 +37,6 @@ __all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS, _SUBMODULES)
 
 if TYPE_CHECKING:
     from gistkern.cache.cache import GistCache as GistCache
-    from gistkern.cache.prefix import plain_prefix as plain_prefix
     from gistkern.corpus.compress import compress_corpus as compress_corpus
     from gistkern.corpus.store import GistStore as GistStore
     from gistkern.hf.ask import ask as ask
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from gistkern.hf.load import load as load
     from gistkern.hf.patch import patch as patch
     from gistkern.hf.patch import patch_llama as patch_llama
+    from gistkern.hf.prefix import plain_prefix as plain_prefix
     from gistkern.layout import GistLayout as GistLayout
     from gistkern.layout.streams import left_padded as left_padded
     from gistkern.layout.streams import segments_of as segments_of

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from gistkern.cache.prefix import plain_prefix
 from gistkern.corpus.store import GistStore
+from gistkern.hf.prefix import plain_prefix
 
 try:
     from vllm import SamplingParams, TokensPrompt

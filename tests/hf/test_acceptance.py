@@ -6,7 +6,7 @@ batches padded on either side.
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, random_ids
+from conftest import FAMILIES, make_model, random_ids, tolerance
 
 import gistkern
 from gistkern import GistLayout
@@ -46,17 +46,18 @@ def full_stream(handle, context, tail, segment_length):
 
 
 def check(model, handle, segment_length, side):
+    close = tolerance(model.config.model_type)
     ids, mask = ragged(LENGTHS, side)
     tail = random_ids(len(LENGTHS), TAIL, seed=99)
     cache = gistkern.compress(model, ids, mask, segment_length=segment_length)
     at_once = model(tail, past_key_values=cache.clone()).logits
     stepped_cache = cache.clone()
     stepped = [model(tail[:, i : i + 1], past_key_values=stepped_cache).logits for i in range(TAIL)]
-    torch.testing.assert_close(torch.cat(stepped, 1), at_once, **TOLERANCE)
+    torch.testing.assert_close(torch.cat(stepped, 1), at_once, **close)
     for row in range(len(LENGTHS)):
         stream, layout = full_stream(handle, ids[row][mask[row] == 1], tail[row], segment_length)
         full = model(stream[None], gist_layout=layout, use_cache=False).logits[0, -TAIL:]
-        torch.testing.assert_close(at_once[row], full, **TOLERANCE)
+        torch.testing.assert_close(at_once[row], full, **close)
     expected = 10 if segment_length is None or handle.segment_gist_token_ids else None
     if expected:
         sinks = torch.tensor(LENGTHS).clamp(max=handle.sink_tokens)

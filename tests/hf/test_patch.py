@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, random_ids
+from conftest import FAMILIES, make_model, random_ids, tolerance
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -19,7 +19,7 @@ def test_without_gist_tokens_nothing_changes(family):
         before = model(ids, attention_mask=mask, position_ids=places).logits
         with gistkern.patch_llama(model):
             after = model(ids, attention_mask=mask).logits
-    torch.testing.assert_close(after[mask == 1], before[mask == 1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[mask == 1], before[mask == 1], **tolerance(family))
 
 
 def test_unpatch_restores_the_model_bit_for_bit(model):
@@ -132,7 +132,7 @@ def test_patching_twice_is_an_error(model):
 
 
 def test_unsupported_models_are_named():
-    with pytest.raises(TypeError, match="'gpt2' are not supported: expected one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(TypeError, match=r"'gpt2' cannot be patched: .* no rotary position embeddings"):
         gistkern.patch_llama(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
     with pytest.raises(TypeError, match="got Linear"):
         gistkern.patch_llama(nn.Linear(2, 2))

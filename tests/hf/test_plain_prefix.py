@@ -59,10 +59,21 @@ def test_an_unpatched_model_reads_the_rows(options, segments):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_family(family):
-    gist, plain = models(family)
+    """Whatever part of a key a family turns, whichever way, in whichever layers."""
+    unscaled = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 4096}  # refused otherwise
+    rotation = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **unscaled}}
+    gist, plain = models(family, rotation if family == "ministral3" else {}, positions="gist_first")
     cache, question = compress(gist, random_ids(1, LENGTH)), random_ids(1, 7, seed=2)
     found = plain(question, past_key_values=plain_prefix(cache, plain.config)).logits
     torch.testing.assert_close(found, gist(question, past_key_values=cache).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scores_that_know_a_position_itself_are_refused():
+    gist, plain = models("ministral3")
+    cache = compress(gist, random_ids(1, LENGTH))
+    with pytest.raises(ValueError, match=r"depend on positions themselves \(llama_4_scaling_beta"):
+        plain_prefix(cache, plain.config)
 
 
 @pytest.mark.parametrize(
