@@ -8,6 +8,7 @@ from gistkern.lazy import loaded_on_use
 
 # public name -> module: the curriculum and the objectives need no Trainer, nor accelerate
 _EXPORTS = {
+    "AnswerEvaluation": "gistkern.training.generation",
     "Curriculum": "gistkern.training.curriculum",
     "GistCallback": "gistkern.training.callback",
     "GistDataCollator": "gistkern.training.collator",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gistkern.training.collator import GistDataCollator as GistDataCollator
     from gistkern.training.curriculum import Curriculum as Curriculum
     from gistkern.training.curriculum import Stage as Stage
+    from gistkern.training.generation import AnswerEvaluation as AnswerEvaluation
     from gistkern.training.labels import ignore_gist_labels as ignore_gist_labels
     from gistkern.training.objectives import Objectives as Objectives
     from gistkern.training.objectives import answer_loss as answer_loss

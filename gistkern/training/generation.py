@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from gistkern.cache.cache import GistCache
 from gistkern.hf.compress import compress
 from gistkern.layout.streams import left_padded
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.tail import bare
 
-__all__ = ["Generated", "generate_answers", "generation_metrics"]
+__all__ = ["AnswerEvaluation", "Generated", "generate_answers", "generation_metrics", "prompted_answers"]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Token ids that were said to each question, and those of the right answers, in the order of the features."""
+    """Token ids that were said to each question, and those of the right answers, in the order of the features.
+
+    Both without the token that ends generation. `rows` counts the rows that each answer was read from, of `row_bytes`
+    each in all layers.
+    """
 
     predictions: list[list[int]]
     labels: list[list[int]]
+    rows: list[int] = field(default_factory=list, compare=False)
+    row_bytes: float = field(default=0.0, compare=False)
 
 
 @torch.no_grad()
@@ -54,18 +61,37 @@ def generate_answers(
     questions, asked = left_padded([sample["question"].to(device) for sample in samples], collator.pad_id)
     streams = collator.streams
     cache = compress(base, contexts, seen, streams.segment_length, streams.segment_overlap)
-    said = base.generate(
-        input_ids=questions,
-        attention_mask=asked.long(),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens or max(map(len, labels)),
-        do_sample=False,
-        pad_token_id=collator.pad_id,
-    )[:, questions.shape[1] :].tolist()
-    ends = base.generation_config.eos_token_id
-    known = set(ends if isinstance(ends, list) else [ends])
+    columns = cache.layers[0].gist.key.shape[2]
+    rows, row_bytes = cache.gist_rows.tolist(), cache.nbytes / (len(samples) * columns)
+    said = _said(base, questions, asked, max_new_tokens or max(map(len, labels)), collator.pad_id, cache)
     lengths = [max_new_tokens or len(label) for label in labels]
-    return Generated([_ended(row[:length], known) for row, length in zip(said, lengths, strict=True)], labels)
+    ends = _ends(base)
+    predictions = [_ended(row[:length], ends) for row, length in zip(said, lengths, strict=True)]
+    return Generated(predictions, [_ended(label, ends) for label in labels], rows, row_bytes)
+
+
+@torch.no_grad()
+def prompted_answers(
+    model: nn.Module, prompts: Sequence[torch.Tensor], max_new_tokens: int, pad_id: int
+) -> list[list[int]]:
+    """What follows prompts (int64 ``[tokens]`` each) in which all is in sight, greedily, as one batch."""
+    base = bare(model)
+    ids, mask = left_padded([one.to(next(base.parameters()).device) for one in prompts], pad_id)
+    return [_ended(row, _ends(base)) for row in _said(base, ids, mask, max_new_tokens, pad_id)]
+
+
+def _said(
+    base: Any, ids: torch.Tensor, mask: torch.Tensor, most: int, pad_id: int, cache: GistCache | None = None
+) -> list[list[int]]:
+    more = {} if cache is None else {"past_key_values": cache}
+    how = {"max_new_tokens": most, "do_sample": False, "pad_token_id": pad_id}
+    out = base.generate(input_ids=ids, attention_mask=mask.long(), **how, **more)
+    return out[:, ids.shape[1] :].tolist()
+
+
+def _ends(base: Any) -> set[int | None]:
+    ends = base.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
 
 
 def _ended(row: list[int], ends: set[int | None]) -> list[int]:
@@ -90,4 +116,23 @@ def generation_metrics(generated: Generated) -> dict[str, float]:
         right += sum(one == other for one, other in zip(said, label, strict=False))
         total += len(label)
     count = len(generated.labels)
-    return {"exact": exact / count, "contained": contained / count, "token_accuracy": right / total}
+    return {"exact": exact / count, "contained": contained / count, "token_accuracy": right / max(1, total)}
+
+
+@dataclass(frozen=True)
+class AnswerEvaluation:
+    """What `GistTrainer` generates in each evaluation, beside the loss.
+
+    Parameters
+    ----------
+    samples : int
+        Of the data set, from its first on; at most.
+    max_new_tokens : int, optional
+        As of `GistTrainer.evaluate_generation`.
+    metrics : callable
+        Makes named numbers of what was `Generated`.
+    """
+
+    samples: int = 100
+    max_new_tokens: int | None = None
+    metrics: Callable[[Generated], dict[str, float]] = generation_metrics

@@ -17,7 +17,7 @@ from gistkern.hf.handle import handle_of
 from gistkern.training.callback import GistCallback
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.curriculum import Curriculum
-from gistkern.training.generation import Generated, generate_answers, generation_metrics
+from gistkern.training.generation import AnswerEvaluation, Generated, generate_answers, generation_metrics
 from gistkern.training.interrupt import Interrupt
 from gistkern.training.objectives import Losses, Objectives
 from gistkern.training.steps import Share, StepDataset
@@ -36,7 +36,8 @@ class GistTrainer(Trainer):
       `report_to` says, and to log.jsonl in the output folder.
     - Evaluation: the answer's loss, and `eval_exact` and `eval_token_accuracy` unless `compute_metrics` is given;
       a `compute_metrics` of your own gets logits ``[n, T, vocabulary]`` and the labels ``[n, T]`` that they predict.
-      `evaluate_generation` lets the model answer from its gist rows alone.
+      `evaluate_generation` lets the model answer from its gist rows alone; with `answers` every evaluation does, and
+      `metric_for_best_model="generation_exact"` keeps the checkpoint that answers best.
     - Checkpoints: transformers' own. With peft that is the adapter, which holds the gist rows, and beside it
       gistkern.json: the settings to patch a fresh base model with, and what contexts began with (BOS).
     - Ctrl-C: `train` ends the step, saves a checkpoint, whatever `save_strategy` says, and raises KeyboardInterrupt
@@ -53,6 +54,8 @@ class GistTrainer(Trainer):
         ahead still come from the stage before, so let it be a `StepDataset`, of which none are.
     log_file : str, optional
         See `GistCallback`.
+    answers : AnswerEvaluation, optional
+        What each evaluation also generates, logged as `eval_generation_exact` and so on.
 
     Raises
     ------
@@ -69,9 +72,11 @@ class GistTrainer(Trainer):
         objectives: Objectives | None = None,
         curriculum: Curriculum | None = None,
         log_file: str | None = "log.jsonl",
+        answers: AnswerEvaluation | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.answers = answers
         self.objectives = objectives or Objectives()
         self.curriculum = curriculum
         self._check(curriculum)
@@ -214,10 +219,29 @@ class GistTrainer(Trainer):
         >>> sorted(trainer.evaluate_generation(asked))
         ['generation_contained', 'generation_exact', 'generation_token_accuracy']
         """
-        model: Any = self.model
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
             raise ValueError("there is nothing to evaluate: pass eval_dataset, here or to the trainer")
+        said = self._generated(data, len(data), max_new_tokens)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in compute_metrics(said).items()}
+        self.log(dict(metrics))
+        return metrics
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Also generate answers, where `answers` says so."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.answers is not None and description == "Evaluation":
+            data: Any = dataloader.dataset
+            said = self._generated(data, min(self.answers.samples, len(data)), self.answers.max_new_tokens)
+            for name, value in self.answers.metrics(said).items():
+                output.metrics[f"{metric_key_prefix}_generation_{name}"] = value
+        return output
+
+    def _generated(self, data: Any, samples: int, max_new_tokens: int | None) -> Generated:
+        """What is said to the first `samples` of `data`, shared by all processes."""
+        model: Any = self.model
         collator = self.data_collator
         if not isinstance(collator, GistDataCollator):
             raise ValueError(
@@ -228,7 +252,7 @@ class GistTrainer(Trainer):
                 "a model that FSDP shards cannot compress contexts: save it, and evaluate in a process alone"
             )
         index, count = self.args.process_index, self.args.world_size
-        size, places, said = self.args.per_device_eval_batch_size, range(index, len(data), count), Generated([], [])
+        size, places, said = self.args.per_device_eval_batch_size, range(index, samples, count), Generated([], [])
         was_training = model.training
         model.eval()
         try:
@@ -242,11 +266,9 @@ class GistTrainer(Trainer):
             model.train(was_training)
         if count > 1:
             parts = gather_object([(said.predictions, said.labels)])
-            order = [divmod(place, count) for place in range(len(data))]
+            order = [divmod(place, count) for place in range(samples)]
             said = Generated(*([parts[rank][kind][row] for row, rank in order] for kind in range(2)))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in compute_metrics(said).items()}
-        self.log(dict(metrics))
-        return metrics
+        return said
 
     # ---- measures and logs
 
