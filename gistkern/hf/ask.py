@@ -9,7 +9,7 @@ import torch
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.offload import input_device
-from gistkern.hf.chat import chat_context, chat_parts, stop_ids
+from gistkern.hf.chat import chat_context, question_after, stop_ids
 from gistkern.hf.compress import compress
 from gistkern.hf.handle import handle_of
 from gistkern.hf.texts import check_prefix, context_ids, text_ids
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["answer", "ask", "compressed"]
-
-_ANY = "a"  # a context
-
-
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -30,7 +26,7 @@ def ask(
     question: str | Sequence[str],
     *,
     chat: bool | None = None,
-    role: str = "user",
+    role: str | None = None,
     **generate: Any,
 ) -> Any:
     """Compress a context into gist rows and answer questions from those alone.
@@ -50,8 +46,9 @@ def ask(
         What follows the context, as in training. Several are answered together.
     chat : bool, optional
         Whether context and question go through the chat template; by default as in training.
-    role : str
-        With `chat`: ``"user"`` for a document that stands in front of the question, ``"system"`` for a system prompt.
+    role : str, optional
+        With `chat`: ``"user"`` for a document that stands in front of the question, ``"system"`` for a system prompt;
+        by default as in training.
     **generate
         For ``model.generate``. By default greedy, and at most 64 new tokens.
 
@@ -76,11 +73,12 @@ def ask(
     handle = handle_of(model)
     check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
     chat = bool(handle.training.chat) if chat is None else chat
+    role = role or handle.training.role or "user"
     questions = [question] if isinstance(question, str) else list(question)
     if not questions or not all(map(str.strip, questions)):
         raise ValueError("there is nothing to answer: a question is empty, or there is none")
-    if chat:  # what follows a context does not depend on it
-        questions = [chat_parts(tokenizer, _ANY, one, role=role).question for one in questions]
+    if chat:
+        questions = [question_after(tokenizer, one, role) for one in questions]
     cache = compressed(model, tokenizer, context, role if chat else None)
     cache = cache.clone() if len(questions) == 1 else cache.shared()
     answers = answer(model, tokenizer, [text_ids(tokenizer, one) for one in questions], cache, chat, generate)
@@ -116,7 +114,7 @@ def compressed(model: PreTrainedModel, tokenizer: Any, context: str | GistCache,
         return context
     if not context.strip():
         raise ValueError("the context is empty: there is nothing to ask about")
-    ids = context_ids(tokenizer, context if role is None else chat_context(tokenizer, context, role))
+    ids = context_ids(tokenizer, chat_context(tokenizer, context, role))
     trained = handle_of(model).training
     return compress(model, [ids], segment_length=trained.segment_length, segment_overlap=trained.segment_overlap)
 

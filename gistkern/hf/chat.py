@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 from gistkern.hf.texts import context_ids, text_ids
 
-__all__ = ["ROLES", "ChatParts", "chat_context", "chat_parts", "chat_turns", "plain_parts", "prompt_parts", "stop_ids"]
+__all__ = [
+    "ROLES",
+    "ChatParts",
+    "chat_context",
+    "chat_parts",
+    "chat_turns",
+    "plain_parts",
+    "prompt_parts",
+    "question_after",
+    "stop_ids",
+]
 
 ROLES = ("user", "system")
 _MARK = "\uf8ffthe context ends here\uf8ff"
@@ -52,7 +62,7 @@ def plain_parts(tokenizer: Any, context: str, question: str, answer: str | None 
     return ChatParts(context, question, ended)
 
 
-def chat_context(tokenizer: Any, context: str, role: str = "user") -> str:
+def chat_context(tokenizer: Any, context: str, role: str | None = "user") -> str:
     """The rendering of a conversation up to the end of its context: what `gistkern.compress` reads.
 
     Parameters
@@ -62,14 +72,20 @@ def chat_context(tokenizer: Any, context: str, role: str = "user") -> str:
     context : str
         White space at both ends is dropped, as most templates do.
     role : str
-        Whose turn the context begins: ``"user"`` (a document), or ``"system"``.
+        Whose turn the context begins: ``"user"`` (a document), or ``"system"``. None for a model that was trained on
+        texts as they stand (``handle.training.role`` says which): the context itself.
 
     Raises
     ------
     ValueError
         If there is no template, or it does not leave a context as it is.
     """
-    return _cut(tokenizer, _opened(tokenizer, context, _PROBE, role))[0]
+    return context if role is None else _cut(tokenizer, _opened(tokenizer, context, _PROBE, role))[0]
+
+
+def question_after(tokenizer: Any, question: str, role: str | None = "user") -> str:
+    """The rendering behind a context that was compressed before, up to where the answer begins; `role` as there."""
+    return question if role is None else _prompt(tokenizer, _opened(tokenizer, _PROBE, question, role)).question
 
 
 def chat_parts(tokenizer: Any, context: str, question: str, answer: str | None = None, role: str = "user") -> ChatParts:
@@ -235,7 +251,7 @@ def _prompt(tokenizer: Any, placed: list[dict[str, str]]) -> ChatParts:
         raise ValueError(
             "the chat template writes something in front of the context that depends on what follows it (Mistral's "
             "first ones put the system prompt into the last user turn): it could not be compressed before the "
-            "question is known. Write the conversation as context, question and answer, or train with --no-chat"
+            "question is known. Write rows of context, question and answer, and train with --no-chat"
         )
     return ChatParts(context, question)
 
@@ -251,8 +267,8 @@ def _with_answer(tokenizer: Any, placed: list[dict[str, str]], answer: str) -> C
     if not whole.startswith(asked) or not found:
         raise ValueError(
             "the chat template writes a turn that is answered otherwise than one that is asked (it takes thoughts out "
-            "of answers, or moves the system prompt): take thoughts out of the data, give the system prompt as the "
-            "context of a question and an answer, or train with --no-chat"
+            "of answers, or moves the system prompt): take thoughts out of the data, or write rows of context, "
+            "question and answer, and train with --no-chat"
         )
     return prompt._replace(answer=before + found + _end_of_turn(tokenizer, behind))
 
@@ -274,8 +290,8 @@ def _cut(tokenizer: Any, placed: list[dict[str, str]]) -> tuple[str, str]:
     if len(rest) != 1 or context + rest[0] != _rendered(tokenizer, _unmarked(placed), True):
         raise ValueError(
             "the chat template does not leave the context as it is (it says it "
-            f"{'twice' if len(rest) > 1 else 'not at all' if not rest else 'otherwise'}): write the conversation as "
-            "context, question and answer, and train with --no-chat"
+            f"{'twice' if len(rest) > 1 else 'not at all' if not rest else 'otherwise'}): write rows of context, "
+            "question and answer, and train with --no-chat"
         )
     return context, rest[0]
 

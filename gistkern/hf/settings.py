@@ -60,14 +60,16 @@ class Training:
         Special tokens that contexts begin with (`gistkern.hf.texts`); None where nobody knows.
     segment_length, segment_overlap : int
         Of `gistkern.compress`; no length where a context was one segment, or nobody knows.
-    chat : bool, optional
-        Whether contexts and questions went through the chat template; None where nobody knows.
+    chat : str or bool, optional
+        Whose turn contexts began, where they and the questions went through the chat template (`gistkern.hf.chat`):
+        ``"user"`` or ``"system"`` (True is the first). False where texts were taken as they stand, None where nobody
+        knows.
     """
 
     context_prefix: list[int] | None = None
     segment_length: int | None = None
     segment_overlap: int = 0
-    chat: bool | None = None
+    chat: str | bool | None = None
 
     def __post_init__(self) -> None:
         prefix = self.context_prefix
@@ -76,8 +78,13 @@ class Training:
         ):
             raise ValueError(f"context_prefix must be a list of token ids or None, got {prefix!r}")
         check_segmentation(self.segment_length, self.segment_overlap)
-        if self.chat is not None and not isinstance(self.chat, bool):
-            raise ValueError(f"chat must be true, false or None, got {self.chat!r}")
+        if not (self.chat is None or isinstance(self.chat, bool) or self.chat in ("user", "system")):
+            raise ValueError(f'chat must be "user", "system", true, false or None, got {self.chat!r}')
+
+    @property
+    def role(self) -> str | None:
+        """Whose turn contexts begin; None where there are no turns, or nobody knows."""
+        return self.chat if isinstance(self.chat, str) else "user" if self.chat else None
 
     def stated(self) -> dict[str, Any]:
         """What is known, by name."""

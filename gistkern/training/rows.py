@@ -40,8 +40,10 @@ class DataRow:
         try:
             if self.is_conversation:
                 return chat_turns(tokenizer, self.fields["messages"], self.fields.get("context"))
-            texts = [self.fields[name] for name in _PAIR]
-            return [plain_parts(tokenizer, *texts) if role is None else chat_parts(tokenizer, *texts, role=role)]
+            context, question, answer = (self.fields[name] for name in _PAIR)
+            if role is None:
+                return [plain_parts(tokenizer, context, question, answer)]
+            return [chat_parts(tokenizer, context, question, answer, role)]
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from error
 
@@ -70,7 +72,7 @@ def read_rows(path: str | Path) -> list[DataRow]:
     >>> read_rows("mine.jsonl")[0].where
     'mine.jsonl, line 1'
     """
-    rows = []
+    rows: list[DataRow] = []
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -163,7 +165,8 @@ def features_of(
 
     Those are left out. Every row is looked at here, before a model is loaded. Ids are kept as int32.
     """
-    found, long = [], 0
+    found: list[dict[str, np.ndarray]] = []
+    long = 0
     for row in rows:
         for parts in row.parts(tokenizer, role):
             try:

@@ -234,9 +234,10 @@ class GistTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.answers is not None and description == "Evaluation":
             data: Any = dataloader.dataset
+            found: Any = output.metrics
             said = self._generated(data, min(self.answers.samples, len(data)), self.answers.max_new_tokens)
             for name, value in self.answers.metrics(said).items():
-                output.metrics[f"{metric_key_prefix}_generation_{name}"] = value
+                found[f"{metric_key_prefix}_generation_{name}"] = value
         return output
 
     def _generated(self, data: Any, samples: int, max_new_tokens: int | None) -> Generated:
@@ -267,7 +268,8 @@ class GistTrainer(Trainer):
         if count > 1:
             parts = gather_object([(said.predictions, said.labels)])
             order = [divmod(place, count) for place in range(samples)]
-            said = Generated(*([parts[rank][kind][row] for row, rank in order] for kind in range(2)))
+            predictions, labels = ([parts[rank][kind][row] for row, rank in order] for kind in range(2))
+            said = Generated(predictions, labels)
         return said
 
     # ---- measures and logs

@@ -116,6 +116,8 @@ def test_a_chat_template_is_used_as_in_training(role):
         asked = chat_parts(tokenizer, CONTEXT, one, role=role).question
         expected = by_hand(model, tokenizer, asked, context, segment_length=6)
         assert gistkern.ask(model, tokenizer, CONTEXT, one, role=role, max_new_tokens=8) == expected
+        model.gistkern_handle.record(chat=role)
+        assert gistkern.ask(model, tokenizer, CONTEXT, one, max_new_tokens=8) == expected, "as it was trained"
         plain = by_hand(model, tokenizer, one, segment_length=6)
         assert gistkern.ask(model, tokenizer, CONTEXT, one, chat=False, max_new_tokens=8) == plain
 

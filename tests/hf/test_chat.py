@@ -5,7 +5,7 @@ import re
 import pytest
 from chat_cases import TEMPLATES, chat_tokenizer
 
-from gistkern.hf.chat import chat_context, chat_parts, chat_turns, plain_parts, prompt_parts, stop_ids
+from gistkern.hf.chat import chat_context, chat_parts, chat_turns, plain_parts, prompt_parts, question_after, stop_ids
 
 DOCUMENT = "The bell is with Mira.\nThe lamp is with Jonas."
 SYSTEM = {"role": "system", "content": "You are a keeper of lamps. Be short."}
@@ -53,6 +53,7 @@ def test_a_document_and_a_question(template):
     assert left.strip() in ("", "</s>"), "white space, and Phi 3's EOS, are never said"
     assert parts.answer.endswith(("<|im_end|>", "<|eot|>", "</s>"))
     assert chat_parts(tokenizer, DOCUMENT, "Who has the bell?") == parts._replace(answer=None)
+    assert question_after(tokenizer, "Who has the bell?") == parts.question
 
 
 @pytest.mark.parametrize("template", RIGHT)
@@ -117,6 +118,7 @@ def test_two_days_are_one_stream():
 def test_without_a_template_texts_stay_as_they_stand():
     assert plain_parts(chat_tokenizer(None), " a\n", "b ", " c") == (" a\n", "b ", " c</s>")
     assert plain_parts(chat_tokenizer(None), "a", "b").answer is None
+    assert (chat_context(None, " a\n", None), question_after(None, "b ", None)) == (" a\n", "b ")
 
 
 def test_an_answer_ends_where_its_turn_does():
