@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["answer", "ask", "compressed"]
+
+
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
