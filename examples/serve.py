@@ -59,6 +59,7 @@ def serve_with_transformers(given: argparse.Namespace) -> None:
     import torch
 
     from gistkern import compress_corpus
+    from gistkern.serving import save_plain
     from passkey.trained import open_trained
 
     torch.set_num_threads(given.threads)
@@ -79,10 +80,7 @@ def serve_with_transformers(given: argparse.Namespace) -> None:
         for one, text in zip(queue, said, strict=True)
     ]
     write_json(given.output / "requests.json", {"requests": requests})
-    opened.handle.unpatch()
-    vars(opened.model.config).pop("gistkern", None)  # the settings of a checkpoint that was written patched
-    opened.model.save_pretrained(given.output / "model")
-    opened.tokenizer.save_pretrained(given.output / "model")
+    save_plain(opened.model, given.output / "model", opened.tokenizer)
     right = sum(one["said"] == one["answer"] for one in requests)
     print(f"{right} of {len(requests)} answers right, about {len(samples)} documents of {samples[0].tokens} tokens")
 

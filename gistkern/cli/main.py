@@ -12,7 +12,10 @@ from gistkern.cli.parser import Parser, errors_as_one_line
 __all__ = ["COMMANDS", "main"]
 
 # name -> (module with `add_arguments(parser)` and `run(given)`, what it does)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compress": ("gistkern.cli.compress", "compress documents into a store of gist rows"),
+    "ask": ("gistkern.cli.ask", "ask about a compressed document"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -70,8 +70,8 @@ output_path = _path_if(_is_writable, "cannot write to a folder {}")
 
 @contextmanager
 def errors_as_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn what is wrong with a user's files, names, settings and installation into argparse's message and status 2."""
+    """Turn what is wrong with a user's files, names, settings and installation into one line and exit status 2."""
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")

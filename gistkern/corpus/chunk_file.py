@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ __all__ = ["ABOUT", "FORMAT", "SETTINGS", "ChunkFile", "chunk_path", "write_chun
 
 FORMAT = "gistkern-corpus-3"
 SETTINGS = "corpus.json"
-ABOUT = ("gistkern", "model")  # fields of it that say by what a store was made, and are not compared
+ABOUT = ("gistkern", "model", "adapter")  # fields of it that say by what a store was made, and are not compared
 _MOST = 2**31 - 1  # positions are int32 in a layout
 
 
@@ -156,6 +157,13 @@ class ChunkFile:
         if wrong := [pair for pair in pairs if not (0 < pair[0] <= _MOST and 0 <= pair[1] <= _MOST)]:
             raise ValueError(f"{where}: numbers must be between 0 and {_MOST}, found {wrong[0]}")
         return found, pairs
+
+    def totals(self) -> tuple[int, int, int, int]:
+        """Documents, their tokens, their rows, and the bytes of those."""
+        _, *shape = self._file.shapes["rows"]
+        rows = self._offsets[-1]
+        size = math.prod(shape) * self._file.dtypes["rows"].itemsize
+        return len(self.names), sum(one.tokens for one in self._contexts), rows, rows * size
 
     def read(self, place: int) -> CompressedDocument:
         """The document at a place, checked."""

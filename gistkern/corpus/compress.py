@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,7 @@ def compress_corpus(
     *,
     segment_length: int | None = None,
     segment_overlap: int = 0,
+    chat: bool | None = None,
     batch_tokens: int = 16384,
     chunk_documents: int = 256,
     chunk_length: int = 4_000_000,
@@ -53,7 +53,7 @@ def compress_corpus(
     Parameters
     ----------
     model : PreTrainedModel
-        Patched by `gistkern.patch_llama`.
+        Patched and trained; a peft wrapper around it will do.
     documents : mapping or iterable
         Texts or token ids by name, or one after the other (called "0", "1", ...; a pair names its document). The same
         ones in every process and every time; each process reads through all and works on its own.
@@ -63,6 +63,9 @@ def compress_corpus(
         For texts, which begin as it begins documents (`gistkern.hf.texts`); it must do so every time.
     segment_length, segment_overlap
         As `gistkern.compress`.
+    chat : bool, optional
+        Whether texts go through the chat template, as the document in front of a user's question; by default as the
+        model was trained (``handle.training``). Ids are taken as they are.
     batch_tokens : int
         Tokens compressed together, padding included.
     chunk_documents, chunk_length : int
@@ -89,6 +92,7 @@ def compress_corpus(
         If another process works on the same chunk.
     """
     from gistkern.cache.fingerprint import fingerprint
+    from gistkern.hf.chat import chat_context
     from gistkern.hf.handle import handle_of
     from gistkern.hf.texts import check_prefix, context_ids, context_prefix
 
@@ -102,21 +106,29 @@ def compress_corpus(
     if tokenizer is not None:
         check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
     rank, ranks = _ranks(rank, ranks)
+    chat = tokenizer is not None and (bool(handle.training.chat) if chat is None else chat)
     settings = {
         "fingerprint": fingerprint(handle.inner),
         "positions": handle.positions,
         "sink_tokens": handle.sink_tokens,
         "gist_tokens": [len(handle.gist_token_ids), len(handle.segment_gist_token_ids)],
         "context_prefix": None if tokenizer is None else context_prefix(tokenizer),
+        "chat": chat or None,
         "segment_length": segment_length,
         "segment_overlap": segment_overlap,
         "batch_tokens": batch_tokens,
         "chunk_documents": chunk_documents,
         "chunk_length": chunk_length,
     }
-    about = {"gistkern": __version__, "model": getattr(handle.inner.config, "_name_or_path", "")}
+    about = {"gistkern": __version__, "model": _place(getattr(handle.inner.config, "_name_or_path", ""))}
+    if handle.adapter is not None:
+        about["adapter"] = _place(handle.adapter)
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
-    encode = None if tokenizer is None else partial(context_ids, tokenizer)
+
+    def encode_text(text: str) -> list[int]:
+        return context_ids(tokenizer, chat_context(tokenizer, text) if chat else text)
+
+    encode = None if tokenizer is None else encode_text
     counts = None
     if not isinstance(documents, Iterator):  # which can be read but once
         # what is wrong with the last document is said before the first one is compressed
@@ -229,6 +241,11 @@ def _check_documents(file: ChunkFile, documents: list[Document]) -> None:
         raise ValueError(
             f"{file.path} holds {len(file.names)} documents, {len(documents)} were given: pass the same ones"
         )
+
+
+def _place(source: str) -> str:
+    """A folder by its absolute path, so that it is found from elsewhere; a hub name as it is."""
+    return str(Path(source).absolute()) if source and Path(source).is_dir() else source
 
 
 def _ranks(rank: int | None, ranks: int | None) -> tuple[int, int]:

@@ -46,8 +46,8 @@ class Document:
 def _checked(documents: Documents) -> Iterator[tuple[str, Content]]:
     if isinstance(documents, str | bytes | bytearray | os.PathLike):
         raise ValueError(
-            f"documents is a single {type(documents).__name__}: pass texts or ids, by name or in a list (a file of "
-            "documents is read by python -m gistkern.corpus)"
+            f"documents is a single {type(documents).__name__}: pass texts or ids, by name or in a list (a file or "
+            "a folder of documents is read by the command gistkern compress)"
         )
     if isinstance(documents, set | frozenset):
         raise ValueError("documents is a set, which has another order in every process: pass a list")

@@ -8,7 +8,7 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,22 @@ from gistkern.layout.positions import SCHEMES
 __all__ = ["GistStore"]
 
 _OPEN_FILES = 64
+
+
+class Totals(NamedTuple):
+    """Of a store: documents, tokens that were compressed (as often as they stand in them), rows that stay, bytes."""
+
+    documents: int = 0
+    tokens: int = 0
+    rows: int = 0
+    nbytes: int = 0
+
+    def __str__(self) -> str:
+        ratio = self.tokens / max(1, self.rows)
+        return (
+            f"{self.documents:,} documents, {self.tokens:,} tokens in {self.rows:,} rows ({ratio:,.1f}x), "
+            f"{self.nbytes:,} bytes"
+        )
 
 
 class GistStore:
@@ -42,6 +58,8 @@ class GistStore:
 
     Attributes
     ----------
+    about : dict of str to str
+        By what it was made: `gistkern` (the version), `model`, and `adapter` if it was one that `gistkern.load` loaded.
     damaged : list of str
         What is wrong with files that could not be opened without an index; the rest is there.
 
@@ -64,7 +82,7 @@ class GistStore:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder: pass one that gistkern.compress_corpus wrote")
         check_device(device)
-        self._settings = _settings(self.folder)
+        self._settings, self.about = _settings(self.folder)
         # it holds no lock while it opens a file, so a child forked meanwhile does not wait for one
         self._file = functools.lru_cache(_OPEN_FILES)(self._opened)
         self.damaged: list[str] = []
@@ -75,6 +93,24 @@ class GistStore:
 
     def __reduce__(self) -> tuple[type[GistStore], tuple[Path, torch.device | str]]:
         return type(self), (self.folder, self.device)
+
+    def __repr__(self) -> str:
+        made = self.about.get("adapter") or self.about.get("model") or "an unnamed model"
+        return f"GistStore({str(self.folder)!r}, {len(self):,} documents by {made})"
+
+    @property
+    def chat(self) -> bool:
+        """Whether its texts went through a chat template, as questions then have to."""
+        return bool(self._settings.get("chat"))
+
+    def totals(self) -> Totals:
+        """What it holds, from the headers of its files; ValueError if one is damaged."""
+        chunks = (
+            {chunk for chunk, _ in self._scanned.values()}
+            if self._index is None
+            else set(self._index["chunks"].tolist())
+        )
+        return Totals(*map(sum, zip(*(self._file(chunk).totals() for chunk in sorted(chunks)), strict=True)))
 
     def __len__(self) -> int:
         return len(self._scanned) if self._index is None else len(self._index["hashes"])
@@ -210,7 +246,8 @@ def _number(path: Path) -> int:
     return int(digits)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """How a store was made, and by what."""
     path = folder / SETTINGS
     try:
         text = read_bytes(path)
@@ -226,4 +263,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         if type(value) is not str or (wanted and value not in wanted):
             said = f"one of {list(wanted)}" if wanted else "a digest of the model"
             raise ValueError(f"{path}: {field} must be {said}, found {reprlib.repr(value)}")
-    return {name: value for name, value in found.items() if name not in ABOUT}
+    about = {name: found.pop(name) for name in ABOUT if name in found}
+    if wrong := [name for name, value in about.items() if type(value) is not str]:
+        raise ValueError(f"{path}: {wrong[0]} must be a string, found {reprlib.repr(about[wrong[0]])}")
+    return found, about

@@ -1,0 +1,50 @@
+"""Ask about a compressed document: answers come from its gist rows alone.
+
+    gistkern ask store/ reports/2024.txt "Who signed the report?" "When?"
+
+The model is the one that the store was compressed with, as it names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+
+from gistkern.cli.model import add_model_options, load_model
+from gistkern.cli.parser import at_least, input_folder
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("store", type=input_folder, help="a folder that `gistkern compress` wrote")
+    parser.add_argument("name", help="the document's")
+    parser.add_argument("question", nargs="+", help="what follows the document, as in training")
+    add_model_options(parser, required=False, where="; by default what the store names")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=64, help="of an answer, at most")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Find the document, load its model, print the answers."""
+    from gistkern.corpus.store import GistStore
+
+    store = GistStore(given.store)
+    if given.name not in store:
+        near = difflib.get_close_matches(given.name, list(store), n=1)
+        raise ValueError(
+            f"no document {given.name!r} in {given.store}" + (f": did you mean {near[0]!r}?" if near else "")
+        )
+    about = store.about
+    if not (given.model or about.get("adapter") or about.get("model")):
+        raise ValueError(f"{given.store} does not name its model: pass --model")
+    from gistkern.hf.ask import ask
+
+    base = about.get("model") if about.get("adapter") and not given.model else None
+    model, tokenizer, handle = load_model(given, about.get("adapter") or about.get("model"), base)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer beside it: save it there, or ask with token ids, in Python")
+    cache = store[given.name].to(next(handle.inner.parameters()).device)
+    answers = ask(model, tokenizer, cache, given.question, chat=store.chat, max_new_tokens=given.max_new_tokens)
+    for question, answer in zip(given.question, answers, strict=True):
+        print(f"{question}\n  {answer.strip()}" if len(answers) > 1 else answer.strip())

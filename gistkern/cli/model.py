@@ -1,0 +1,53 @@
+"""The model that a command is given: a checkpoint or an adapter, on a device."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+__all__ = ["add_model_options", "load_model"]
+
+
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True, where: str = "") -> None:
+    """Options that say which model, and how it is loaded."""
+    parser.add_argument(
+        "--model", required=required, help=f"folder or hub name of what training saved, adapter or checkpoint{where}"
+    )
+    parser.add_argument("--base", help="of an adapter: its base model, where it is not found by the adapter's own name")
+    parser.add_argument(
+        "--4bit", dest="four_bits", action="store_true", help="load the weights in 4 bits (bitsandbytes)"
+    )
+    parser.add_argument("--dtype", default="auto", help="of the model: auto (default), float32, bfloat16 or float16")
+    parser.add_argument("--device", help="by default this process's GPU, or the CPU")
+
+
+def load_model(given: argparse.Namespace, model: str | None = None, base: str | None = None) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and handle of the options, or of `model` and `base` where those are not given.
+
+    Raises
+    ------
+    ValueError
+        For what cannot be loaded, a device that is not there, or a type that no model computes in.
+    """
+    import torch
+
+    from gistkern.cache.file import check_device
+    from gistkern.hf.load import load
+
+    device = given.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    dtype = getattr(torch, given.dtype, None)
+    if given.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype {given.dtype} is none that a model computes in: pass auto, float32 or bfloat16")
+    options: dict[str, Any] = {"dtype": given.dtype}
+    if given.four_bits:
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.bfloat16 if given.dtype == "auto" else dtype
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+        options["device_map"] = {"": device}
+    found, tokenizer, handle = load(given.model or model or "", given.base or base, **options)
+    return found if given.four_bits else found.to(device), tokenizer, handle
