@@ -45,6 +45,7 @@ def run(given: argparse.Namespace) -> None:
     if tokenizer is None:
         raise ValueError("the model has no tokenizer beside it: save it there, or ask with token ids, in Python")
     cache = store[given.name].to(next(handle.inner.parameters()).device)
-    answers = ask(model, tokenizer, cache, given.question, chat=store.chat, max_new_tokens=given.max_new_tokens)
+    how = {"chat": store.role is not None, "role": store.role, "max_new_tokens": given.max_new_tokens}
+    answers = ask(model, tokenizer, cache, given.question, **how)
     for question, answer in zip(given.question, answers, strict=True):
         print(f"{question}\n  {answer.strip()}" if len(answers) > 1 else answer.strip())

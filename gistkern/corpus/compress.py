@@ -64,8 +64,8 @@ def compress_corpus(
     segment_length, segment_overlap
         As `gistkern.compress`.
     chat : bool, optional
-        Whether texts go through the chat template, as the document in front of a user's question; by default as the
-        model was trained (``handle.training``). Ids are taken as they are.
+        Whether texts go through the chat template; by default as the model was trained (``handle.training``), which
+        also says whose turn they begin, else a user's. Ids are taken as they are.
     batch_tokens : int
         Tokens compressed together, padding included.
     chunk_documents, chunk_length : int
@@ -106,14 +106,15 @@ def compress_corpus(
     if tokenizer is not None:
         check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
     rank, ranks = _ranks(rank, ranks)
-    chat = tokenizer is not None and (bool(handle.training.chat) if chat is None else chat)
+    chat = bool(handle.training.chat) if chat is None else chat
+    role = (handle.training.role or "user") if chat and tokenizer is not None else None
     settings = {
         "fingerprint": fingerprint(handle.inner),
         "positions": handle.positions,
         "sink_tokens": handle.sink_tokens,
         "gist_tokens": [len(handle.gist_token_ids), len(handle.segment_gist_token_ids)],
         "context_prefix": None if tokenizer is None else context_prefix(tokenizer),
-        "chat": chat or None,
+        "chat": role,
         "segment_length": segment_length,
         "segment_overlap": segment_overlap,
         "batch_tokens": batch_tokens,
@@ -126,7 +127,7 @@ def compress_corpus(
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
 
     def encode_text(text: str) -> list[int]:
-        return context_ids(tokenizer, chat_context(tokenizer, text) if chat else text)
+        return context_ids(tokenizer, chat_context(tokenizer, text, role))
 
     encode = None if tokenizer is None else encode_text
     counts = None

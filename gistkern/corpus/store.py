@@ -19,6 +19,7 @@ from gistkern.corpus.chunk_file import ABOUT, FORMAT, SETTINGS, ChunkFile, chunk
 from gistkern.corpus.index import hash_of, read_index
 from gistkern.corpus.rows import CompressedDocument, to_cache
 from gistkern.files import parse_json, read_bytes
+from gistkern.hf.chat import ROLES
 from gistkern.layout.positions import SCHEMES
 
 __all__ = ["GistStore"]
@@ -99,9 +100,9 @@ class GistStore:
         return f"GistStore({str(self.folder)!r}, {len(self):,} documents by {made})"
 
     @property
-    def chat(self) -> bool:
-        """Whether its texts went through a chat template, as questions then have to."""
-        return bool(self._settings.get("chat"))
+    def role(self) -> str | None:
+        """Whose turn its texts begin in a chat template, as questions then have to follow it; None without one."""
+        return self._settings.get("chat")
 
     def totals(self) -> Totals:
         """What it holds, from the headers of its files; ValueError if one is damaged."""
@@ -263,6 +264,8 @@ def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if type(value) is not str or (wanted and value not in wanted):
             said = f"one of {list(wanted)}" if wanted else "a digest of the model"
             raise ValueError(f"{path}: {field} must be {said}, found {reprlib.repr(value)}")
+    if found.get("chat") not in (None, *ROLES):
+        raise ValueError(f"{path}: chat must be one of {list(ROLES)} or null, found {reprlib.repr(found['chat'])}")
     about = {name: found.pop(name) for name in ABOUT if name in found}
     if wrong := [name for name, value in about.items() if type(value) is not str]:
         raise ValueError(f"{path}: {wrong[0]} must be a string, found {reprlib.repr(about[wrong[0]])}")

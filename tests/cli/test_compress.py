@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -243,3 +244,22 @@ def test_help_and_mistyped_options_load_no_torch():
         done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_chat_models_store_knows_whose_turn_its_texts_begin(folder, given, tmp_path, capsys, role):
+    said = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model, tokenizer, handle = gistkern.load(tmp_path / "model")
+    tokenizer.chat_template = said
+    handle.record(chat=role)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    main(listed({**given, "--model": str(tmp_path / "model")}))
+    capsys.readouterr()
+    assert GistStore(given["--out"]).role == role
+    main(["ask", given["--out"], "x", "d e", "--max-new-tokens", "6"])
+    rows = tokenizer(f"{role} a b c")["input_ids"], tokenizer("d e a" if role == "user" else "user d e a")["input_ids"]
+    out = model.generate(torch.tensor([rows[1]]), past_key_values=compress(model, [rows[0]]), max_new_tokens=6)
+    expected = tokenizer.decode(out[0, len(rows[1]) :], skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{expected}\n"
