@@ -248,10 +248,11 @@ def test_help_and_mistyped_options_load_no_torch():
 
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_a_chat_models_store_knows_whose_turn_its_texts_begin(folder, given, tmp_path, capsys, role):
-    said = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    turns = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    template = turns + "{% if add_generation_prompt %}assistant {% endif %}"
     shutil.copytree(folder / "model", tmp_path / "model")
     model, tokenizer, handle = gistkern.load(tmp_path / "model")
-    tokenizer.chat_template = said
+    tokenizer.chat_template = template
     handle.record(chat=role)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -259,7 +260,7 @@ def test_a_chat_models_store_knows_whose_turn_its_texts_begin(folder, given, tmp
     capsys.readouterr()
     assert GistStore(given["--out"]).role == role
     main(["ask", given["--out"], "x", "d e", "--max-new-tokens", "6"])
-    rows = tokenizer(f"{role} a b c")["input_ids"], tokenizer("d e a" if role == "user" else "user d e a")["input_ids"]
+    rows = tokenizer(f"{role} a b c")["input_ids"], tokenizer("d e x" if role == "user" else "x d e x")["input_ids"]
     out = model.generate(torch.tensor([rows[1]]), past_key_values=compress(model, [rows[0]]), max_new_tokens=6)
     expected = tokenizer.decode(out[0, len(rows[1]) :], skip_special_tokens=True)
     assert capsys.readouterr().out == f"{expected}\n"
