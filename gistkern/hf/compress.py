@@ -85,7 +85,7 @@ def compress(
     The calls of the model are planned on the host, one after the other, and none waits for the device.
 
     Threads may compress with one model at the same time; a model in training is put to evaluation meanwhile. Gist rows
-    that were never trained are warned of, once.
+    that were never trained are warned of, once, and so are segments other than those of the training.
     """
     handle = handle_of(model)
     check_segmentation(segment_length, segment_overlap)
@@ -95,6 +95,7 @@ def compress(
     given, valid = read_context(handle, input_ids, attention_mask)
     handle.check_settings()
     handle.warn_if_untrained()
+    handle.warn_if_cut_otherwise(segment_length, segment_overlap)
 
     length = segment_length or given.shape[1]
     real = [sample[mask] for sample, mask in zip(given.cpu(), valid.cpu(), strict=True)]

@@ -88,6 +88,7 @@ class GistHandle:
         self._untrained: tuple[torch.Tensor, int, bool] | None = None
         self._checked: tuple[torch.Tensor, int] | None = None
         self._warned = self._embedding = False
+        self._cuts: set[tuple[int | None, int]] = set()  # other than the training's, and warned of
 
     def __repr__(self) -> str:
         return f"GistHandle({type(self.model).__name__}, {_spelled(self.settings.numbers(self.first_id))})"
@@ -279,6 +280,19 @@ class GistHandle:
             warnings.warn(
                 "the gist rows were never trained, so a compressed context says nothing yet: train them "
                 "(gistkern.training), or load a checkpoint or an adapter that holds trained ones",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def warn_if_cut_otherwise(self, segment_length: int | None, segment_overlap: int) -> None:
+        """Say once that contexts are cut otherwise than in training, where that is known: the rows were never so."""
+        trained = self.training
+        wanted, given = (trained.segment_length, trained.segment_overlap), (segment_length, segment_overlap)
+        if trained.segment_length is not None and given != wanted and given not in self._cuts:
+            self._cuts.add(given)
+            warnings.warn(
+                f"the context is compressed with segment_length={segment_length}, segment_overlap={segment_overlap}; the "
+                f"model was trained with {wanted[0]} and {wanted[1]} (handle.training)",
                 UserWarning,
                 stacklevel=4,
             )

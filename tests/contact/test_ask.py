@@ -159,3 +159,15 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was():
     again = chat.again()
     again.say("w8", max_new_tokens=4)
     assert chat.say("w9", max_new_tokens=4) == again.say("w9", max_new_tokens=4)
+
+
+def test_a_context_cut_otherwise_than_in_training_is_warned_of_once(recwarn):
+    model, tokenizer = trained(segment_length=4)
+    ids = tokenizer(CONTEXT)["input_ids"]
+    gistkern.compress(model, ids, segment_length=4)
+    assert not [one for one in recwarn if "was trained with" in str(one.message)]
+    with pytest.warns(UserWarning, match="segment_length=None, segment_overlap=0; the model was trained with 4 and 0"):
+        gistkern.compress(model, ids)
+    recwarn.clear()
+    gistkern.compress(model, ids)
+    assert not [one for one in recwarn if "was trained with" in str(one.message)]
