@@ -291,8 +291,8 @@ class GistHandle:
         if trained.segment_length is not None and given != wanted and given not in self._cuts:
             self._cuts.add(given)
             warnings.warn(
-                f"the context is compressed with segment_length={segment_length}, segment_overlap={segment_overlap}; the "
-                f"model was trained with {wanted[0]} and {wanted[1]} (handle.training)",
+                f"the context is compressed with segment_length={segment_length}, segment_overlap={segment_overlap}; "
+                f"the model was trained with {wanted[0]} and {wanted[1]} (handle.training)",
                 UserWarning,
                 stacklevel=4,
             )
