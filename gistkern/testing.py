@@ -14,7 +14,7 @@ from gistkern.rows import gather_rows
 
 __all__ = ["Inputs", "assert_within_budget", "compare", "make_inputs"]
 
-_LEAVES = ("q", "k", "v", "past_key", "past_value")
+_LEAVES = ("q", "k", "v", "past_key", "past_value", "learned_sinks")
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
 
@@ -29,6 +29,7 @@ class Inputs:
     past_key: torch.Tensor | None
     past_value: torch.Tensor | None
     grad_out: torch.Tensor
+    learned_sinks: torch.Tensor | None = None
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """The inputs that take gradients, by name."""
@@ -53,8 +54,9 @@ def make_inputs(
     head_dim: int = 32,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    learned_sinks: bool = False,
 ) -> Inputs:
-    """Normal random tensors that fit `layout`, on its device."""
+    """Normal random tensors that fit `layout`, on its device; learned sinks if they are wanted."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(head_count: int, rows: int) -> torch.Tensor:
@@ -64,13 +66,15 @@ def make_inputs(
     past_key, past_value = (draw(kv_heads, layout.past) if layout.past else None for _ in range(2))
     q, grad_out = (draw(heads, layout.num_rows) for _ in range(2))
     k, v = (draw(kv_heads, layout.num_local) for _ in range(2))
-    return Inputs(q, k, v, past_key, past_value, grad_out.detach())
+    sinks = draw(heads, 1)[0, :, 0, 0].detach().requires_grad_() if learned_sinks else None
+    return Inputs(q, k, v, past_key, past_value, grad_out.detach(), sinks)
 
 
 def _oracle(inputs: Inputs, layout: GistLayout) -> dict[str, torch.Tensor]:
     """Output, LSE and gradients of the dense reference in the inputs' own precision."""
     past = None if inputs.past_key is None else (inputs.past_key, inputs.past_value)
-    out, lse = reference.from_layout(inputs.q, inputs.k, inputs.v, layout, past=past)
+    sinks = inputs.learned_sinks
+    out, lse = reference.from_layout(inputs.q, inputs.k, inputs.v, layout, past=past, learned_sinks=sinks)
     return _with_gradients(out, lse, inputs)
 
 
@@ -93,15 +97,19 @@ def compare(inputs: Inputs, layout: GistLayout, backend: str = "auto") -> None:
         If an error exceeds twice (gradients: three times) that of the plain computation in the inputs'
         precision, or a NaN appears.
     """
-    past = {"past_key": inputs.past_key, "past_value": inputs.past_value}
-    out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, **past, backend=backend, return_lse=True)  # type: ignore
+    given: dict[str, Any] = {n: getattr(inputs, n) for n in ("past_key", "past_value", "learned_sinks")}
+    out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, **given, backend=backend, return_lse=True)
     ours = _with_gradients(out, lse, inputs)
     exact = _oracle(inputs.cast(torch.float64), layout)
     plain = _oracle(inputs.cast(inputs.q.dtype), layout)
     cancelled = _cancelled_terms(inputs.cast(torch.float64), layout)
+    logit = _largest_logit(inputs, layout)
     for name, value in ours.items():
         factor = BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR
-        assert_within_budget(name, value, exact[name], plain[name], factor, cancelled.get(name, 0.0))
+        size = cancelled.get(name, 0.0) * (1 + logit)
+        if logit:
+            size += logit * (1.0 if name == "lse" else exact[name].abs().max().item())
+        assert_within_budget(name, value, exact[name], plain[name], factor, size)
 
 
 def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
@@ -124,6 +132,20 @@ def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
     largest = terms.max().item() * scale if terms.numel() else 0.0
     of_keys = largest * inputs.q.abs().max().item()
     return {"dq": largest * keys.abs().max().item(), "dk": of_keys, "dpast_key": of_keys}
+
+
+def _largest_logit(inputs: Inputs, layout: GistLayout) -> float:
+    """Of learned sinks and the LSEs that they are put into; 0 without them.
+
+    Nothing cancels the rounding of an LSE that is finished by then: probabilities are as exact, relatively, as the
+    largest logit is absolutely.
+    """
+    if inputs.learned_sinks is None:
+        return 0.0
+    past = None if inputs.past_key is None else (inputs.past_key, inputs.past_value)
+    _, lse = reference.from_layout(inputs.q, inputs.k, inputs.v, layout, past=past)
+    logits = torch.cat([lse[lse.isfinite()].flatten(), inputs.learned_sinks]).detach()
+    return logits.abs().max().item()
 
 
 def assert_within_budget(

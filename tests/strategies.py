@@ -64,7 +64,15 @@ def documents(draw):
 
 @st.composite
 def layouts(draw):
-    """Any layout: one document, a pack, a ragged stack, ids with past rows, or decoding rows."""
+    """Any layout: one document, a pack, a ragged stack, ids with past rows, or decoding rows; perhaps with a window."""
+    layout = draw(unwindowed())
+    window = draw(st.sampled_from([None, None, 1, 2, 7, 30]))
+    return layout if window is None else layout.windowed(window)
+
+
+@st.composite
+def unwindowed(draw):
+    """Any layout but those of layers with a sliding window."""
     kind = draw(st.sampled_from(["one", "pack", "stack", "ids", "decode", "rows"]))
     if kind == "one":
         return draw(documents())

@@ -34,7 +34,10 @@ def backward(
     saved = out.contiguous(), lse.contiguous()
     if _decodes(arguments):
         # probabilities are exp(score - lse): both must come from the same order of summation (docs/numerics.md)
-        saved = native.operators().cpu_attention(*arguments)
+        again, sums = native.operators().cpu_attention(*arguments)
+        # what the LSE holds beside the rows' scores: a learned sink, or 0
+        sink = (lse - native.decode_rows(arguments)[1]).nan_to_num(0.0)
+        saved = again.mul_((-sink).exp()[..., None]), sums + sink
     return native.operators().cpu_attention_backward(
         *(dense_rows(grad_out), *arguments.buffers, *saved, *arguments.intervals, arguments.scale)
     )

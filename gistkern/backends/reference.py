@@ -38,15 +38,22 @@ def dense_scores(
     return scores.masked_fill(~mask[:, None], -torch.inf), keys
 
 
-def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    arguments: AttentionArguments, learned_sinks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q K^T) V`` over the rows each query sees, and the log-sum-exp of its scores.
 
     Shapes as `gistkern.ops.library`. A row that sees nothing gives 0 and -inf. Differentiable by autograd.
+    `learned_sinks` (``[Hq]``) are one more column of scores, whose probability is dropped.
     """
     q, k, v, gist_k, gist_v, *intervals, scale = arguments
     mask = dense_mask(intervals, gist_k.shape[2], k.shape[2])
     scores, _ = dense_scores(q, k, gist_k, mask, scale)
-    lse = torch.logsumexp(scores, dim=-1)
+    columns = scores
+    if learned_sinks is not None:
+        column = learned_sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        columns = torch.cat([scores, column.masked_fill(~mask.any(-1)[:, None, :, None], -torch.inf)], dim=-1)
+    lse = torch.logsumexp(columns, dim=-1)
     # an empty row has lse -inf; exp(-inf - -inf) would be NaN, in the gradient too
     safe_lse = lse.masked_fill(lse == -torch.inf, 0.0)
     probabilities = torch.exp(scores - safe_lse[..., None])
@@ -78,7 +85,13 @@ def backward(
 
 
 def from_layout(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: GistLayout, scale: float | None = None, past=None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: GistLayout,
+    scale: float | None = None,
+    past=None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` of a layout: gathers the compact rows itself. `past` is an optional (key, value) pair."""
     check_now(layout)
@@ -88,4 +101,4 @@ def from_layout(
         gist_k, gist_v = torch.cat([past[0], gist_k], 2), torch.cat([past[1], gist_v], 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     intervals = layout.gist_begin, layout.gist_end, layout.local_begin
-    return forward(AttentionArguments(q, k, v, gist_k, gist_v, *intervals, scale))
+    return forward(AttentionArguments(q, k, v, gist_k, gist_v, *intervals, scale), learned_sinks)

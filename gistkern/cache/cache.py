@@ -21,6 +21,7 @@ from gistkern.cache.signed import Signed
 from gistkern.cache.tokens_read import UNKNOWN, TokensRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
 from gistkern.layout import GistLayout
+from gistkern.ops.attention import AttentionOptions
 from gistkern.rows import LARGEST, check_gist_dtype, dequantize_rows
 
 if TYPE_CHECKING:
@@ -114,16 +115,15 @@ class GistCache(Signed, Cache):
         k: torch.Tensor,
         v: torch.Tensor,
         layout: GistLayout,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Attention of a layer's queries over what is stored and the call's own rows `k`, `v`, which are stored too.
 
-        `layout` is the plan's, on the layer's device; the rest is as for `gistkern.gist_attention`.
+        `layout` is the plan's, on the layer's device and with its window; the options are `gistkern.gist_attention`'s.
         """
         if self._call is None:
             raise RuntimeError(UNPATCHED)
-        out = self.layers[layer].attend(q, k, v, layout, self._call.plan, self._call.intervals, scale, backend)
+        out = self.layers[layer].attend(q, k, v, layout, self._call.plan, self._call.intervals, options)
         self._call.touched = True  # a layer that raises an error is as it was
         return out
 

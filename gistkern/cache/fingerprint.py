@@ -13,6 +13,7 @@ from torch import nn
 
 from gistkern.cache.offload import on_device
 from gistkern.cache.reader import Reader, patched
+from gistkern.cache.windows import layer_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,10 @@ def fingerprint(inner: nn.Module) -> str:
 
     Equal weights are another model where the config rotates or normalizes otherwise (a YaRN factor switched on, say).
     """
-    config = {name: getattr(inner.config, name, None) for name in _SHAPING}
+    config: dict[str, object] = {name: getattr(inner.config, name, None) for name in _SHAPING}
+    windows = layer_windows(inner.config)
+    if any(windows):  # left out of other models' digests, which are on disks
+        config["windows"] = windows
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     values: list[torch.Tensor] = []
     idle = _idle_adapters(inner)

@@ -11,7 +11,7 @@ from gistkern.cache.plan import CallPlan, Kept
 from gistkern.cache.pool import PoolIntervals, decodes, gathered, pooled, row_by_row
 from gistkern.cache.tail import TailRows
 from gistkern.layout import GistLayout
-from gistkern.ops.attention import attend
+from gistkern.ops.attention import AttentionOptions, attend
 from gistkern.rows import LARGEST, KeyValueRows, dequantize_rows, gather_rows, quantize_rows
 
 __all__ = ["GistLayer"]
@@ -27,6 +27,10 @@ def _kept(rows: KeyValueRows, kept: Kept) -> KeyValueRows:
         index = kept.to(rows.key.device)
         found = rows.map(lambda t: gather_rows(t, index))
     return row_by_row(found) if found.quantized else found
+
+
+def _any_learns(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _with_quantized(gist: KeyValueRows, key: torch.Tensor, value: torch.Tensor, learns: bool) -> KeyValueRows:
@@ -96,8 +100,7 @@ class GistLayer(DynamicLayer):
         layout: GistLayout,
         plan: CallPlan,
         intervals: PoolIntervals | None,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Attention over the gist rows, the tail and the call's own rows; those stay that later calls may see.
 
@@ -106,19 +109,18 @@ class GistLayer(DynamicLayer):
         """
         gist = self.gist
         if gist is None:
-            learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            tail = TailRows(k, v)
+            learns, tail = _any_learns(q, k, v), TailRows(k, v)
         else:
             if not gist.key.dtype == v.dtype == self.tail.key.dtype:
                 q, k, v = self._alike(q, k, v)
-            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, gist.key))
+            learns = _any_learns(q, k, v, gist.key, options.learned_sinks)
             tail = self.tail.extended(k, v, in_place=not learns)
         if plan.arrange is not None:
             tail.take(plan.arrange)
         if intervals is None or gist is None:
-            out, gist = self._attend_own(gist, tail, q, layout, scale, backend)
+            out, gist = self._attend_own(gist, tail, q, layout, options)
         else:
-            out, gist = self._attend_in_place(gist, tail, q, layout, intervals, learns, scale, backend)
+            out, gist = self._attend_in_place(gist, tail, q, layout, intervals, learns, options)
         gist = _kept(gist, plan.keep_gists)
         tail.keep(plan.keep_tail)
         self.gist, self.tail = gist, tail
@@ -130,16 +132,13 @@ class GistLayer(DynamicLayer):
         tail: TailRows,
         q: torch.Tensor,
         layout: GistLayout,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> tuple[torch.Tensor, KeyValueRows]:
         """Over rows of each sample's own, as floats: the compact rows of the call take their place."""
         key, value = (None, None) if gist is None else (gist.key, gist.value)
         if key is not None and key.dtype != q.dtype:  # stored under autocast
             key, value = key.to(q.dtype), value.to(q.dtype)  # type: ignore[union-attr]
-        out, _, key, value = attend(
-            q, tail.key, tail.value, layout, past_key=key, past_value=value, scale=scale, backend=backend
-        )
+        out, _, key, value = attend(q, *tail.pair, layout, options, past_key=key, past_value=value)
         return out, KeyValueRows(key, value) if gist is None or layout.gather.shape[1] else gist
 
     def _attend_in_place(
@@ -150,19 +149,16 @@ class GistLayer(DynamicLayer):
         layout: GistLayout,
         intervals: PoolIntervals,
         learns: bool,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> tuple[torch.Tensor, KeyValueRows]:
         """Over rows that `gist_decode` reads where they stand, or over a copy of them that goes with the layer."""
         shared, grows = gist.key.dim() == 3, layout.gather.shape[1] > 0
         if (shared or not grows) and decodes(q, learns):
             pool = gist if shared else pooled(gist)
             pool = pool if pool.quantized else dequantize_rows(pool, q.dtype)
-            return intervals.decode(q, pool, KeyValueRows(*tail.pair), layout, scale, backend), gist
+            return intervals.decode(q, pool, KeyValueRows(*tail.pair), layout, options), gist
         past = gathered(gist, intervals.base, layout.past, q.dtype) if shared else dequantize_rows(gist, q.dtype)
-        out, _, key, value = attend(
-            q, *tail.pair, layout, past_key=past.key, past_value=past.value, scale=scale, backend=backend
-        )
+        out, _, key, value = attend(q, *tail.pair, layout, options, past_key=past.key, past_value=past.value)
         if grows and not shared:
             gist = _with_quantized(gist, key[:, :, layout.past :], value[:, :, layout.past :], learns)
         return out, gist

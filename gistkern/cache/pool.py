@@ -13,6 +13,7 @@ import torch
 from gistkern.cache.plan import CacheState, CallPlan
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.layout import GistLayout
+from gistkern.ops.attention import AttentionOptions
 from gistkern.ops.decode import gist_decode
 from gistkern.rows import KeyValueRows, dequantize_rows
 
@@ -51,8 +52,7 @@ class PoolIntervals:
         pool: KeyValueRows,
         local: KeyValueRows,
         layout: GistLayout,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Attention of up to 8 query rows over the pool and the local rows ``[B, Hkv, M, D]``."""
         out, _ = gist_decode(
@@ -63,8 +63,7 @@ class PoolIntervals:
             gist_end=self.end.to(q.device),
             local_begin=layout.local_begin,
             gist_capacity=layout.past,
-            scale=scale,
-            backend=backend,
+            **options._asdict(),
         )
         return out
 

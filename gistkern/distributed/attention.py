@@ -6,7 +6,7 @@ import torch
 
 from gistkern.distributed.collectives import Group, gather_compact, with_halo
 from gistkern.distributed.shards import ContextShard
-from gistkern.ops.attention import gist_attention
+from gistkern.ops.attention import AttentionOptions, attend
 
 __all__ = ["parallel_attention"]
 
@@ -19,6 +19,7 @@ def parallel_attention(
     group: Group,
     *,
     scale: float | None = None,
+    learned_sinks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Output of a shard's rows, each rank calling this with its own.
@@ -33,7 +34,7 @@ def parallel_attention(
         This rank's, of `split_layout` on the layout of the whole context.
     group : ProcessGroup
         One rank per shard, in their order.
-    scale, backend
+    scale, learned_sinks, backend
         As `gistkern.gist_attention`.
 
     Returns
@@ -43,6 +44,5 @@ def parallel_attention(
     """
     gist_k, gist_v = gather_compact(k, v, shard, group)
     k, v = with_halo(k, v, shard, group)
-    out = gist_attention(q, k, v, shard.layout, past_key=gist_k, past_value=gist_v, scale=scale, backend=backend)
-    assert isinstance(out, torch.Tensor)
-    return out
+    options = AttentionOptions(scale, backend, learned_sinks)
+    return attend(q, k, v, shard.layout, options, past_key=gist_k, past_value=gist_v)[0]

@@ -11,8 +11,24 @@ __all__ = ["NAME", "register"]
 NAME = "gistkern"
 
 
-def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, gist_call=None, **kwargs):
-    """``(out [B, N, Hq, D], None)``: gist-masked attention of one layer. `key` and `value` are the call's own rows."""
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    s_aux=None,
+    softcap=None,
+    gist_call=None,
+    **kwargs,
+):
+    """``(out [B, N, Hq, D], None)``: gist-masked attention of one layer. `key` and `value` are the call's own rows.
+
+    `sliding_window` and `s_aux` (learned sinks) are the layer's, under the names that transformers gives them.
+    """
     if gist_call is None:
         raise RuntimeError(
             f"attn_implementation={NAME!r} needs the layout of the call, which gistkern.patch_llama(model) "
@@ -20,7 +36,10 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
         )
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
-    return gist_call.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+    if softcap is not None:
+        raise ValueError(f"soft-capping of attention scores is not supported, got softcap={softcap}")
+    out = gist_call.attend(module.layer_idx, query, key, value, scaling, sliding_window, s_aux)
+    return out.transpose(1, 2), None
 
 
 def _padding_mask_only(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:

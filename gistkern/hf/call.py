@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from gistkern.cache.cache import GistCache
 from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.cache.versions import CACHE, named
+from gistkern.cache.windows import Windows
 from gistkern.distributed.collectives import check_same, whole_loss
 from gistkern.hf.caching import Carried, cache_of, check_history
 from gistkern.hf.context_parallel import (
@@ -27,7 +28,7 @@ from gistkern.hf.documents import broadcast_positions, check_positions, packed_d
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.layout.arguments import check_padding
-from gistkern.ops.attention import attend
+from gistkern.ops.attention import AttentionOptions, attend
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
@@ -44,25 +45,44 @@ class GistCall:
 
     layout: GistLayout
     backend: str
+    windows: Windows
     others: GistCache | Parallel | None = None  # who knows the rows that are not the call's own
-    elsewhere: dict[torch.device, GistLayout] = field(default_factory=dict)
+    made: dict[tuple[torch.device, int | None], GistLayout] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+        learned_sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
+        if window != self.windows[layer]:
+            raise RuntimeError(
+                f"layer {layer} was patched with sliding_window={self.windows[layer]} and now attends with "
+                f"{window}: change the config before the model is made, and patch it then"
+            )
         if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
-        layout = self.layout if self.layout.device == q.device else self._layout_on(q.device)
+        layout, options = self._layout_of(q.device, window), AttentionOptions(scale, self.backend, learned_sinks)
         if self.others is not None:
-            return self.others.attend(layer, q, k, v, layout, scale, self.backend)
-        return attend(q, k, v, layout, scale=scale, backend=self.backend)[0]
+            return self.others.attend(layer, q, k, v, layout, options)
+        return attend(q, k, v, layout, options)[0]
 
-    def _layout_on(self, device: torch.device) -> GistLayout:
-        """The layout on a layer's device: accelerate may have put layers on several."""
-        if device not in self.elsewhere:
-            self.elsewhere[device] = self.layout.to(device)
-        return self.elsewhere[device]
+    def _layout_of(self, device: torch.device, window: int | None) -> GistLayout:
+        """The layout of layers with a window (None: without one) on a device; accelerate may have put them on several.
+
+        Made once for all layers that are alike.
+        """
+        if window is None and device == self.layout.device:
+            return self.layout
+        if (device, window) not in self.made:
+            whole = self.layout.to(device) if window is None else self._layout_of(device, None).windowed(window)
+            self.made[device, window] = whole
+        return self.made[device, window]
 
 
 def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -122,7 +142,7 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         # with a mask present transformers does not guess packed documents from the positions
         attention_mask=plan.layout.is_real(),
         use_cache=cache is not None,
-        gist_call=GistCall(plan.layout, handle.backend, cache),
+        gist_call=GistCall(plan.layout, handle.backend, handle.windows, cache),
     )
     arguments[CACHE] = cache
     return (), arguments
@@ -220,7 +240,7 @@ def _shard_call(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]
     return arguments | {
         "inputs_embeds": embeds,
         "attention_mask": layout.is_real(),
-        "gist_call": GistCall(layout, handle.backend, parallel),
+        "gist_call": GistCall(layout, handle.backend, handle.windows, parallel),
     }
 
 

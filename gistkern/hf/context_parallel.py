@@ -6,7 +6,7 @@ each rank's are multiplied by the size of the group, so that the mean over the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gistkern.layout import GistLayout
+    from gistkern.ops.attention import AttentionOptions
 
 __all__ = [
     "Parallel",
@@ -52,11 +53,11 @@ class Parallel:
         k: torch.Tensor,
         v: torch.Tensor,
         layout: GistLayout,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> torch.Tensor:
-        """Attention of the shard's rows, which see other ranks' gist rows; `layout` is the shard's."""
-        return parallel_attention(q, k, v, self.shard, self.group, scale=scale, backend=backend)
+        """Attention of the shard's rows, which see other ranks' gist rows; `layout` is the shard's for this layer."""
+        shard = replace(self.shard, layout=layout)
+        return parallel_attention(q, k, v, shard, self.group, **options._asdict())
 
 
 def group_of(given: Group | DeviceMesh) -> Group:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gistkern.cache.rotation import check_rotation
+from gistkern.cache.windows import layer_windows
 from gistkern.hf.refusals import refuse
 
 __all__ = ["FAMILIES", "Family", "family_of", "inner_model"]
@@ -33,7 +34,8 @@ class Family:
     decoder : str
         Attribute of the causal model that holds the inner model (embeddings and layers).
     attention : str
-        What the layers may look at, as the README says it.
+        What the layers may look at, as the README says it: "full", or sliding windows too, where the family's attention
+        modules name each layer's to transformers' attention functions (some have it in their mask alone).
     since : str
         Oldest transformers that was seen to have the family; "" if the oldest that gistkern takes (5.6) has it.
     pairs : str
@@ -56,6 +58,7 @@ class Family:
     positions_in_scores: str | None = None
 
 
+SLIDING = "full or sliding window"  # by config.layer_types, or one window for all layers
 FAMILIES = {
     row.model_type: row
     for row in (
@@ -63,17 +66,20 @@ FAMILIES = {
         Family("arcee"),
         Family("bitnet"),
         Family("cohere", pairs="neighbors"),
-        Family("dots1"),
+        Family("cohere2", attention=SLIDING, pairs="neighbors", rotated=_slides),
+        Family("dots1", attention=SLIDING),
         Family("ernie4_5", pairs="neighbors"),
         Family("ernie4_5_moe", pairs="neighbors"),
         Family("exaone", since="5.24"),
-        Family("exaone4", rotated=lambda config, layer: not config.sliding_window or _slides(config, layer)),
+        Family("exaone4", attention=SLIDING, rotated=lambda config, layer: not config.sliding_window or _slides(config, layer)),
         Family("flex_olmo"),
         Family("gemma"),
+        Family("gemma3_text", attention=SLIDING),
         Family("glm", pairs="neighbors"),
         Family("glm4", pairs="neighbors"),
         Family("glm4_moe"),
         Family("gpt_neox", decoder="gpt_neox"),
+        Family("gpt_oss", attention=SLIDING + ", learned sinks"),
         Family("granite"),
         Family("granitemoe"),
         Family("granitemoeshared"),
@@ -87,26 +93,28 @@ FAMILIES = {
         Family("jais2"),
         Family("llama"),
         Family("minimax_m2"),
-        Family("ministral3", positions_in_scores="llama_4_scaling_beta"),
-        Family("mistral"),
-        Family("mixtral"),
+        Family("ministral", attention=SLIDING),
+        Family("ministral3", attention=SLIDING, positions_in_scores="llama_4_scaling_beta"),
+        Family("mistral", attention=SLIDING),
+        Family("mixtral", attention=SLIDING),
         Family("nanochat", backwards=True),
         Family("olmo"),
         Family("olmo2"),
+        Family("olmo3", attention=SLIDING),
         Family("olmoe"),
         Family("persimmon"),
         Family("phi"),
-        Family("phi3"),
+        Family("phi3", attention=SLIDING),
         Family("phimoe"),
-        Family("qwen2"),
+        Family("qwen2", attention=SLIDING),
         Family("qwen2_moe"),
-        Family("qwen3"),
-        Family("qwen3_moe"),
+        Family("qwen3", attention=SLIDING),
+        Family("qwen3_moe", attention=SLIDING),
         Family("sarvam_moe", since="5.24"),
         Family("seed_oss"),
-        Family("smollm3", rotated=lambda config, layer: bool(config.no_rope_layers[layer])),
+        Family("smollm3", attention=SLIDING, rotated=lambda config, layer: bool(config.no_rope_layers[layer])),
         Family("solar_open"),
-        Family("starcoder2"),
+        Family("starcoder2", attention=SLIDING),
     )
 }
 
@@ -142,7 +150,7 @@ def family_of(model: PreTrainedModel) -> Family:
             "model's. Expected a causal model (...ForCausalLM), or the inner model of one"
             + (f": patch_llama(model.{family.decoder}) compresses for this one" if hasattr(inner, "layers") else "")
         )
-    _check_windows(model.config, inner)
+    _check_windows(inner.config, family)
     check_rotation(model.config, inner)
     return family
 
@@ -152,18 +160,17 @@ def inner_model(model: PreTrainedModel) -> Any:
     return getattr(model, FAMILIES[model.config.model_type].decoder, model)
 
 
-def _check_windows(config: Any, inner: Any) -> None:
-    """Raise ValueError if a layer has a sliding window, which the gist mask would not keep."""
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    change = "config.sliding_window = None"
-    if hasattr(inner, "has_sliding_layers"):  # Qwen's: which layers slide is settled by layer_types, when it is made
-        slides = inner.has_sliding_layers
-        change += '; config.layer_types = ["full_attention"] * config.num_hidden_layers'
-    else:
-        slides = bool(getattr(config, "sliding_window", None))  # Qwen2-MoE's is 0 where there is none
-    if slides or other:
+def _check_windows(config: Any, family: Family) -> None:
+    """Raise ValueError for layers that the gist mask would not mask as the model does."""
+    windows = layer_windows(config)
+    if any(windows) and family.attention == "full":
         raise ValueError(
-            "the model's own sliding window would be ignored by the gist mask. If full attention inside a segment is "
-            f"what you want, load the model so: config = AutoConfig.from_pretrained(path); {change}; "
+            f"this {family.model_type} model has layers with a sliding window, which the family's attention does not "
+            "name to gistkern, so the gist mask would ignore it. If full attention inside a segment is what you want, "
+            "load the model so: config = AutoConfig.from_pretrained(path); config.sliding_window = None; "
+            'config.layer_types = ["full_attention"] * config.num_hidden_layers; '
             "model = AutoModelForCausalLM.from_pretrained(path, config=config)"
         )
+    both = getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True)
+    if both:
+        raise ValueError("this model's tokens see those after them (bidirectional attention), gist tokens need causal")

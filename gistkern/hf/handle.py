@@ -14,6 +14,7 @@ from torch import nn
 from gistkern.cache.fingerprint import adapters_in_use, fingerprint, weights_in_use
 from gistkern.cache.offload import on_device
 from gistkern.cache.reader import ATTRIBUTE, adapters_with_rows, patched
+from gistkern.cache.windows import layer_windows
 from gistkern.hf.attention import NAME
 from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
 from gistkern.hf.peft_state import active_adapters, adapter_parameters
@@ -72,6 +73,7 @@ class GistHandle:
         self.backend = backend
         self.context_parallel, self.row_cost = context_parallel, row_cost
         self.positions, self.sink_tokens = settings.positions, settings.sink_tokens
+        self.windows = layer_windows(inner.config)
         self.first_id, self.num_ids = first_id, settings.num_ids
         ids = list(range(first_id, first_id + self.num_ids))
         self.gist_token_ids, self.segment_gist_token_ids = (

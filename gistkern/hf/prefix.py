@@ -13,13 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.rotation import check_rotation
+from gistkern.cache.windows import layer_windows
 from gistkern.hf.families import FAMILIES, Family
 from gistkern.hf.refusals import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["plain_prefix"]
+__all__ = ["plain_prefix", "refuse_windows"]
 
 
 def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
@@ -46,8 +47,8 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
     Raises
     ------
     ValueError
-        If the cache is empty or has a tail, or the rotation depends on the length of the text, or a score on more than
-        the difference of two positions.
+        If the cache is empty or has a tail, the rotation depends on the length of the text, a score on more than the
+        difference of two positions, or layers have a sliding window, which the rows would leave as the text goes on.
     TypeError
         For the config of a model that cannot be patched.
 
@@ -67,6 +68,7 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
     """
     state = cache.without_tail("make the prefix before asking, from a clone")
     family = _family(config)
+    refuse_windows(config)
     back = (state.gist_rows - state.tail_position).double() * (-1 if family.backwards else 1)
     rotary = _rotary(config)
     prefix = DynamicCache()
@@ -79,6 +81,15 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
             keys = keys.clone()
         prefix.update(keys, values.clone(), index)
     return prefix
+
+
+def refuse_windows(config: PreTrainedConfig) -> None:
+    """Raise ValueError if a layer has a sliding window."""
+    if any(layer_windows(config)):
+        raise ValueError(
+            f"layers of this model have a sliding window ({config.sliding_window} rows), which gist rows would leave as "
+            "the text goes on: an unpatched model cannot read them as a prefix. Ask with the patched model"
+        )
 
 
 def _family(config: PreTrainedConfig) -> Family:

@@ -20,7 +20,8 @@ from typing import Any, ParamSpec
 import torch
 
 from gistkern.layout import compose, schemes, sharing
-from gistkern.layout.checks import check_now, check_shapes, trusted
+from gistkern.layout.arguments import check_count
+from gistkern.layout.checks import check_now, check_once, check_shapes, trusted
 from gistkern.layout.fields import LayoutFields
 from gistkern.layout.positions import check_scheme
 
@@ -175,6 +176,29 @@ class GistLayout(LayoutFields):
         cut = (*_ROW_FIELDS, "is_gist", "stream_position", "gist_first_position")
         rows: dict[str, Any] = {name: getattr(self, name)[:, -count:] for name in cut}
         return trusted(replace(self, **rows, tail=self.num_local - count), self)
+
+    def windowed(self, window: int) -> GistLayout:
+        """The layout of layers with a sliding window: of the local rows, a row sees the last `window` at most.
+
+        It counts itself, as transformers does. Compact rows stay visible, and what a cache keeps stays the same.
+
+        >>> layout = GistLayout.from_segments([3], gists=1, tail=3, sink_tokens=0)
+        >>> print(layout.windowed(2).picture())
+           g   
+        █······
+        ██·····
+        ·██····
+        ··██···
+        ···██··
+        ···███·
+        ···█·██
+        """
+        check_count("window", window, least=1)
+        if window >= self.num_local:
+            return self
+        check_once(self)  # so that a layout which comes with many calls is looked at once, not each window of each call
+        start = torch.maximum(self.local_begin, self.row_index() + (1 - window))
+        return trusted(replace(self, local_begin=start), self)
 
     def closed(self) -> GistLayout:
         """The same rows, with the open segment ended: a cache then keeps its gists and drops the rest."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from gistkern import backends
@@ -9,8 +11,17 @@ from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_once
 from gistkern.ops import library
 from gistkern.ops.checks import check_scale, refuse_forward_mode
+from gistkern.ops.sinks import check_learned_sinks
 
-__all__ = ["attend", "gist_attention"]
+__all__ = ["AttentionOptions", "attend", "gist_attention"]
+
+
+class AttentionOptions(NamedTuple):
+    """What a layer's attention goes by beside its tensors and their layout, as `gist_attention` takes it."""
+
+    scale: float | None = None
+    backend: str = "auto"
+    learned_sinks: torch.Tensor | None = None
 
 
 def gist_attention(
@@ -22,6 +33,7 @@ def gist_attention(
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
     scale: float | None = None,
+    learned_sinks: torch.Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -40,10 +52,14 @@ def gist_attention(
         ``[B, Hkv, layout.past, D]``: compact rows of earlier calls, before this call's own.
     scale : float, optional
         Of the scores, positive; ``D ** -0.5`` by default.
+    learned_sinks : Tensor, optional
+        ``[Hq]``, floats: for each head one logit that takes part in every row's softmax and carries no value, as
+        gpt-oss has them (Agarwal et al. 2025). Differentiable (docs/numerics.md).
     backend : str
         ``"auto"`` or a name of `gistkern.backends.BACKENDS`. A named backend never falls back.
     return_lse : bool
-        Also return the log-sum-exp of each row's scores, ``[B, Hq, N]``, natural log, not differentiable.
+        Also return the log-sum-exp of each row's scores (its learned sink among them), ``[B, Hq, N]``, natural log, not
+        differentiable.
 
     Returns
     -------
@@ -65,7 +81,8 @@ def gist_attention(
     >>> gist_attention(q, k, k, layout).shape
     torch.Size([1, 4, 11, 16])
     """
-    out, lse, _, _ = attend(q, k, v, layout, past_key=past_key, past_value=past_value, scale=scale, backend=backend)
+    options = AttentionOptions(scale, backend, learned_sinks)
+    out, lse, _, _ = attend(q, k, v, layout, options, past_key=past_key, past_value=past_value)
     return (out, lse) if return_lse else out
 
 
@@ -74,11 +91,10 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     layout: GistLayout,
+    options: AttentionOptions,
     *,
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`gist_attention` that also hands back what it compacted.
 
@@ -89,10 +105,12 @@ def attend(
         stores. They are `past_key` and `past_value` themselves where the call gathers none.
     """
     _check_tensors(q, k, v, layout, past_key, past_value)
+    scale, backend, learned_sinks = options
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_scale(scale)
+    check_learned_sinks(learned_sinks, q)
     check_once(layout)
-    given = (q, k, v, past_key, past_value)
+    given = (q, k, v, past_key, past_value, learned_sinks)
     refuse_forward_mode(*given)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     name = backends.choose(backend, q, gradient)
@@ -111,6 +129,7 @@ def attend(
         layout.local_begin,
         scale,
         name,
+        learned_sinks,
     )
     return out, lse, gist_k, gist_v
 

@@ -25,6 +25,8 @@ __all__ = [
     "check_compact_backward",
     "check_devices",
     "check_scale",
+    "refuse_forward_mode",
+    "refuse_second_derivative",
 ]
 
 # of scores, as float32: one that rounds to 0 or infinity would make every probability NaN
@@ -154,3 +156,11 @@ def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("gistkern has no forward-mode derivatives (jvp, jacfwd): use reverse mode (backward, vjp)")
+
+
+def refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
+    """What stands in place of a backward's own derivative: RuntimeError."""
+    raise RuntimeError(
+        "gist_attention is not twice differentiable: its backward has no derivative. For second derivatives use "
+        "gistkern.backends.reference.forward, which plain autograd differentiates"
+    )

@@ -7,7 +7,8 @@ import torch
 from gistkern import backends
 from gistkern.ops import decode_library
 from gistkern.ops.checks import check_scale
-from gistkern.ops.decode_checks import check_compact, check_decode, per_row
+from gistkern.ops.decode_checks import check_compact, check_decode, per_row, refuse_gradients
+from gistkern.ops.sinks import check_learned_sinks, with_learned_sinks
 from gistkern.rows import KeyValueRows
 
 __all__ = ["gist_compact", "gist_decode"]
@@ -25,6 +26,7 @@ def gist_decode(
     page_table: torch.Tensor | None = None,
     gist_capacity: int | None = None,
     scale: float | None = None,
+    learned_sinks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of up to 8 new rows per sequence over a range of a shared pool and over the sequence's own tail.
@@ -56,6 +58,8 @@ def gist_decode(
         one is faster. One that is too small is an error, on a GPU one that cannot be seen without waiting for it.
     scale : float, optional
         Of the scores; ``D ** -0.5`` by default.
+    learned_sinks : Tensor, optional
+        ``[Hq]``, as `gist_attention`. Of partial results that are merged, one takes them.
     backend : str
         ``"auto"`` or a name of `gistkern.backends.BACKENDS`.
 
@@ -87,14 +91,18 @@ def gist_decode(
     capacity = gist.key.shape[0] if gist_capacity is None else gist_capacity
     if not isinstance(capacity, (int, torch.SymInt)) or isinstance(capacity, bool) or capacity < 0:
         raise ValueError(f"gist_capacity must not be negative, and an int, got {capacity!r}")
+    check_learned_sinks(learned_sinks, q)
+    if learned_sinks is not None:
+        refuse_gradients("gist_decode", learned_sinks)
     rows = q.shape[2]
-    return decode_library.decode(
+    out, lse = decode_library.decode(
         *(q, gist.key, gist.value, gist.key_scale, gist.value_scale),
         *(per_row(gist_begin, rows), per_row(gist_end, rows)),
         *(tail.key, tail.value, tail.key_scale, tail.value_scale),
         *(tail_length, None if local_begin is None else per_row(local_begin, rows), page_table),
         *(min(capacity, gist.key.shape[0]), scale, backends.choose(backend, q)),
     )
+    return with_learned_sinks(out, lse, learned_sinks)
 
 
 def gist_compact(

@@ -18,6 +18,7 @@ __all__ = [
     "check_decode",
     "check_decode_values",
     "per_row",
+    "refuse_gradients",
 ]
 
 
@@ -183,6 +184,7 @@ def check_compact_values(gather: torch.Tensor, slot: torch.Tensor, local_rows: i
 
 
 def refuse_gradients(what: str, *tensors: torch.Tensor) -> None:
+    """Raise where a gradient or a tangent of one of the tensors would be lost."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(f"{what} has no gradient: call it under torch.no_grad(), or use gist_attention")
     refuse_forward_mode(*tensors)

@@ -6,9 +6,10 @@
 - gist_k, gist_v ``[B, Hkv, G, D]``: the compact rows;
 - gist_begin, gist_end, local_begin: int32 ``[B, N]``;
 - scale, and the name of a row of the backend table;
+- learned_sinks ``[Hq]``, optional (sinks.py);
 
 and returns out ``[B, Hq, N, D]`` and the natural-log LSE ``[B, Hq, N]`` in fp32 (fp64 for fp64 inputs),
-0 and -inf on rows that see nothing. The LSE is not differentiable.
+0 and -inf on rows that see nothing. The LSE is not differentiable. ``attention_backward`` takes both as they came out.
 
 ``compact`` takes k, v, optional past rows ``[B, Hkv, past, D]``, the gather list int64 ``[B, G - past]`` and the
 name of a backend, and returns gist_k and gist_v.
@@ -23,6 +24,7 @@ import torch
 from gistkern import backends
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.ops import checks
+from gistkern.ops.sinks import check_learned_sinks, gradient_of_sinks, with_learned_sinks
 
 __all__ = ["attention", "attention_backward", "compact", "compact_backward"]
 
@@ -30,7 +32,7 @@ _ROWS = "Tensor gist_begin, Tensor gist_end, Tensor local_begin, float scale, st
 _KEYS = "Tensor k, Tensor v, Tensor gist_k, Tensor gist_v"
 
 _library = torch.library.Library("gistkern", "DEF")
-_library.define(f"attention(Tensor q, {_KEYS}, {_ROWS}) -> (Tensor, Tensor)")
+_library.define(f"attention(Tensor q, {_KEYS}, {_ROWS}, Tensor? learned_sinks=None) -> (Tensor, Tensor)")
 _library.define(
     f"attention_backward(Tensor grad_out, Tensor q, {_KEYS}, Tensor out, Tensor lse, {_ROWS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -45,10 +47,13 @@ _library.define(
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _attention(*inputs):
-    *arguments, backend = inputs
-    module = backends.get(backend).load()
-    return checks.call(module, "forward", checks.check_attention, AttentionArguments(*arguments))
+def _attention(
+    q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend, learned_sinks=None
+):
+    arguments = AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
+    out, lse = checks.call(backends.get(backend).load(), "forward", checks.check_attention, arguments)
+    check_learned_sinks(learned_sinks, q)
+    return with_learned_sinks(out, lse, learned_sinks)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
@@ -73,30 +78,24 @@ def _attention_backward_fake(grad_out, *inputs):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, backend = inputs
+    *tensors, scale, backend, learned_sinks = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse)
+    ctx.save_for_backward(*tensors, out, lse, learned_sinks)
     ctx.scale, ctx.backend = scale, backend
 
 
 def _differentiate(ctx, grad_out, grad_lse):
-    *tensors, out, lse = ctx.saved_tensors
+    *tensors, out, lse, learned_sinks = ctx.saved_tensors
     gradients = attention_backward(grad_out, *tensors[:5], out, lse, *tensors[5:], ctx.scale, ctx.backend)
-    return (*gradients, None, None, None, None, None)
+    grad_sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks) if ctx.needs_input_grad[-1] else None
+    return (*gradients, None, None, None, None, None, grad_sinks)
 
 
 torch.library.register_autograd("gistkern::attention", _differentiate, setup_context=_setup_context, lib=_library)
 
 
-def _refuse_second_derivative(ctx, *gradients):
-    raise RuntimeError(
-        "gist_attention is not twice differentiable: its backward has no derivative. For second derivatives use "
-        "gistkern.backends.reference.forward, which plain autograd differentiates"
-    )
-
-
-torch.library.register_autograd("gistkern::attention_backward", _refuse_second_derivative, lib=_library)
+torch.library.register_autograd("gistkern::attention_backward", checks.refuse_second_derivative, lib=_library)
 
 
 @torch.library.impl(_library, "compact", "CompositeExplicitAutograd")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gistkern.corpus.store import GistStore
-from gistkern.hf.prefix import plain_prefix
+from gistkern.hf.prefix import plain_prefix, refuse_windows
 
 try:
     from vllm import SamplingParams, TokensPrompt
@@ -175,6 +175,7 @@ class GistConnector(KVConnectorBase_V1, SupportsHMA):
             raise ValueError("GistConnector loads all heads and layers: use one process per model")
         if len(kv_cache_config.kv_cache_groups) > 1:
             raise ValueError("GistConnector serves models whose layers all have full attention")
+        refuse_windows(vllm_config.model_config.hf_config)
         if transfer.kv_load_failure_policy != "fail":
             raise ValueError("placeholders cannot be recomputed: set kv_load_failure_policy='fail'")
         self._config = vllm_config

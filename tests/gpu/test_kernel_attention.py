@@ -48,6 +48,18 @@ def test_every_scheme(name, dtype, device, small_tiles):
     compare(make_inputs(layout, heads=4, kv_heads=2, dtype=dtype), layout, "triton")
 
 
+@pytest.mark.parametrize("name", ["T=63-segments", "left-padded", "past-rows-and-tail"])
+def test_windows_and_learned_sinks(name, device, small_tiles):
+    layout = LAYOUTS[name]().to(device).windowed(9)
+    compare(make_inputs(layout, heads=4, kv_heads=2, dtype=DTYPES[0], learned_sinks=True), layout, "triton")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_with_learned_sinks(rows, device, small_tiles):
+    layout = GistLayout.decode(torch.tensor([19, 7]), torch.tensor([5, 0]), rows=rows).to(device).windowed(4)
+    compare(make_inputs(layout, heads=4, kv_heads=2, dtype=DTYPES[0], learned_sinks=True), layout, "triton")
+
+
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 128, 192, 256])
 @pytest.mark.slow
 def test_head_dimensions(head_dim, device, small_tiles):

@@ -138,11 +138,6 @@ def test_unsupported_models_are_named():
         gistkern.patch_llama(nn.Linear(2, 2))
 
 
-def test_a_sliding_window_is_not_ignored():
-    with pytest.raises(ValueError, match="sliding window would be ignored"):
-        gistkern.patch_llama(make_model("mistral", sliding_window=8))
-
-
 def test_calls_that_cannot_be_served_say_why(model):
     with gistkern.patch_llama(model) as handle, torch.no_grad():
         ids = random_ids(1, 5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import GIST_IDS, documents, layouts, token_batches
+from strategies import GIST_IDS, documents, layouts, token_batches, unwindowed
 
 from gistkern import GistLayout
 from gistkern.layout.checks import check_intervals
@@ -93,6 +93,29 @@ def test_sliding_row_sees_its_window_and_older_gists():
     mask = GistLayout.sliding(12, window=3, stride=3, gists=1, sink_tokens=0).token_mask()[0]
     assert mask[10].nonzero().flatten().tolist() == [3, 7, 8, 9, 10]
     assert mask[2].nonzero().flatten().tolist() == [0, 1, 2]
+
+
+@given(unwindowed(), st.integers(1, 80))
+def test_a_window_limits_local_rows_and_nothing_else(layout, window):
+    """Padding, past rows, packed documents and the rows of a tail included."""
+    found = layout.windowed(window)
+    check_intervals(found)
+    columns = torch.arange(layout.num_local)
+    near = columns > columns[layout.tail :, None] - window
+    expected = layout.dense()
+    expected[..., layout.num_compact :] &= near
+    assert torch.equal(found.dense(), expected)
+    assert torch.equal(found.is_real(), layout.is_real())
+    untouched = set(vars(layout)) - {"local_begin", "_checked"}
+    assert all(getattr(found, name) is getattr(layout, name) for name in untouched)
+
+
+def test_a_window_wider_than_all_rows_is_the_layout_itself():
+    layout = GistLayout.decode(5, 3, rows=2)
+    assert layout.windowed(5) is layout
+    assert layout.windowed(4) is not layout
+    with pytest.raises(ValueError, match="window must be an int >= 1, got 0"):
+        layout.windowed(0)
 
 
 def test_hierarchical_ends_in_its_summary_and_sinks():
