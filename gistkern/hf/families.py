@@ -71,7 +71,11 @@ FAMILIES = {
         Family("ernie4_5", pairs="neighbors"),
         Family("ernie4_5_moe", pairs="neighbors"),
         Family("exaone", since="5.24"),
-        Family("exaone4", attention=SLIDING, rotated=lambda config, layer: not config.sliding_window or _slides(config, layer)),
+        Family(
+            "exaone4",
+            attention=SLIDING,
+            rotated=lambda config, layer: not config.sliding_window or _slides(config, layer),
+        ),
         Family("flex_olmo"),
         Family("gemma"),
         Family("gemma3_text", attention=SLIDING),

@@ -87,8 +87,8 @@ def refuse_windows(config: PreTrainedConfig) -> None:
     """Raise ValueError if a layer has a sliding window."""
     if any(layer_windows(config)):
         raise ValueError(
-            f"layers of this model have a sliding window ({config.sliding_window} rows), which gist rows would leave as "
-            "the text goes on: an unpatched model cannot read them as a prefix. Ask with the patched model"
+            f"layers of this model have a sliding window ({config.sliding_window} rows), which gist rows would leave "
+            "as the text goes on: an unpatched model cannot read them as a prefix. Ask with the patched model"
         )
 
 

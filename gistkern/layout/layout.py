@@ -182,16 +182,14 @@ class GistLayout(LayoutFields):
 
         It counts itself, as transformers does. Compact rows stay visible, and what a cache keeps stays the same.
 
-        >>> layout = GistLayout.from_segments([3], gists=1, tail=3, sink_tokens=0)
-        >>> print(layout.windowed(2).picture())
-           g   
-        █······
-        ██·····
-        ·██····
-        ··██···
-        ···██··
-        ···███·
-        ···█·██
+        >>> layout = GistLayout.from_segments([2], gists=1, tail=3, sink_tokens=0)
+        >>> print(layout.windowed(2).token_mask()[0].int())
+        tensor([[1, 0, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0, 0],
+                [0, 1, 1, 0, 0, 0],
+                [0, 0, 1, 1, 0, 0],
+                [0, 0, 1, 1, 1, 0],
+                [0, 0, 1, 0, 1, 1]], dtype=torch.int32)
         """
         check_count("window", window, least=1)
         if window >= self.num_local:

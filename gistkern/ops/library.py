@@ -47,9 +47,7 @@ _library.define(
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _attention(
-    q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend, learned_sinks=None
-):
+def _attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, backend, learned_sinks=None):
     arguments = AttentionArguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale)
     out, lse = checks.call(backends.get(backend).load(), "forward", checks.check_attention, arguments)
     check_learned_sinks(learned_sinks, q)

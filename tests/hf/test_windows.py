@@ -1,6 +1,7 @@
 """Models whose layers have sliding windows, or learned sinks: each layer by a layout of its own."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import gistkern
 from gistkern import GistLayout
+from gistkern.cache.windows import layer_windows
 
 SOME = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES = {
@@ -196,7 +198,9 @@ def test_generate_beams_and_crop():
     cache = gistkern.compress(model, context, segment_length=7)
 
     def full(ids):
-        return torch.cat([*(t for s in context.split(7, 1) for t in (s, torch.tensor([handle.gist_token_ids]))), ids], 1)
+        return torch.cat(
+            [*(t for s in context.split(7, 1) for t in (s, torch.tensor([handle.gist_token_ids]))), ids], 1
+        )
 
     answer = model.generate(question, past_key_values=cache.clone(), max_new_tokens=9, do_sample=False)
     greedy = question
@@ -295,15 +299,16 @@ def test_a_window_that_changes_after_patching_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("config", "message"),
     [
-        ({"window": 0}, "sliding_window=0, which must be at least 1"),
-        ({"layer_types": ["full_attention", "linear_attention", "chunked_attention"]}, "'chunked_attention', 'linear"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 0}, "sliding_window=0, which must be at least 1"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_window=None, which must be at least 1"),
+        ({"layer_types": ["full_attention", "b_attention", "a_attention"]}, "type 'a_attention', 'b_attention': gist"),
     ],
 )
-def test_other_layers_are_refused(changes, message):
+def test_other_layers_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        gistkern.patch_llama(make_model("ministral", **changes))
+        layer_windows(SimpleNamespace(**config))
 
 
 def test_bidirectional_attention_is_refused():
