@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from gistkern.cache import on_disk
 from gistkern.cache.file import FLOATS, check_device
 from gistkern.cache.fingerprint import check_cache
+from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState, CallPlan
@@ -297,6 +298,21 @@ class GistCache(Signed, Cache):
             # not a view: it would keep the original's rows in memory
             copy.layers.append(GistLayer.holding(rows, layer.tail.map(torch.clone), layer.dtype))
         return copy
+
+    def fixed(self, room: int) -> FixedGistCache:
+        """A copy with room for `room` tokens per sample behind the context, in buffers that never move or grow.
+
+        For decoding under `torch.compile` and CUDA graphs (docs/cache.md): it is to this cache what transformers'
+        StaticCache is to a DynamicCache. Gist rows are copied as `shared` does; those of a shared cache are the same.
+
+        Raises
+        ------
+        ValueError
+            If the cache is empty, in float64 or on several devices, a segment of it is not ended, or it has more than
+            `room` tokens behind its context already.
+        """
+        check_whole(self._call)
+        return FixedGistCache.of(self, self._state(), self.first, self.read.ids(), self.layers, room)
 
     def reset(self) -> None:
         """Forget everything. ValueError for shared rows, which belong to all that share them."""

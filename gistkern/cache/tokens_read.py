@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["PADDING", "UNKNOWN", "ContextRead", "TokensRead"]
+__all__ = ["PADDING", "UNKNOWN", "ContextRead", "RowsRead", "TokensRead"]
 
 PADDING, UNKNOWN = -1, -2  # in place of ids: hidden columns, and those that came as embeddings
 # the last tokens of a long context are left out of its digest: with a question behind it a tokenizer may cut them anew
@@ -105,3 +105,48 @@ class TokensRead:
             return None
         sample, column = unlike.nonzero()[0].tolist()
         return sample, column, bool((ids[sample, column] == PADDING) != (given[sample, column] == PADDING))
+
+
+class RowsRead:
+    """`TokensRead` of a cache of fixed size, which keeps the ids of its rows and not where padding was between them.
+
+    Parameters
+    ----------
+    held : Tensor
+        int64 ``[B, room + 1]``, of which a sample's first `length` (int32 ``[B]``) count.
+    fed : int
+        Columns that came, padding included.
+    """
+
+    def __init__(self, held: torch.Tensor, length: torch.Tensor, fed: int) -> None:
+        self._held, self._length, self._fed = held, length, fed
+
+    @staticmethod
+    def write(held: torch.Tensor, columns: torch.Tensor, room: int) -> None:
+        """Write the ids of `columns` (``[B, columns]``) that are no padding to a sample's first rows."""
+        real = columns != PADDING
+        place = (real.long().cumsum(1) - 1).masked_fill(~real, room).clamp(max=room)
+        held.scatter_(1, place, columns)
+
+    def ids(self) -> torch.Tensor | None:
+        """All columns, int64 ``[B, columns]``; None where nothing was read, or some of it was padding."""
+        if not self._fed or bool((self._length != self._fed).any()):
+            return None
+        return self._held[:, : self._fed]
+
+    def different(self, given: torch.Tensor) -> tuple[int, int, bool] | None:
+        """See `TokensRead.different`: padding may stand elsewhere, the tokens between it may not differ."""
+        given = given[:, : self._fed].to(self._held.device)
+        width = given.shape[1]
+        rows = torch.full((len(given), width + 1), PADDING, device=given.device)
+        RowsRead.write(rows, given, width)
+        row = torch.arange(width, device=given.device)
+        held = torch.nn.functional.pad(self._held[:, :width], (0, max(0, width - self._held.shape[1])), value=PADDING)
+        held = held.masked_fill(row >= self._length[:, None], PADDING)
+        unlike = (rows[:, :width] != held) & (held != UNKNOWN)
+        if not bool(unlike.any()):
+            return None
+        sample, place = unlike.nonzero()[0].tolist()
+        columns = (given[sample] != PADDING).nonzero().flatten().tolist()
+        about_padding = PADDING in (int(rows[sample, place]), int(held[sample, place]))
+        return sample, columns[place] if place < len(columns) else width - 1, about_padding

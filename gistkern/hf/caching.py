@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.fingerprint import check_cache, check_scheme
+from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.tokens_read import PADDING, UNKNOWN
 from gistkern.cache.versions import CACHE
 
@@ -87,7 +88,7 @@ def _checkpoints_activations(module: nn.Module) -> bool:
     return module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
-def check_history(cache: GistCache | None, history: torch.Tensor) -> None:
+def check_history(cache: GistCache | FixedGistCache | None, history: torch.Tensor) -> None:
     """Raise ValueError if the part of an attention mask that stands before the call's own tokens hides what was read.
 
     `history` is ``[B, columns]``, 0 where hidden. Whoever shows all of it may mean the context, its rows or the tail;

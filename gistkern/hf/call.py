@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from gistkern.cache.cache import GistCache
+from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.cache.versions import CACHE, named
 from gistkern.cache.windows import Windows
@@ -25,6 +26,7 @@ from gistkern.hf.context_parallel import (
     whole_logits,
 )
 from gistkern.hf.documents import broadcast_positions, check_positions, packed_documents
+from gistkern.hf.fixed import fixed_call
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.layout.arguments import check_padding
@@ -128,6 +130,9 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
     is_gist = _is_gist(handle, ids, embeds, layout)
     if ids is not None:
         embeds = embed(handle, ids, is_gist)
+    if isinstance(arguments.get(CACHE), FixedGistCache):
+        assert embeds is not None
+        return (), fixed_call(handle, arguments, ids, embeds, is_gist, layout)
     handle.check_settings()
     packs = plan is None and layout is None
     documents = packed_documents(arguments, is_gist.shape, is_gist.device) if packs else None
@@ -248,7 +253,7 @@ def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict
     """The call went through: the cache takes over its plan's state. Or it failed, and there is no output."""
     cache = kwargs.get(CACHE)
     if output is None:
-        if isinstance(cache, GistCache):  # of a call that was refused it may be another's
+        if isinstance(cache, (GistCache, FixedGistCache)):  # of a call that was refused it may be another's
             cache.abandon()
     elif cache is not None:
         cache.commit()

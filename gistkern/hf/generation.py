@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from gistkern.cache.cache import GistCache
+from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.offload import input_device
 from gistkern.cache.reader import ATTRIBUTE
 from gistkern.cache.tokens_read import PADDING
@@ -122,17 +123,33 @@ def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
     kwargs = named(kwargs)
     cache = kwargs.get(CACHE)
     first = kwargs.get("is_first_iteration")
-    goes_on = isinstance(cache, GistCache) and cache.state is not None
-    if isinstance(cache, GistCache) and goes_on and first:
+    fixed = isinstance(cache, FixedGistCache)
+    goes_on = fixed or (isinstance(cache, GistCache) and cache.state is not None)
+    if isinstance(cache, (GistCache, FixedGistCache)) and goes_on and first:
         kwargs["next_sequence_length"] = _fresh_tokens(cache, input_ids, kwargs)
+    if isinstance(cache, FixedGistCache):
+        mask = kwargs.pop("attention_mask", None)  # transformers would make one of all the room at every step
+        _count(cache, input_ids, kwargs)
     inputs = original(input_ids, *args, **kwargs)
+    if fixed and mask is not None:
+        inputs["attention_mask"] = mask
     inputs.pop("position_ids", None)  # transformers' guess; the position scheme knows
     if goes_on and not first:
         inputs.pop("attention_mask", None)  # what generate() appends is real: nothing to read back from the device
     return inputs
 
 
-def _fresh_tokens(cache: GistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> int:
+def _count(cache: FixedGistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> None:
+    """Tell a cache of fixed size what the call that follows brings; ValueError where it has no room for it."""
+    fresh = arguments.get("next_sequence_length")
+    if arguments.get("is_first_iteration") or fresh is None:
+        cache.counts(None)
+        return  # the call itself looks at its padding
+    cache.counts(input_ids.shape[1] - fresh)
+    cache.require(fresh)
+
+
+def _fresh_tokens(cache: GistCache | FixedGistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> int:
     """How many of the tokens that `generate` was given the cache has not read.
 
     Raises
@@ -170,7 +187,7 @@ def _fresh_tokens(cache: GistCache, input_ids: torch.Tensor, arguments: dict[str
     return input_ids.shape[1] - read
 
 
-def _refuse_context(cache: GistCache, input_ids: torch.Tensor, real: torch.Tensor) -> None:
+def _refuse_context(cache: GistCache | FixedGistCache, input_ids: torch.Tensor, real: torch.Tensor) -> None:
     shortest = min(context.covered for context in cache.contexts)
     if input_ids.shape[1] < shortest:
         return
@@ -182,7 +199,7 @@ def _refuse_context(cache: GistCache, input_ids: torch.Tensor, real: torch.Tenso
             )
 
 
-def _match_batch(cache: GistCache, batch: int) -> None:
+def _match_batch(cache: GistCache | FixedGistCache, batch: int) -> None:
     """Repeat the samples of a cache as `generate` repeats its inputs (beams, several answers, one document)."""
     if batch % cache.batch_size:
         raise ValueError(
