@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTENSION := gistkern/_C.so
 EMULATED := build/emulated/_C.so
-C_SOURCES := $(shell find csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+C_SOURCES := $(shell find csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' -o -name '*.map')
 PRESET ?= tiny
 COMPAT ?= floor newest
 ARGS ?=
@@ -95,12 +95,12 @@ lint: $(STAMP) ## ruff (format and rules), mypy and clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(C_SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py %.map,$(C_SOURCES))
 
 format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(filter-out %.py,$(C_SOURCES))
+	$(BIN)/clang-format -i $(filter-out %.py %.map,$(C_SOURCES))
 
 bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

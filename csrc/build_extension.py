@@ -4,7 +4,7 @@
     python csrc/build_extension.py --cuda emulated --out build/_C.so       # the CUDA kernels on the CPU, for tests
 
 Standard library only: setup.py imports it before anything is installed. The library holds no Python and uses libtorch's
-stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.11 (docs/extension.md).
+stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.10 (docs/extension.md).
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ __all__ = ["ARCHS", "SANITIZERS", "build", "cuda_home", "cuda_include", "cxx", "
 SOURCE = Path(__file__).resolve().parent
 # every chip of kernels/chips.py that NVIDIA makes; GISTKERN_CUDA_ARCHS replaces the list
 ARCHS = ("80", "86", "89", "90a", "100", "120")
-TORCH = (2, 11)
+# the oldest torch that the library works with, whichever newer one it is compiled beside
+TORCH = (2, 10)
 SANITIZERS = ("address,undefined", "thread")
 
+TORCH_SOURCES = ("bindings", "older_systems")
 CPU_SOURCES = ("instruction_set", "launch_attention", "launch_compact", "launch_decode")
 CUDA_SOURCES = ("compact", "decode")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -178,7 +180,7 @@ def emulated_steps(compiler: str, flags: tuple[str, ...] = ()) -> list[_Step]:
     return [*steps, _Step("emulator", (*common, "-c", str(SOURCE / "testing" / "emulator.cpp")))]
 
 
-def _binding_step(compiler: str, cuda: str, flags: tuple[str, ...]) -> _Step:
+def _torch_steps(compiler: str, cuda: str, flags: tuple[str, ...]) -> list[_Step]:
     folder = _torch_folder()
     assert folder is not None, "missing() has been asked"
     defines = []
@@ -186,8 +188,10 @@ def _binding_step(compiler: str, cuda: str, flags: tuple[str, ...]) -> _Step:
         defines.append(f'-DGISTKERN_WITH_CUDA="{"emulated" if cuda == "emulated" else ";".join(cuda_archs())}"')
     if cuda == "emulated":
         defines.append("-DGISTKERN_EMULATED")
+    # torch's headers offer what this version of the stable ABI has
+    defines.append(f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000ULL")
     options = ("-std=c++20", "-O2", *_host_flags(), "-isystem", str(folder / "include"), *defines, *flags)
-    return _Step("bindings", (compiler, *options, "-c", str(SOURCE / "bindings.cpp")))
+    return [_Step(name, (compiler, *options, "-c", str(SOURCE / f"{name}.cpp"))) for name in TORCH_SOURCES]
 
 
 def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer: str | None = None) -> None:
@@ -213,8 +217,8 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer:
     assert compiler is not None, "missing() has been asked"
     assert folder is not None, "missing() has been asked"
     flags = _sanitizer_flags(sanitizer)
-    steps = [_binding_step(compiler, cuda, flags), *_cpu_steps(compiler, narrow_avx512, flags)]
-    libraries = ["-L", str(folder / "lib"), "-ltorch_cpu"]
+    steps = [*_torch_steps(compiler, cuda, flags), *_cpu_steps(compiler, narrow_avx512, flags)]
+    libraries = [str(folder / "lib" / "libtorch_cpu.so")]
     if cuda == "nvcc":
         home, found = cuda_home(), nvcc()
         assert home is not None, "nvcc() was found"
@@ -228,10 +232,25 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer:
     with tempfile.TemporaryDirectory() as temporary:
         objects = compile_all(steps, Path(temporary))
         library = Path(temporary) / "library.so"
-        subprocess.run([compiler, "-shared", *flags, *map(str, objects), *libraries, "-o", str(library)], check=True)
+        command = [*_linker(compiler), "-shared", *flags, f"-Wl,--version-script={SOURCE / 'library.map'}"]
+        subprocess.run([*command, *map(str, objects), *libraries, "-o", str(library)], check=True)
         partial = out.with_suffix(".partial")
         shutil.copy(library, partial)
         partial.replace(out)
+
+
+def _linker(compiler: str) -> list[str]:
+    """The compiler, or for ``GISTKERN_GLIBC=2.28`` the linker of PyPI's ziglang, which knows every glibc's symbols."""
+    glibc = os.environ.get("GISTKERN_GLIBC")
+    if not glibc:
+        return [compiler]
+    runtimes = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libstdc++.so", "libgcc_s.so.1")
+    ]
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{platform.machine()}-linux-gnu.{glibc}", *runtimes]
 
 
 def compile_all(steps: list[_Step], folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def test_an_older_torch_gets_the_python_backends(monkeypatch):
     if native.missing():
         pytest.skip("needs the extension")
     monkeypatch.setattr(native.torch, "__version__", "2.9.1+cpu")
-    assert native._load() == "needs torch >= 2.11 (libtorch's stable ABI), this is 2.9.1+cpu"
+    assert native._load() == "needs torch >= 2.10 (libtorch's stable ABI), this is 2.9.1+cpu"
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):
