@@ -83,7 +83,7 @@ ORDER = [
     ("corpus", "training"),
     ("serving",),
     ("testing",),
-    ("autotune", "doctor"),
+    ("autotune", "doctor", "memory"),
     ("cli",),
     ("__main__",),
 ]

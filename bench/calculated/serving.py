@@ -4,21 +4,23 @@ A decoding step reads every weight but the input embedding once, and every seque
 """
 
 from math import ceil
-from types import SimpleNamespace
 from typing import NamedTuple
 
-from bench.calculated.memory_terms import Precision, base_bytes
+from transformers import LlamaConfig
+
 from bench.shapes import MODELS
 from gistkern.kernels.chips import Gpu
+from gistkern.memory import Precision, parts_of, weight_bytes
 
-# question and answer so far, as in training_memory.py; gist rows of a context; tokens of a context
+# question and answer so far, as in gistkern/memory; gist rows of a context; tokens of a context
 TAIL, GIST_ROWS, CONTEXTS = 32, 10, (6096, 131072)
-# kept for the driver, the allocator and fragments, as in training_memory.py
+# kept for the driver, the allocator and fragments, as in gistkern/memory
 RESERVE = 10**9
 WEIGHTS = ("bf16", "NF4, rest bf16", "NF4, rest fp32")
 
 
-LLAMA_3_8B = SimpleNamespace(**MODELS["Llama-3-8B"], head_dim=128)
+LLAMA_3_8B = LlamaConfig(**MODELS["Llama-3-8B"])
+PARTS = parts_of(LLAMA_3_8B)
 
 
 class Weights(NamedTuple):
@@ -41,7 +43,7 @@ DOCUMENTS = {
 
 def parameters() -> int:
     """All of them."""
-    return base_bytes(LLAMA_3_8B, Precision("bfloat16", autocast=False), double_quant=False) // 2
+    return PARTS.parameters
 
 
 def multiplied() -> int:
@@ -57,15 +59,15 @@ def kv_row() -> int:
 def weights_of(kind: str) -> Weights:
     """Weights in one of the formats `WEIGHTS`.
 
-    NF4 with double quantization is that of training_memory.py: the layers' linears have 4 bits, the vocabulary
+    NF4 with double quantization is that of gistkern/memory: the layers' linears have 4 bits, the vocabulary
     matrices and norms do not. They are fp32 after `prepare_model_for_kbit_training`, and bf16 if the model is only
     loaded in 4 bits.
     """
     embedding = LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size
     if kind == "bf16":
-        resident = base_bytes(LLAMA_3_8B, Precision("bfloat16", autocast=False), double_quant=False)
+        resident = weight_bytes(PARTS, Precision("bfloat16", autocast=False))
         return Weights(resident, resident - 2 * embedding)
-    resident = base_bytes(LLAMA_3_8B, Precision("nf4", autocast=True), double_quant=True)
+    resident = weight_bytes(PARTS, Precision("nf4", autocast=True))
     if kind == "NF4, rest fp32":
         return Weights(resident, resident - 4 * embedding)
     if kind != "NF4, rest bf16":

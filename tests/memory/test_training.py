@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BitsAndBytesConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gistkern
-from bench.calculated.memory_terms import Precision, Saved
-from bench.calculated.training_memory import TrainingSetup, config_of, estimate, main, setup_of
+from bench.calculated.training_memory import config_of, main, setup_of
+from gistkern.memory import Precision, TrainingSetup, estimate, parts_of
+from gistkern.memory.terms import Saved
 from gistkern.training import GistDataCollator, Objectives
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +142,7 @@ SETUPS = {
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
 def test_peak_of_a_step(setup, tmp_path):
     model, handle = build(setup, tmp_path)
-    found = estimate(CONFIG, setup)
+    found = estimate(parts_of(CONFIG), setup)
     ratio = (found.activations + max(found.logits, found.working)) / peak_bytes(model, handle, setup)
     print(f"estimate / measured peak: {ratio:.3f}")
     assert 0.92 < ratio < 1.15
@@ -164,7 +165,7 @@ def test_peak_of_a_step(setup, tmp_path):
 def test_what_a_layer_keeps(name, tmp_path):
     setup = replace(SETUPS[name], gradient_checkpointing=False)
     kept = [saved_bytes(*build(setup, tmp_path, layers), setup) for layers in (1, 2)]
-    saved = Saved(CONFIG, Precision(setup.weights, setup.autocast), setup.lora, TOKENS, 11, 4)
+    saved = Saved(parts_of(CONFIG), Precision(setup.weights, setup.autocast), setup.lora, TOKENS, 11, 4)
     assert saved.layer == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
@@ -178,7 +179,7 @@ def test_a_wrong_setup_is_out_of_the_band(tmp_path):
         replace(setup, lora=lora(0.0)),
         replace(setup, autocast=True),
     ):
-        found = estimate(CONFIG, wrong)
+        found = estimate(parts_of(CONFIG), wrong)
         assert not 0.9 < (found.activations + max(found.logits, found.working)) / peak < 1.18, wrong
 
 
@@ -188,7 +189,7 @@ def test_single_quantization_takes_more(tmp_path):
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     states = [parameter.quant_state for parameter in frozen if hasattr(parameter, "quant_state")]
     assert states[0].state2 is None
-    assert estimate(CONFIG, setup).weights == size_of(
+    assert estimate(parts_of(CONFIG), setup).weights == size_of(
         [*frozen, *(tensor for state in states for tensor in (state.absmax, state.code))]
     )
 
@@ -203,7 +204,7 @@ def test_optimizer_state(optimizer, tmp_path):
     adamw.step()
     names = {"exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2"}
     states = [tensor for state in adamw.state.values() for name, tensor in state.items() if name in names]
-    found = estimate(CONFIG, setup)
+    found = estimate(parts_of(CONFIG), setup)
     assert found.optimizer == size_of(states)
     large = [tensor for tensor in states if tensor.numel() >= 100_000]
     assert found.paged == (size_of(large) if "paged" in optimizer else 0)
@@ -214,7 +215,7 @@ def test_cache_bytes():
     model = LlamaForCausalLM(CONFIG).bfloat16().eval()
     gistkern.patch_llama(model)
     context = torch.randint(1, 2048, (1, 200))
-    found = estimate(CONFIG, replace(plain(lora=lora()), tokens=200))
+    found = estimate(parts_of(CONFIG), replace(plain(lora=lora()), tokens=200))
     assert gistkern.compress(model, context).nbytes == found.kv_gist
     model.gistkern_handle.unpatch()
     cache = DynamicCache()
@@ -224,7 +225,7 @@ def test_cache_bytes():
 
 
 def test_batch_rows_count(tmp_path):
-    one, two = (estimate(CONFIG, plain(lora=lora(), batch_size=size)) for size in (1, 2))
+    one, two = (estimate(parts_of(CONFIG), plain(lora=lora(), batch_size=size)) for size in (1, 2))
     assert two.activations == 2 * one.activations
     assert two.kv_gist == one.kv_gist, "of one context"
 
@@ -234,7 +235,7 @@ def test_8b_presets_by_hand():
     found = {}
     for name in ("llama3-8b", "llama3-8b-poc"):
         recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        found[name] = estimate(config_of(recipe), setup_of(recipe))
+        found[name] = estimate(parts_of(config_of(recipe)), setup_of(recipe))
     ours, theirs = found["llama3-8b"], found["llama3-8b-poc"]
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
     vocabulary = 2 * 128256 * 4096 * 4
@@ -293,4 +294,4 @@ def test_a_recipe_without_what_memory_depends_on_is_refused():
 
 def test_unknown_modules_are_refused():
     with pytest.raises(ValueError, match="cannot calculate with the trained modules router"):
-        estimate(CONFIG, plain(lora=lora(targets=["router"])))
+        estimate(parts_of(CONFIG), plain(lora=lora(targets=["router"])))
