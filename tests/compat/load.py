@@ -1,4 +1,4 @@
-"""``python tests/compat/load.py [TORCH ...]``: does one compiled extension load beside each torch, and compute what the reference does?
+"""``python tests/compat/load.py [TORCH ...]``: does the extension load beside each torch, and compute rightly?
 
 Prints the table of docs/install.md. Takes gigabytes of downloads, so each environment goes once it has been asked.
 """

@@ -1,7 +1,7 @@
 """``python tests/compat/resolve.py [PACKAGE==VERSION ...]``: does gistkern resolve beside other packages?
 
-Asks uv (``pip install uv``), which reads the index's metadata and installs nothing. Prints the table of docs/install.md;
-the conflict is uv's, in many words.
+Asks uv (``pip install uv``), which reads the index's metadata and installs nothing. Prints the table of
+docs/install.md; the conflict is uv's, in many words.
 """
 
 import re
