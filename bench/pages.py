@@ -1,7 +1,8 @@
-"""``python -m bench.pages``: the tables of the committed reports again, on the pages that no other command fills."""
+"""``python -m bench.pages``: the tables of committed reports and of model families, on pages no other command fills."""
 
 import json
 
+from bench import families
 from bench.compiled import aot
 from bench.fill import DOCS, fill
 from bench.measured import context_parallel
@@ -17,6 +18,7 @@ def main() -> None:
     pages[evidence / "compare.json"] = measured.compared
     for path, tables in pages.items():
         fill(path.with_suffix(".md"), tables(json.loads(path.read_text("utf-8"))))
+    fill(DOCS.parent / "README.md", families.tables())
 
 
 if __name__ == "__main__":

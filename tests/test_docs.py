@@ -43,6 +43,14 @@ def test_every_promise_names_a_test():
     assert all("`" in row.split("|")[2] or "the same" in row or "shown by" in row for row in rows)
 
 
+def test_the_readmes_families_are_the_rows():
+    from bench import families
+    from bench.fill import filled
+
+    page = (ROOT / "README.md").read_text()
+    assert filled(page, families.tables()) == page, "run python -m bench.pages"
+
+
 def test_readme_python_runs(tmp_path, monkeypatch):
     """Every ```python block of the README, in one namespace, top to bottom."""
     monkeypatch.chdir(tmp_path)

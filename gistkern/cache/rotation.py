@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["FIXED", "check_rotation"]
 
 # rotations by fixed frequencies; others (dynamic, longrope) change them with the length of the text
-FIXED = ("default", "linear", "llama3", "yarn")
+FIXED = ("default", "linear", "llama3", "yarn", "ntk_alpha")
 
 
 def check_rotation(config: Any, inner: Any = None) -> None:
@@ -40,4 +40,6 @@ def _kinds(parameters: Any) -> list[Any]:
         return []
     nested = [kind for value in parameters.values() for kind in _kinds(value)]
     own = parameters.get("rope_type", parameters.get("type"))
+    if own == "dynamic" and parameters.get("alpha"):
+        own = "ntk_alpha"  # HunYuan's, which are fixed; any other model says so when its own embedding is looked at
     return nested if own is None else [own, *nested]

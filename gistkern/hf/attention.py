@@ -35,7 +35,10 @@ def _attend(
             "provides: patch the model instead of naming the implementation"
         )
     if dropout:
-        raise ValueError(f"attention dropout is not supported, got {dropout}: set config.attention_dropout=0")
+        raise ValueError(
+            f"attention dropout is not supported, got {dropout}: load the model without, "
+            "from_pretrained(path, attention_dropout=0.0)"
+        )
     if softcap is not None:
         raise ValueError(f"soft-capping of attention scores is not supported, got softcap={softcap}")
     out = gist_call.attend(module.layer_idx, query, key, value, scaling, sliding_window, s_aux)

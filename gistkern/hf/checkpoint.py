@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from gistkern.cache.offload import on_device
 from gistkern.hf.embedding import rows_in_use
+from gistkern.hf.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["save_pretrained", "saved_rows"]
 
 _LOG = logging.getLogger(__name__)
-_KEYS = ("model.gist_embeddings.weight", "gist_embeddings.weight")
+_PREFIXES = ("model.", "", *{f"{family.decoder}." for family in FAMILIES.values()} - {"model."})
+_KEYS = tuple(f"{prefix}gist_embeddings.weight" for prefix in _PREFIXES)
 _EXPECTED = r"(^|\.)gist_embeddings\.(weight|settings)$"
 
 # what transformers offers against a load report that calls the rows UNEXPECTED: patching fetches them afterwards

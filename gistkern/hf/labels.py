@@ -28,11 +28,14 @@ def ignore_gists(handle: GistHandle, arguments: dict[str, Any]) -> None:
     ------
     ValueError
         If there were gist tokens among them and the step has other micro-batches, whose labels are not to be seen here,
-        or TRL's fused head is trained, which leaves the division to a trainer that has counted them too.
+        or TRL's fused head is trained, which leaves the division to a trainer that has counted them too. If the loss
+        would hold the experts' balance over a part of a context.
     """
     given = {name: arguments[name] for name in ("labels", "shift_labels") if torch.is_tensor(arguments.get(name))}
     kept = {name: labels.masked_fill(handle.is_gist(labels), IGNORED) for name, labels in given.items()}
     arguments.update(kept)
+    if given and handle.context_parallel is not None:
+        _refuse_balance(handle, arguments)
     if arguments.get("fused_lm_head") and handle.model.training:
         if any(not torch.equal(labels, kept[name]) for name, labels in given.items()):
             raise ValueError(f"the labels of this step were counted with gist tokens among them, {_ADVICE}")
@@ -55,6 +58,16 @@ def ignore_gists(handle: GistHandle, arguments: dict[str, Any]) -> None:
         f"num_items_in_batch is {int(items)}: the labels of a whole step (micro-batches, processes), counted with gist "
         f"tokens among them, {_ADVICE}"
     )
+
+
+def _refuse_balance(handle: GistHandle, arguments: dict[str, Any]) -> None:
+    """Experts are balanced over a whole context, of which a rank sees its shard."""
+    asked = arguments.get("output_router_logits")
+    if getattr(handle.model.config, "output_router_logits", False) if asked is None else asked:
+        raise ValueError(
+            "the experts' balance loss is not that of the whole context on a model patched with context_parallel: pass "
+            "output_router_logits=False"
+        )
 
 
 def _count(labels: torch.Tensor) -> torch.Tensor:

@@ -169,15 +169,17 @@ REFUSALS = (
         "a language model beside an image or audio encoder",
         "whose rows no token id stands for: patch the language model inside, if its family is supported",
         lambda config: _get(config, "text_config") is not None,
-        ("gemma3", "llama4", "qwen2_vl"),
+        ("gemma3", "got_ocr2", "qwen2_vl"),
     ),
 )
 
 
 def refuse(config: Any) -> None:
-    """Raise TypeError, naming the feature, if a config has one that rules its model out."""
+    """Raise TypeError, naming the feature, if a config, or the language model's in it, has one that rules it out."""
+    inside = _get(config, "text_config")
+    parts = [config] if not hasattr(inside, "model_type") else [config, inside]
     for row in REFUSALS:
-        if row.found(config):
+        if any(row.found(part) for part in parts):
             raise TypeError(
                 f"models of type {config.model_type!r} cannot be patched: this one has {row.feature}, {row.why}"
             )

@@ -65,8 +65,7 @@ def check(model, handle, segment_length, side):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("positions", ["absolute", "gist_first"])
-@pytest.mark.parametrize("segment_length", [None, 7], ids=["one-segment", "segments"])
+@pytest.mark.parametrize(("positions", "segment_length"), [("absolute", None), ("gist_first", 7)])
 def test_full_forward_equals_compressed_decode(family, positions, segment_length):
     model = make_model(family)
     with gistkern.patch_llama(model, num_gist_tokens=3, positions=positions) as handle, torch.no_grad():

@@ -1,8 +1,10 @@
 """Models that can be patched and models that cannot: refused before anything changes, with advice that helps."""
 
+import re
+
 import pytest
 import torch
-from conftest import make_model, random_ids
+from conftest import ALL_FAMILIES, make_model, random_ids
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -11,9 +13,13 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import gistkern
 from gistkern.cache.rotation import check_rotation
+from gistkern.cache.versions import CACHE
+from gistkern.hf.families import FAMILIES
+from gistkern.hf.refusals import REFUSALS, refuse
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,55 @@ def test_rotations_by_layer_type_are_all_read():
         check_rotation(Config)
 
 
+@torch.no_grad()
+def test_a_rotation_called_dynamic_that_is_fixed():
+    """HunYuan's alpha; the same words mean nothing to a Llama, which turns by the length."""
+    alpha = {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}}
+    model, context, question = make_model("hunyuan_v1_dense", **alpha), random_ids(1, 30), random_ids(1, 5, 2)
+    with gistkern.patch(model, num_gist_tokens=2):
+        cache = gistkern.compress(model, context)
+        expected = model(question, **{CACHE: cache.clone()}).logits
+    found = model(question, **{CACHE: gistkern.plain_prefix(cache, model.config)}).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="'dynamic' turns keys by the length"):
+        gistkern.patch(make_model(**alpha))
+
+
 def test_a_wrapped_model_is_named(model):
     with pytest.raises(TypeError, match=r"got OptimizedModule: patch the model itself, then wrap it"):
         gistkern.patch_llama(torch.compile(model, backend="eager"))
     assert isinstance(model, LlamaForCausalLM)
+
+
+def test_every_row_is_held_by_the_acceptance_tests():
+    assert set(FAMILIES) == set(ALL_FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_is_refused(family):
+    if family not in CONFIG_MAPPING:
+        assert FAMILIES[family].since, "the row says that transformers 5.6 has it"
+        pytest.skip(f"this transformers has no {family}")
+    refuse(CONFIG_MAPPING[family]())
+
+
+@pytest.mark.parametrize(("row", "kind"), [(row, kind) for row in REFUSALS for kind in row.model_types])
+def test_others_are_told_what_stands_in_the_way(row, kind):
+    """By their config's features: those of the row, and of none before it."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    with pytest.raises(
+        TypeError, match=rf"models of type '{kind}' cannot be patched: .*{re.escape(row.feature)}, {row.why}"
+    ):
+        refuse(CONFIG_MAPPING[kind]())
+
+
+def test_a_feature_is_found_in_a_family_that_nobody_knows(model):
+    """Code of one's own (trust_remote_code) is told the reason too, and nothing is touched."""
+    model.config.model_type = "mine"
+    with pytest.raises(TypeError, match=r"'mine' are not supported: expected one of .*llama.*docs/families.md"):
+        gistkern.patch_llama(model)
+    model.config.attn_logit_softcapping = 30.0
+    with pytest.raises(TypeError, match="soft-capped attention scores, which the attention kernels do not compute"):
+        gistkern.patch_llama(model)
+    assert not hasattr(model.model, "gist_embeddings")
