@@ -14,6 +14,7 @@ GRANITE = {
 }
 MIXED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 EXPERTS, LOCAL = {**MIXED, "num_experts": 4}, {**MIXED, "num_local_experts": 4}
+SLIDES = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 ROUTED = {**MIXED, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 16}
 
 # what a family's tiny config has beside the sizes below
@@ -22,6 +23,7 @@ ALL_FAMILIES = {
     "arcee": {},
     "bitnet": {},
     "cohere": {"use_qk_norm": True},
+    "cohere2": SLIDES,
     "dots1": {**ROUTED, "first_k_dense_replace": 1},
     "ernie4_5": {"head_dim": 16},
     "ernie4_5_moe": {
@@ -32,10 +34,12 @@ ALL_FAMILIES = {
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
     "flex_olmo": EXPERTS,
     "gemma": {"head_dim": 16},
+    "gemma3_text": {**SLIDES, "head_dim": 16},
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "glm4_moe": {**ROUTED, "first_k_dense_replace": 1},
     "gpt_neox": {"num_key_value_heads": None},
+    "gpt_oss": {**SLIDES, **LOCAL, "head_dim": 16},
     "granite": GRANITE,
     "granitemoe": {**GRANITE, **LOCAL},
     "granitemoeshared": {**GRANITE, **LOCAL, "shared_intermediate_size": 32},
@@ -55,12 +59,14 @@ ALL_FAMILIES = {
     "jais2": {},
     "llama": {},
     "minimax_m2": {**LOCAL, "head_dim": 16, "rotary_dim": 8},
+    "ministral": {**SLIDES, "head_dim": 16},
     "ministral3": {"head_dim": 16},
     "mistral": {"sliding_window": None},
     "mixtral": LOCAL,
     "nanochat": {},
     "olmo": {"clip_qkv": 2.0},
     "olmo2": {},
+    "olmo3": SLIDES,
     "olmoe": EXPERTS,
     "persimmon": {"num_key_value_heads": 4},
     "phi": {},

@@ -62,7 +62,8 @@ def test_every_family(family):
     """Whatever part of a key a family turns, whichever way, in whichever layers."""
     unscaled = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 4096}  # refused otherwise
     rotation = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **unscaled}}
-    gist, plain = models(family, rotation if family == "ministral3" else {}, positions="gist_first")
+    everywhere = {"layer_types": ["full_attention"] * 3} if "layer_types" in FAMILIES[family] else {}
+    gist, plain = models(family, rotation if family == "ministral3" else everywhere, positions="gist_first")
     cache, question = compress(gist, random_ids(1, LENGTH)), random_ids(1, 7, seed=2)
     found = plain(question, past_key_values=plain_prefix(cache, plain.config)).logits
     torch.testing.assert_close(found, gist(question, past_key_values=cache).logits, rtol=1e-4, atol=1e-4)
