@@ -1,12 +1,11 @@
-"""``python -m gistkern.doctor [--json]``: versions, devices, and what each backend can do here."""
+"""Versions, devices, what each backend can do here, and the verdict on them. ``gistkern doctor`` prints it."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from gistkern.backends import native
 from gistkern.kernels.chips import chip_for
 from gistkern.kernels.tuned import ENVIRONMENT
 
-__all__ = ["main", "report"]
+__all__ = ["report"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "bitsandbytes", "accelerate", "flash-attn")
 
@@ -34,7 +33,7 @@ _TESTED = {
 
 def report() -> dict[str, Any]:
     """The environment as plain data (what ``--json`` prints)."""
-    return {
+    facts: dict[str, Any] = {
         "gistkern": gistkern.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -45,6 +44,7 @@ def report() -> dict[str, Any]:
         "tuned_configs": os.environ.get(ENVIRONMENT),
         "backends": [_backend(row, device) for device in _device_names() for row in backends.BACKENDS],
     }
+    return facts | {"verdict": _verdict(facts)}
 
 
 def _extension() -> dict[str, Any]:
@@ -101,43 +101,52 @@ def _backend(row: backends.Backend, device: str) -> dict[str, Any]:
     return {"name": row.name, "device": device, "usable": reason is None, "reason": reason, "what": row.what}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m gistkern.doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
-    facts = report()
-    if parser.parse_args(arguments).json:
-        print(json.dumps(facts, indent=2))
-        return
-    print(f"gistkern {facts['gistkern']}, Python {facts['python']}, {facts['platform']}")
-    for name, version in facts["packages"].items():
-        print(f"  {name:14} {version or 'not installed'}{_verdict(facts['tested'].get(name))}")
-    print("devices")
-    for device in facts["devices"]:
-        print("  " + ", ".join(f"{key} {value}" for key, value in device.items()))
-    extension = facts["extension"]
-    if extension["loaded"]:
-        compiled = extension["cuda_archs"]
-        print(
-            f"extension {extension['file']}: CPU kernels for {extension['instruction_set']}, "
-            + (f"CUDA kernels for {compiled}" if compiled else "no CUDA kernels (built without nvcc)")
-        )
-    else:
-        print(f"extension not loaded: {extension['reason']}")
-    print(f"tile configs {facts['tuned_configs'] or f'as shipped ({ENVIRONMENT} names no file)'}")
-    print("backends (float32)")
-    for row in facts["backends"]:
-        verdict = "usable" if row["usable"] else f"not usable: {row['reason']}"
-        print(f"  {row['name']:10} on {row['device']:5} {verdict} ({row['what']})")
+def _verdict(facts: dict[str, Any]) -> dict[str, Any]:
+    """What serves calls, what is broken, what is missing and how it is installed, which versions nobody tried."""
+    gpu = "cuda" in _device_names()
+    serving = {device: _serving(facts["backends"], device) for device in ("cpu", "cuda")}
+    older, untested = [], []
+    for name, tested in facts["tested"].items():
+        if tested["within"] is False:
+            found = f"{name} {facts['packages'][name]} (tested: {tested['oldest']} to {tested['newest']})"
+            (older if Version(facts["packages"][name]) < Version(tested["oldest"]) else untested).append(found)
+    broken = [f"{found}: gistkern needs a newer one" for found in older]
+    if native.is_broken():
+        broken.append(f"the compiled extension: gistkern {native.missing()}")
+    if gpu and not serving["cuda"]:
+        broken.append("no backend serves calls on this GPU; the reasons stand above")
+    return {
+        "usable": not broken,
+        "cpu": serving["cpu"],
+        "gpu": serving["cuda"] if gpu else None,
+        "broken": broken,
+        "missing": _missing(facts, gpu),
+        "untested": untested,
+    }
 
 
-def _verdict(tested: dict[str, Any] | None) -> str:
-    """What stands behind a version in the printed report."""
-    if tested is None or tested["within"] is None:
-        return ""
-    versions = f"{tested['oldest']} to {tested['newest']}"
-    return f" (tested: {versions})" if tested["within"] else f" (NOT TESTED; the versions from {versions} are)"
+def _serving(rows: list[dict[str, Any]], device: str) -> list[str]:
+    """The backends that ``backend="auto"`` may pick, the first choice first."""
+    automatic = {row.name for row in backends.BACKENDS if row.automatic}
+    return [row["name"] for row in rows if row["device"] == device and row["usable"] and row["name"] in automatic]
 
 
-if __name__ == "__main__":
-    main()
+def _missing(facts: dict[str, Any], gpu: bool) -> list[dict[str, str]]:
+    """What is not there, what it is for, and the command that installs it."""
+    found = []
+
+    def lacks(what: str, install: str) -> None:
+        found.append({"what": what, "install": install})
+
+    if native.missing() and not native.is_broken():
+        lacks(f"fast CPU kernels: gistkern {native.missing()}", "pip install --no-build-isolation gistkern")
+    elif gpu and torch.version.hip is None and native.missing_cuda():
+        lacks("CUDA kernels for decoding: the extension was built without nvcc", "see docs/extension.md")
+    if gpu and facts["packages"]["triton"] is None:
+        lacks("Triton, which serves GPUs", "pip install 'gistkern[triton]'")
+    if not gpu and Path("/dev/nvidia0").exists():
+        lacks(f"an NVIDIA GPU is here, torch {torch.__version__} does not see it", "install a CUDA build of torch")
+    extras = [name for name in ("peft", "accelerate", "bitsandbytes") if facts["packages"][name] is None]
+    if extras:
+        lacks(f"for training, LoRA and 4-bit weights: {', '.join(extras)}", "pip install 'gistkern[train]'")
+    return found

@@ -1,3 +1,4 @@
+import contextlib
 import ctypes.util
 import json
 import os
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 
 from gistkern import backends, doctor
 from gistkern.backends import native
+from gistkern.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,15 +50,23 @@ def test_the_tested_versions_are_those_that_make_compat_runs():
 def test_versions_outside_the_tested_range_are_named(installed, said, capsys, monkeypatch):
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: installed if name == "transformers" else version(name))
-    doctor.main([])
-    assert f"  transformers   {said}" in capsys.readouterr().out
+    older = installed == "5.5.4"
+    with pytest.raises(SystemExit, match="1") if older else contextlib.nullcontext():
+        main(["doctor"])
+    printed = capsys.readouterr().out
+    assert f"  transformers   {said}" in printed
+    assert ("  versions    not tested: transformers 5.25.0.dev0" in printed) == (installed == "5.25.0.dev0")
+    assert ("verdict: BROKEN" in printed) == older
+    assert (
+        "  broken      transformers 5.5.4 (tested: 5.6.0 to 5.24.0): gistkern needs a newer one" in printed
+    ) == older
     within = {"5.24.9": True, None: None}.get(installed, False)
     assert doctor.report()["tested"]["transformers"]["within"] is within
 
 
 def test_json_report_is_complete():
     done = subprocess.run(
-        [sys.executable, "-m", "gistkern.doctor", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "gistkern", "doctor", "--json"], capture_output=True, text=True, check=True
     )
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"].startswith("2.")
@@ -74,7 +84,7 @@ def test_json_report_is_complete():
 def test_text_report_names_every_backend_and_reason(capsys, monkeypatch):
     broken = backends.Backend("broken", "none", True, "a test", lambda: "needs a moon", lambda q: None)
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, broken))
-    doctor.main([])
+    main(["doctor"])
     printed = capsys.readouterr().out
     assert "sdpa       on cpu   usable" in printed
     assert "broken     on cpu   not usable: needs a moon" in printed
@@ -92,10 +102,14 @@ def test_the_report_says_why_there_is_no_extension(tmp_path):
     if foreign:
         libraries[str(foreign)] = "which does not work here"
     for library, message in libraries.items():
-        code = "import torch; from gistkern import doctor; doctor.main(['--json'])"
         environment = os.environ | {native.LIBRARY: library}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        command = [sys.executable, "-m", "gistkern", "doctor", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         facts = json.loads(done.stdout)
+        there = Path(library).exists()  # a library that is not there is missing, one that does not load is broken
+        assert done.returncode == there == (not facts["verdict"]["usable"])
+        assert any(message in line for line in facts["verdict"]["broken"]) == there
+        assert any("pip install" in one["install"] for one in facts["verdict"]["missing"]) == (not there)
         assert message in facts["extension"]["reason"]
         usable = {row["name"]: row for row in facts["backends"]}
         assert message in usable["cpu"]["reason"]
@@ -121,3 +135,56 @@ def test_an_instruction_set_that_is_not_there_is_an_error():
     code = "from gistkern.backends import native; print(native.missing())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert native.missing() or "GISTKERN_CPU_ISA must be avx512, avx2 or baseline" in done.stdout
+
+
+def facts_with(monkeypatch, gpu=False, **without):
+    """The report of a machine that has a GPU, or lacks a package."""
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in without else version(name))
+    monkeypatch.setattr(doctor, "_device_names", lambda: ["cpu", "cuda"] if gpu else ["cpu"])
+    monkeypatch.setattr(doctor, "_backend", lambda row, device: usable(row, device, without))
+    return doctor.report()
+
+
+def usable(row, device, without):
+    serves = row.name in ({"cpu": ("cpu", "sdpa"), "cuda": ("triton", "cuda")}[device])
+    serves = serves and row.name not in without
+    return {"name": row.name, "device": device, "usable": serves, "reason": None if serves else "?", "what": ""}
+
+
+def test_the_verdict_names_what_serves_and_what_is_missing(monkeypatch):
+    verdict = facts_with(monkeypatch)["verdict"]
+    assert verdict["usable"]
+    assert (verdict["cpu"], verdict["gpu"]) == (["cpu", "sdpa"], None)
+    verdict = facts_with(monkeypatch, gpu=True)["verdict"]
+    assert verdict["usable"]
+    assert verdict["gpu"] == ["cuda", "triton"]
+    verdict = facts_with(monkeypatch, gpu=True, triton=True, cuda=True, peft=True)["verdict"]
+    assert verdict["broken"] == ["no backend serves calls on this GPU; the reasons stand above"]
+    installs = [one["install"] for one in verdict["missing"]]
+    assert installs[-2:] == ["pip install 'gistkern[triton]'", "pip install 'gistkern[train]'"]
+
+
+def test_an_older_torch_misses_the_extension_and_is_not_broken(monkeypatch):
+    monkeypatch.setattr(native, "_MISSING", "needs torch >= 2.10 (libtorch's stable ABI), this is 2.9.1")
+    verdict = doctor.report()["verdict"]
+    assert verdict["usable"]
+    assert "needs torch >= 2.10" in verdict["missing"][0]["what"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_loads_nothing_heavy(command):
+    """What takes seconds to import is imported by what needs it: a second's answer to --help depends on that."""
+    code = f"""
+import sys
+from gistkern.cli.main import COMMANDS, main
+try:
+    main([{command!r}, "--help"] if {command!r} else ["--help"])
+except SystemExit as done:
+    assert done.code == 0
+print(sorted({{"torch", "transformers", "numpy", "triton", "peft", "yaml"}} & sys.modules.keys()), len(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, count = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "[]"
+    assert int(count) < 400

@@ -18,6 +18,7 @@ __all__ = [
     "cuda_archs",
     "decode_rows",
     "instruction_set",
+    "is_broken",
     "library_path",
     "missing",
     "missing_cuda",
@@ -86,6 +87,11 @@ _CUDA_ARCHS = "" if _MISSING else torch.ops.gistkern_native.cuda_archs()
 def missing() -> str | None:
     """Why there is no extension here, or None."""
     return _MISSING
+
+
+def is_broken() -> bool:
+    """Whether a library is there and cannot be used, although this torch is recent enough for it."""
+    return _MISSING is not None and library_path().is_file() and not _MISSING.startswith("needs torch")
 
 
 def missing_cuda() -> str | None:

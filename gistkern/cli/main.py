@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 
 # name -> (module with `add_arguments(parser)` and `run(given)`, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("gistkern.cli.doctor", "what works on this machine, and what a model needs"),
     "compress": ("gistkern.cli.compress", "compress documents into a store of gist rows"),
     "ask": ("gistkern.cli.ask", "ask about a compressed document"),
 }

@@ -28,12 +28,15 @@ class Trained(NamedTuple):
 
 
 class Precision:
-    """Bytes of an element by where it is, for base weights of one kind, with or without bf16 autocast."""
+    """Bytes of an element by where it is, for base weights of one kind, with or without bf16 autocast.
 
-    def __init__(self, weights: str, autocast: bool) -> None:
+    `prepared` says whether `prepare_model_for_kbit_training` made fp32 of what 4-bit loading leaves in bf16.
+    """
+
+    def __init__(self, weights: str, autocast: bool, prepared: bool = True) -> None:
         self.weights, self.autocast = weights, autocast
         # parameters that are not quantized, and hidden states between layers; what a linear multiplies; what it returns
-        self.base = 2 if weights == "bfloat16" else 4
+        self.base = 2 if weights == "bfloat16" or (weights == "nf4" and not prepared) else 4
         self.product = 2 if autocast or weights == "bfloat16" else 4
         self.linear = self.base if weights == "nf4" else self.product  # the 4-bit one returns the dtype it was given
 

@@ -31,7 +31,8 @@ class TrainingSetup:
     logit_rows: int | None = None  # rows of a sample whose logits are computed; all of them by default
     num_gist_tokens: int = 10
     compact_rows: int = 11  # of a sample: all its gist tokens and sinks
-    weights: str = "nf4"  # 4 bits for the layers' linears, fp32 for the rest (prepare_model_for_kbit_training)
+    weights: str = "nf4"  # 4 bits for the layers' linears
+    prepared: bool = True  # fp32 for what is not in 4 bits (prepare_model_for_kbit_training), else bf16
     double_quant: bool = True  # whether NF4's scales are quantized too
     autocast: bool = True  # TrainingArguments(bf16=True)
     lora: Any = None  # a peft.LoraConfig; without one, all parameters are trained
@@ -108,7 +109,7 @@ def estimate(parts: Parts, setup: TrainingSetup) -> MemoryEstimate:
     The layer is taken for Llama's: gate, activation and factor in the MLP, RMSNorm twice. Not in it: the driver's own
     memory, fragments, and the temporaries of optimizers that are not fused.
     """
-    precision = Precision(setup.weights, setup.autocast)
+    precision = Precision(setup.weights, setup.autocast, setup.prepared)
     gists = setup.num_gist_tokens
     trained = trained_tensors(parts, precision, setup.lora, gists)
     rows, compact_rows = setup.batch_size * setup.tokens, setup.batch_size * setup.compact_rows
