@@ -9,69 +9,20 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from gistkern.cache.fixed_layer import FixedLayer, Piece, fixed_address
+from gistkern.cache.fixed_call import FixedCall
+from gistkern.cache.fixed_layer import FixedLayer, fixed_address
 from gistkern.cache.plan import CacheState
 from gistkern.cache.reader import Reader
 from gistkern.cache.running import UNPATCHED
 from gistkern.cache.signed import Signed
 from gistkern.cache.tokens_read import UNKNOWN, RowsRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
-from gistkern.kernels.schedule import DECODE_ROWS
+from gistkern.cache.windows import Windows
 
-__all__ = ["FixedCall", "FixedGistCache"]
+__all__ = ["FixedGistCache"]
 
 # what there is of each sample, beside the rows
 _SAMPLES = ("gist_begin", "gist_end", "tail_position", "seen", "length", "ids")
-
-
-class FixedCall:
-    """A model call: where its rows go, and what they see."""
-
-    def __init__(
-        self, cache: FixedGistCache, ids: torch.Tensor | None, valid: torch.Tensor | None, rows: int, backend: str
-    ) -> None:
-        """Of `rows` tokens per sample; `valid` (bool ``[B, N]``) is false on padding, in front of the others."""
-        before, room, device = cache.length, cache.room, cache.length.device
-        self.cache, self.ids, self.rows, self.backend = cache, ids, rows, backend
-        if valid is None:
-            place = torch.arange(rows, device=device).expand(len(before), -1)
-            after = before + rows
-        else:
-            place = valid.long().cumsum(1) - 1
-            after = before + valid.sum(1, dtype=torch.int32)
-        torch._assert_async((after <= room).all(), "the cache of fixed size has no room for this call's rows")
-        # row `room` is nobody's: whatever is counted, nothing is written behind it
-        target = (before[:, None] + place).clamp(max=room)
-        self.position_ids = cache.tail_position[:, None] + target
-        if valid is not None:
-            self.position_ids = self.position_ids.masked_fill(~valid, 0)
-            target = target.masked_fill(~valid, room)
-        self.target, self.after, self.padded = target, after.clamp(max=room), valid is not None
-        self.pieces = [
-            self._piece(valid, begin, min(begin + DECODE_ROWS, rows)) for begin in range(0, rows, DECODE_ROWS)
-        ]
-
-    def _piece(self, valid: torch.Tensor | None, begin: int, end: int) -> Piece:
-        cache, length = self.cache, self.after
-        if end < self.rows:
-            length = (length - (self.rows - end)).clamp(min=0)
-        if valid is None:
-            return Piece(begin, end, cache.gist_begin, cache.gist_end, length, None)
-        shown = valid[:, begin:end]
-        # padding sees nothing
-        gist_begin = cache.gist_begin[:, None].expand_as(shown)
-        gist_end = torch.where(shown, cache.gist_end[:, None], gist_begin)
-        local_begin = torch.where(shown, 0, cache.room + 1).int()
-        return Piece(begin, end, gist_begin, gist_end, length, local_begin)
-
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
-    ) -> torch.Tensor:
-        """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
-        if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
-            q, k = q.to(v.dtype), k.to(v.dtype)
-        cache = self.cache
-        return cache.layers[layer].attend(q, k, v, self.target, self.pieces, cache.capacity, scale, self.backend)
 
 
 class FixedGistCache(Signed, Cache):
@@ -162,9 +113,11 @@ class FixedGistCache(Signed, Cache):
 
     # ---- one model call: begin, attend layer by layer, commit
 
-    def begin(self, ids: torch.Tensor | None, valid: torch.Tensor | None, rows: int, backend: str) -> FixedCall:
+    def begin(
+        self, ids: torch.Tensor | None, valid: torch.Tensor | None, rows: int, windows: Windows, backend: str
+    ) -> FixedCall:
         """The model call that follows, of `rows` tokens. Nothing waits for the device."""
-        self._call = FixedCall(self, ids, valid, rows, backend)
+        self._call = FixedCall(self, ids, valid, rows, windows, backend)
         return self._call
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -183,7 +136,8 @@ class FixedGistCache(Signed, Cache):
         self.length.copy_(call.after)
         self.fed.add_(call.rows)
         # a compiled call must not depend on what the host has counted
-        counted = None if torch.compiler.is_compiling() or call.padded else self._used
+        unknown = torch.compiler.is_compiling() or call.valid is not None
+        counted = None if unknown else self._used
         self._used = None if counted is None else counted + call.rows
         self._call = None
 

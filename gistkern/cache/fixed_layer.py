@@ -9,6 +9,7 @@ import torch
 
 from gistkern.cache.layer import GistLayer
 from gistkern.kernels.schedule import DECODE_ROWS
+from gistkern.ops.attention import AttentionOptions
 from gistkern.ops.decode import gist_decode
 from gistkern.rows import KeyValueRows, dequantize_rows, gather_rows
 
@@ -90,8 +91,7 @@ class FixedLayer:
         target: torch.Tensor,
         pieces: list[Piece],
         capacity: int,
-        scale: float | None,
-        backend: str,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Write a call's rows ``[B, Hkv, N, D]`` to `target` (int64 ``[B, N]``) and attend to what `pieces` see."""
         if not k.dtype == q.dtype == self.tail.key.dtype or k.device != self.tail.key.device:
@@ -112,8 +112,7 @@ class FixedLayer:
                 tail_length=piece.tail_length,
                 local_begin=piece.local_begin,
                 gist_capacity=capacity,
-                scale=scale,
-                backend=backend,
+                **options._asdict(),
             )[0]
             for piece in pieces
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Windows", "layer_windows"]
+__all__ = ["Windows", "check_window", "layer_windows"]
 
 # of each layer, how many of the last rows it sees; None for a layer with full attention
 Windows = tuple[int | None, ...]
@@ -34,3 +34,12 @@ def layer_windows(config: Any) -> Windows:
     if "sliding_attention" in kinds and (type(window) is not int or window < 1):
         raise ValueError(f"the model has sliding layers, but sliding_window={window!r}, which must be at least 1")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def check_window(layer: int, patched: int | None, window: int | None) -> None:
+    """Raise RuntimeError if a layer attends with another window than it was patched with."""
+    if window != patched:
+        raise RuntimeError(
+            f"layer {layer} was patched with sliding_window={patched} and now attends with {window}: change the config "
+            "before the model is made, and patch it then"
+        )

@@ -14,7 +14,7 @@ from gistkern.cache.cache import GistCache
 from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.cache.versions import CACHE, named
-from gistkern.cache.windows import Windows
+from gistkern.cache.windows import Windows, check_window
 from gistkern.distributed.collectives import check_same, whole_loss
 from gistkern.hf.caching import Carried, cache_of, check_history
 from gistkern.hf.context_parallel import (
@@ -62,11 +62,7 @@ class GistCall:
         learned_sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
-        if window != self.windows[layer]:
-            raise RuntimeError(
-                f"layer {layer} was patched with sliding_window={self.windows[layer]} and now attends with "
-                f"{window}: change the config before the model is made, and patch it then"
-            )
+        check_window(layer, self.windows[layer], window)
         if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
         layout, options = self._layout_of(q.device, window), AttentionOptions(scale, self.backend, learned_sinks)

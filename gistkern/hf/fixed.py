@@ -45,7 +45,7 @@ def fixed_call(
         handle.check_settings()
         _check_reader(cache, handle)
         valid = _check_values(cache, mask, is_gist)
-    call = cache.begin(ids, valid, rows, handle.backend)
+    call = cache.begin(ids, valid, rows, handle.windows, handle.backend)
     return arguments | {
         "inputs_embeds": embeds,
         "position_ids": call.position_ids,

@@ -173,7 +173,7 @@ def test_a_gist_cache_needs_a_patched_model(patched):
     model, handle = patched
     cache = gistkern.compress(model, random_ids(1, 12))
     handle.unpatch()
-    with pytest.raises(RuntimeError, match=r"call gistkern.patch_llama\(model\) first"):
+    with pytest.raises(RuntimeError, match=r"call gistkern.patch\(model\) first"):
         model(random_ids(1, 4), past_key_values=cache)
 
 
