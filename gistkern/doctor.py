@@ -105,7 +105,8 @@ def _verdict(facts: dict[str, Any]) -> dict[str, Any]:
     """What serves calls, what is broken, what is missing and how it is installed, which versions nobody tried."""
     gpu = "cuda" in _device_names()
     serving = {device: _serving(facts["backends"], device) for device in ("cpu", "cuda")}
-    older, untested = [], []
+    older: list[str] = []
+    untested: list[str] = []
     for name, tested in facts["tested"].items():
         if tested["within"] is False:
             found = f"{name} {facts['packages'][name]} (tested: {tested['oldest']} to {tested['newest']})"
