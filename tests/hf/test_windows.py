@@ -3,56 +3,36 @@
 import copy
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-import transformers
 from conftest import random_ids
 from test_acceptance import check
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import gistkern
 from gistkern import GistLayout
 from gistkern.cache.windows import layer_windows
+from gistkern.hf.families import FAMILIES
 
 SOME = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-FAMILIES = {
-    "cohere2": SOME,
-    "gemma3_text": SOME,
-    "gpt_oss": {**SOME, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "ministral": SOME,
-    "mistral": {},
-    "olmo3": SOME,
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, **SOME},
+QWEN = {"use_sliding_window": True}
+# of every family whose layers may slide, how some do (else all)
+WINDOWS = {
+    **{"cohere2": SOME, "dots1": SOME, "exaone4": SOME, "gemma3_text": SOME, "gpt_oss": SOME, "ministral": SOME},
+    **{"ministral3": {}, "mistral": {}, "mixtral": {}, "olmo3": SOME, "phi3": {}, "qwen2": {**QWEN, **SOME}},
+    **{"qwen3": {**QWEN, **SOME}, "qwen3_moe": QWEN, "smollm3": {**QWEN, **SOME}, "starcoder2": {}},
 }
 CLOSE = {"rtol": 0, "atol": 1e-12}
 
 
-def make_model(family, window=4, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = getattr(transformers, CONFIG_MAPPING_NAMES[family])(
-        **{
-            "vocab_size": 100,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.2,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": 0,
-            "experts_implementation": "eager",  # transformers' default multiplies no doubles
-            "sliding_window": window,
-            **FAMILIES[family],
-            **changes,
-        }
+def make_model(family, window=4, **changes):
+    return conftest.make_model(
+        family, **{"sliding_window": window, "initializer_range": 0.2, **WINDOWS[family], **changes}
     )
-    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])(config)
-    return model.double().eval()
+
+
+def test_every_family_with_windows_is_here():
+    assert {name for name, row in FAMILIES.items() if row.attention != "full"} == set(WINDOWS)
 
 
 def padded(mask):
@@ -60,7 +40,7 @@ def padded(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WINDOWS)
 @pytest.mark.parametrize("window", [1, 4, 1000])
 @torch.no_grad()
 def test_without_gist_tokens_a_model_computes_what_it_did(family, window):
@@ -90,7 +70,7 @@ def test_without_gist_tokens_a_model_computes_what_it_did(family, window):
 
 def test_the_window_is_seen_in_these_models():
     """What the tests above hold equal differs from full attention."""
-    for family in FAMILIES:
+    for family in WINDOWS:
         narrow, wide = (make_model(family, window) for window in (4, 1000))
         with torch.no_grad():
             assert (narrow(random_ids(1, 19)).logits - wide(random_ids(1, 19)).logits).abs().max() > 1e-3, family
@@ -106,7 +86,7 @@ def seen_by_layers(layout, window):
     return {"full_attention": full[:, None], "sliding_attention": sliding[:, None]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WINDOWS)
 @pytest.mark.parametrize("window", [1, 2, 5, 11])
 @torch.no_grad()
 def test_gist_masked_layers_see_what_an_unpatched_model_is_shown(family, window):
@@ -126,7 +106,7 @@ def test_gist_masked_layers_see_what_an_unpatched_model_is_shown(family, window)
     torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WINDOWS)
 @pytest.mark.parametrize("positions", ["absolute", "gist_first"])
 @torch.no_grad()
 def test_full_forward_equals_compressed_decode(family, positions):
@@ -272,7 +252,7 @@ def test_one_layout_for_each_window_of_a_call(monkeypatch):
 @pytest.mark.slow  # tracing takes a quarter of a minute
 @torch.no_grad()
 def test_a_compiled_model_computes_the_same():
-    model = make_model("qwen2", 4, num_hidden_layers=2)
+    model = make_model("qwen2", 4, num_hidden_layers=2, layer_types=SOME["layer_types"][:2])
     gistkern.patch_llama(model, num_gist_tokens=2)
     cache = gistkern.compress(model, random_ids(1, 9))
     ids = random_ids(1, 7)
@@ -284,9 +264,9 @@ def test_a_compiled_model_computes_the_same():
 def test_a_layer_that_does_not_say_its_window_is_an_error():
     """As families whose window is in their mask alone would, if their row said otherwise."""
     model = make_model("qwen2")
-    model.model.layers[1].self_attn.sliding_window = None
+    model.model.layers[2].self_attn.sliding_window = None
     gistkern.patch_llama(model)
-    with pytest.raises(RuntimeError, match="layer 1 was patched with sliding_window=4 and now attends with None"):
+    with pytest.raises(RuntimeError, match="layer 2 was patched with sliding_window=4 and now attends with None"):
         model(random_ids(1, 9))
 
 
