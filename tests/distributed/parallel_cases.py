@@ -1,7 +1,7 @@
 """Layouts, inputs and models of the tests of context parallelism, the same in every process."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gistkern import GistLayout, patch_llama
 from gistkern.testing import make_inputs
@@ -37,6 +37,11 @@ def _long_segment():
     return GistLayout.from_segments([10, 60, 10], 4, tail=40)
 
 
+def _windowed():
+    """Of layers with a sliding window, shorter than most segments."""
+    return _ragged().windowed(9)
+
+
 LAYOUTS = {
     "segments": _segments,
     "hierarchical": _hierarchical,
@@ -45,6 +50,7 @@ LAYOUTS = {
     "packed": _packed,
     "ragged": _ragged,
     "long segment": _long_segment,
+    "windowed": _windowed,
 }
 
 
@@ -56,21 +62,38 @@ def op_inputs(layout):
     return make_inputs(layout, heads=4, kv_heads=2, head_dim=16, dtype=torch.float64)
 
 
-def model_of(context_parallel=None):
-    """A tiny Llama in fp64; its vocabulary is 50 words."""
+# a plain model, and one whose layers have a sliding window or not, and learned sinks
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "gpt_oss": (
+        *(GptOssConfig, GptOssForCausalLM),
+        {
+            **{"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+            **{"experts_implementation": "eager", "layer_types": ["sliding_attention", "full_attention"] * 2},
+            **{"num_hidden_layers": 4, "eos_token_id": None},
+        },
+    ),
+}
+
+
+def model_of(context_parallel=None, kind="llama"):
+    """A tiny model in fp64; its vocabulary is 50 words."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
+    config_class, model_class, extra = MODELS[kind]
+    config = config_class(
+        **{
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            **extra,
+        }
     )
-    return patch_llama(
-        LlamaForCausalLM(config).double(), num_gist_tokens=3, positions="gist_first", context_parallel=context_parallel
-    )
+    model = model_class(config).double()
+    return patch_llama(model, num_gist_tokens=3, positions="gist_first", context_parallel=context_parallel)
 
 
 def contexts(handle, seed, padded=False):

@@ -9,6 +9,7 @@ from launching import launch
 from parallel_cases import (
     KEPT,
     LAYOUTS,
+    MODELS,
     TAILS,
     contexts,
     last_labels,
@@ -84,10 +85,11 @@ def test_a_model_equals_one_process(ranks, padded):
     torch.testing.assert_close(torch.cat(shards, 1), logits, **CLOSE)
 
 
-def test_activation_checkpointing(ranks):
-    handle = model_of()
+@pytest.mark.parametrize("kind", MODELS)
+def test_activation_checkpointing(ranks, kind):
+    handle = model_of(kind=kind)
     loss, gradients, _ = losses_and_gradients(handle, [contexts(handle, 0, padded=True)])
-    for found in ranks("checkpointed"):
+    for found in ranks(f"checkpointed-{kind}"):
         torch.testing.assert_close(found["loss"], loss, **LOSS)
         assert_gradients(found, gradients)
 

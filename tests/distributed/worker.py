@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_cases import KEPT, LAYOUTS, TAILS, contexts, last_labels, layout_of, model_of, op_inputs
+from parallel_cases import KEPT, LAYOUTS, MODELS, TAILS, contexts, last_labels, layout_of, model_of, op_inputs
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,9 +49,9 @@ def model_case(group, padded):
     return {"loss": output.loss.detach(), "logits": output.logits.detach()} | averaged(handle.model, group)
 
 
-def checkpointed_case(group):
+def checkpointed_case(group, kind):
     """The same with activations computed again in the backward, exchanges included."""
-    handle = model_of(group)
+    handle = model_of(group, kind)
     handle.model.train()
     handle.model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, mask, labels = contexts(handle, 0, padded=True)
@@ -159,7 +159,8 @@ def every_case(folder, group):
     for padded in (False, True):
         save(folder, f"model-{padded}", model_case(group, padded), group)
     save(folder, "tail", tail_case(group), group)
-    save(folder, "checkpointed", checkpointed_case(group), group)
+    for kind in MODELS:
+        save(folder, f"checkpointed-{kind}", checkpointed_case(group, kind), group)
     save(folder, "autocast", autocast_case(group), group)
     (folder / f"refusals-{dist.get_rank(group)}.json").write_text(json.dumps(refusals(group)))
     tensors = {f"{name}/{key}": value for name in LAYOUTS for key, value in op_case(name, group).items()}
