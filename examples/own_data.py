@@ -23,7 +23,7 @@ FIELDS = dict.fromkeys(("answer", "context", "question"), str)
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of a Llama, Mistral, Qwen2 or Qwen3")
+    parser.add_argument("--model", required=True, help="folder or hub name of a model (docs/families.md)")
     parser.add_argument("--data", type=input_file, required=True, help="JSON lines")
     parser.add_argument("--output", type=output_folder, required=True, help="folder for checkpoints and the model")
     parser.add_argument("--gists", type=at_least(1), default=10, help="gist tokens per context, or per segment")

@@ -22,6 +22,10 @@ __all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "wei
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
 _SHAPING = ("model_type", "hidden_act", "rms_norm_eps", "rope_parameters")  # of a config, beside the shapes of weights
+_ALSO = (  # of some families; a config without them has the digest that it always had, as files on disks do
+    *("attention_multiplier", "clip_qkv", "embedding_multiplier", "layer_norm_eps", "no_rope_layers", "norm_epsilon"),
+    *("num_experts_per_tok", "query_pre_attn_scalar", "residual_multiplier", "routed_scaling_factor"),
+)
 # fingerprints that a model was found to have, and of which of its weights that is true
 _verified: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
 
@@ -53,6 +57,7 @@ def fingerprint(inner: nn.Module) -> str:
     Equal weights are another model where the config rotates or normalizes otherwise (a YaRN factor switched on, say).
     """
     config: dict[str, object] = {name: getattr(inner.config, name, None) for name in _SHAPING}
+    config |= {name: value for name in _ALSO if (value := getattr(inner.config, name, None)) is not None}
     windows = layer_windows(inner.config)
     if any(windows):  # left out of other models' digests, which are on disks
         config["windows"] = windows

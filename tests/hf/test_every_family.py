@@ -85,6 +85,18 @@ def test_the_loss_of_the_routers_is_that_of_a_plain_model(family):
         assert sum(len(layer) for layer in mixed.router_logits) == len(mixed.router_logits) * both.numel()
 
 
+@torch.no_grad()
+def test_a_cache_knows_the_scalings_of_its_model():
+    """Equal weights multiplied otherwise are another model."""
+    one, other = make_model("granite"), make_model("granite", residual_multiplier=0.25)
+    for model in (one, other):
+        gistkern.patch(model, num_gist_tokens=2)
+    cache = gistkern.compress(one, random_ids(1, 9))
+    one(random_ids(1, 3), **{CACHE: cache.clone()})
+    with pytest.raises(ValueError, match="written by another model"):
+        other(random_ids(1, 3), **{CACHE: cache.clone()})
+
+
 def test_a_shard_balances_no_experts():
     """Under context_parallel every rank would add the balance of its own rows."""
     import torch.distributed as dist
