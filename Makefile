@@ -11,6 +11,7 @@ COMPAT ?= floor newest
 ARGS ?=
 
 # the chips of this machine's GPUs; without any, one chip is enough to compile and load the CUDA kernels
+CHOSEN_ARCHS := $(GISTKERN_CUDA_ARCHS)
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed s/90/90a/ | sort -u | paste -sd ';')
 export GISTKERN_CUDA_ARCHS ?= $(or $(GPUS),80)
 # threads that wait spin for some microseconds: never would halve the demo's speed, for long would disturb busy cores
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all compat emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,6 +61,16 @@ test-all: setup ## every test, the slow proof too: killed processes, packaging, 
 
 compat: setup ## the suite's core under the oldest and the newest versions that pyproject.toml admits
 	$(BIN)/python tests/compat/run.py $(COMPAT) $(ARGS)
+
+resolve: setup ## ask a resolver what gistkern can be installed beside: the table of docs/install.md
+	$(BIN)/python -m pip install -q -c constraints.txt uv
+	GISTKERN_NO_EXTENSION=1 $(BIN)/python tests/compat/resolve.py $(ARGS)
+
+# for every chip unless the environment names some, or none: then the CUDA runtime needs no linker of its own
+wheel: export GISTKERN_CUDA_ARCHS = $(CHOSEN_ARCHS)
+wheel: setup ## build a manylinux_2_28 wheel into dist/, try it (GISTKERN_CUDA_ARCHS=none for CPU kernels only)
+	test "$(CHOSEN_ARCHS)" = none || $(BIN)/python -m pip install -q -c constraints.txt ziglang
+	$(BIN)/python tests/compat/wheel.py
 
 emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, and CUDA C++ under the emulator
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \

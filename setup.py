@@ -1,5 +1,6 @@
 """Build hooks: the compiled extension where it can be built, and `kernels/` as `gistkern/kernels/` in wheels."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -52,10 +53,19 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def long_description() -> str:
+    """The README for a package index, where links into the repository and pictures of it lead nowhere: their text stays."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https?://)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
+
+
 reason = build_extension.missing()
 if reason:
     print(f"gistkern: building without the compiled extension: {reason}", file=sys.stderr)
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     cmdclass={"build_ext": BuildExtension, "build_py": BuildWithKernels, "bdist_wheel": AnyPython},
     ext_modules=[] if reason else [Extension("gistkern._C", ["csrc/bindings.cpp"])],
 )

@@ -232,17 +232,20 @@ def build(out: Path, cuda: str = "nvcc", narrow_avx512: bool = False, sanitizer:
     with tempfile.TemporaryDirectory() as temporary:
         objects = compile_all(steps, Path(temporary))
         library = Path(temporary) / "library.so"
-        command = [*_linker(compiler), "-shared", *flags, f"-Wl,--version-script={SOURCE / 'library.map'}"]
+        command = [*_linker(compiler, cuda), "-shared", *flags, f"-Wl,--version-script={SOURCE / 'library.map'}"]
         subprocess.run([*command, *map(str, objects), *libraries, "-o", str(library)], check=True)
         partial = out.with_suffix(".partial")
         shutil.copy(library, partial)
         partial.replace(out)
 
 
-def _linker(compiler: str) -> list[str]:
-    """The compiler, or for ``GISTKERN_GLIBC=2.28`` the linker of PyPI's ziglang, which knows every glibc's symbols."""
+def _linker(compiler: str, cuda: str) -> list[str]:
+    """The compiler, or where ``GISTKERN_GLIBC=2.28`` asks for it the linker of PyPI's ziglang, which knows every glibc.
+
+    Only the CUDA runtime, which is linked statically, calls functions that newer glibcs have by newer names.
+    """
     glibc = os.environ.get("GISTKERN_GLIBC")
-    if not glibc:
+    if not glibc or cuda != "nvcc":
         return [compiler]
     runtimes = [
         subprocess.run(
@@ -250,7 +253,8 @@ def _linker(compiler: str) -> list[str]:
         ).stdout.strip()
         for name in ("libstdc++.so", "libgcc_s.so.1")
     ]
-    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{platform.machine()}-linux-gnu.{glibc}", *runtimes]
+    target = f"{platform.machine()}-linux-gnu.{glibc}"
+    return [sys.executable, "-m", "ziglang", "cc", "-target", target, *runtimes, "-lm"]
 
 
 def compile_all(steps: list[_Step], folder: Path) -> list[Path]:

@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/version.h>
 
 #include "tensor_checks.h"
 
@@ -13,13 +12,8 @@ namespace gistkern {
 using torch::stable::Tensor;
 
 #if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-inline void* current_stream(int32_t device) {
-  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
-}
-#else
-// Before 2.13 only the library of torch's CUDA operators tells the stream. It is loaded already where a tensor is on a
-// GPU; linking against it would keep this library from loading beside a CPU build of torch.
+// The stable ABI of torch 2.10 tells no CUDA stream, only the library of torch's CUDA operators does. It is loaded already
+// where a tensor is on a GPU; linking against it would keep this library from loading beside a CPU build of torch.
 inline void* current_stream(int32_t device) {
   using Get = int32_t (*)(int32_t, void**);
   static const auto get = [] {
@@ -30,7 +24,6 @@ inline void* current_stream(int32_t device) {
   checks::require(get != nullptr && get(device, &stream) == 0, "torch does not tell its current CUDA stream");
   return stream;
 }
-#endif
 
 // The device of a tensor made current, and its current stream.
 class OnDevice {
