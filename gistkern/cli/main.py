@@ -15,6 +15,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("gistkern.cli.doctor", "what works on this machine, and what a model needs"),
     "compress": ("gistkern.cli.compress", "compress documents into a store of gist rows"),
+    "train": ("gistkern.cli.train", "train gist tokens on your own rows"),
+    "eval": ("gistkern.cli.eval", "answers from gist rows beside the full context"),
     "ask": ("gistkern.cli.ask", "ask about a compressed document"),
 }
 

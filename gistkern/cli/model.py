@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-__all__ = ["add_model_options", "load_model"]
+__all__ = ["add_loading_options", "add_model_options", "load_model"]
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True, where: str = "") -> None:
@@ -14,6 +14,11 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True, wh
     parser.add_argument(
         "--model", required=required, help=f"folder or hub name of what training saved, adapter or checkpoint{where}"
     )
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how a model is loaded."""
     parser.add_argument("--base", help="of an adapter: its base model, where it is not found by the adapter's own name")
     parser.add_argument(
         "--4bit", dest="four_bits", action="store_true", help="load the weights in 4 bits (bitsandbytes)"

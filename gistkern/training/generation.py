@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,8 +132,18 @@ class AnswerEvaluation:
         As of `GistTrainer.evaluate_generation`.
     metrics : callable
         Makes named numbers of what was `Generated`.
+    best : str
+        One of them: `generation_best` repeats it, and of equal ones is greater where the loss is lower. So
+        ``metric_for_best_model="generation_best"`` keeps no early checkpoint that answers no better than the last.
     """
 
     samples: int = 100
     max_new_tokens: int | None = None
     metrics: Callable[[Generated], dict[str, float]] = generation_metrics
+    best: str = "exact"
+
+    def measured(self, generated: Generated, loss: float | None) -> dict[str, float]:
+        """The metrics, and `best`."""
+        found = self.metrics(generated)
+        tie = 0.0 if loss is None else 1e-6 * math.exp(-loss)  # less than any answer makes
+        return found | {"best": found[self.best] + tie}

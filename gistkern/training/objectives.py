@@ -16,7 +16,7 @@ from gistkern.layout import GistLayout
 from gistkern.training.streams import Streams
 from gistkern.training.tail import Tail, bare, tail_of, tail_of_batch
 
-__all__ = ["Losses", "Objectives", "answer_loss", "distillation_loss", "reconstruction_loss"]
+__all__ = ["Losses", "Objectives", "adapters_off", "answer_loss", "distillation_loss", "reconstruction_loss"]
 
 
 def answer_loss(
@@ -159,7 +159,7 @@ def _teacher_tail(model: nn.Module, batch: Mapping[str, Any], required: bool = T
     base = bare(model)
     if bool(handle_of(base).is_gist(batch["input_ids"]).any()):
         raise ValueError("the teacher's stream holds gist tokens: it is context, question and answer alone")
-    with _adapters_off(base):
+    with adapters_off(base):
         return tail_of_batch(base, batch, required)
 
 
@@ -173,7 +173,7 @@ def _divergence(student: Tail, taught: Tail, temperature: float, num_items: torc
 
 
 @contextmanager
-def _adapters_off(model: Any) -> Iterator[None]:
+def adapters_off(model: Any) -> Iterator[None]:
     """peft adapters off, and back as they were, parameters that were frozen by hand included."""
     if not hasattr(model, "disable_adapter"):
         if getattr(model, "_hf_peft_config_loaded", False):

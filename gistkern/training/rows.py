@@ -8,14 +8,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gistkern.files import parse_json
 from gistkern.hf.chat import ChatParts, chat_parts, chat_turns, plain_parts
 
-__all__ = ["DataRow", "check_files_differ", "context_role", "features_of", "held_out", "read_rows", "unread_fields"]
+__all__ = [
+    "DataRow",
+    "Tokenized",
+    "check_files_differ",
+    "context_role",
+    "held_out",
+    "read_rows",
+    "tokenized",
+    "unread_fields",
+]
 
 _PAIR = ("context", "question", "answer")
 
@@ -158,15 +167,29 @@ def context_role(rows: Sequence[DataRow], chat: str | None, has_template: bool) 
     return role
 
 
-def features_of(
-    rows: Sequence[DataRow], tokenizer: Any, role: str | None, max_length: int | None = None
-) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Token ids of all rows, as a `GistDataCollator` takes them, and how many were longer than `max_length` tokens.
+class Tokenized(NamedTuple):
+    """Rows as ids: `features` for a `GistDataCollator`, `where` each stands, how many were `too_long`, and left out."""
 
-    Those are left out. Every row is looked at here, before a model is loaded. Ids are kept as int32.
+    features: list[dict[str, np.ndarray]]
+    where: list[str]
+    too_long: int
+
+    @property
+    def longest_answer(self) -> int:
+        """In tokens, with the one that ends it."""
+        return max(len(one["answer_ids"]) for one in self.features)
+
+    def first(self, count: int) -> Tokenized:
+        """At most so many of them."""
+        return Tokenized(self.features[:count], self.where[:count], self.too_long)
+
+
+def tokenized(rows: Sequence[DataRow], tokenizer: Any, role: str | None, max_length: int | None = None) -> Tokenized:
+    """Token ids of rows, of each assistant turn in them. Ids are kept as int32.
+
+    Every row is looked at here, before a model is loaded; ValueError names the one that is wrong.
     """
-    found: list[dict[str, np.ndarray]] = []
-    long = 0
+    found = Tokenized([], [], 0)
     for row in rows:
         for parts in row.parts(tokenizer, role):
             try:
@@ -176,10 +199,13 @@ def features_of(
             if empty := [name for name, one in ids.items() if not one]:
                 raise ValueError(f"{row.where}: {empty[0].removesuffix('_ids')} has no tokens")
             if max_length is not None and sum(map(len, ids.values())) > max_length:
-                long += 1
+                found = found._replace(too_long=found.too_long + 1)
                 continue
-            found.append({name: np.asarray(one, dtype=np.int32) for name, one in ids.items()})
-    return found, long
+            found.features.append({name: np.asarray(one, dtype=np.int32) for name, one in ids.items()})
+            found.where.append(row.where)
+    if not found.features:
+        raise ValueError(f"all {found.too_long} rows are longer than {max_length} tokens: pass a larger --max-length")
+    return found
 
 
 def held_out(rows: Sequence[DataRow], share: float) -> tuple[list[DataRow], list[DataRow]]:

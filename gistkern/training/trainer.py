@@ -37,7 +37,7 @@ class GistTrainer(Trainer):
     - Evaluation: the answer's loss, and `eval_exact` and `eval_token_accuracy` unless `compute_metrics` is given;
       a `compute_metrics` of your own gets logits ``[n, T, vocabulary]`` and the labels ``[n, T]`` that they predict.
       `evaluate_generation` lets the model answer from its gist rows alone; with `answers` every evaluation does, and
-      `metric_for_best_model="generation_exact"` keeps the checkpoint that answers best.
+      `metric_for_best_model="generation_best"` keeps the checkpoint that answers best.
     - Checkpoints: transformers' own. With peft that is the adapter, which holds the gist rows, and beside it
       gistkern.json: the settings to patch a fresh base model with, and what contexts began with (BOS).
     - Ctrl-C: `train` ends the step, saves a checkpoint, whatever `save_strategy` says, and raises KeyboardInterrupt
@@ -236,7 +236,7 @@ class GistTrainer(Trainer):
             data: Any = dataloader.dataset
             found: Any = output.metrics
             said = self._generated(data, min(self.answers.samples, len(data)), self.answers.max_new_tokens)
-            for name, value in self.answers.metrics(said).items():
+            for name, value in self.answers.measured(said, found.get(f"{metric_key_prefix}_loss")).items():
                 found[f"{metric_key_prefix}_generation_{name}"] = value
         return output
 

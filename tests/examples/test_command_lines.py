@@ -107,7 +107,7 @@ def test_a_checkpoint_that_is_torn(place, finished, capsys):
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["train_niah", "eval_niah", "serve", "own_data", "compare"])
+@pytest.mark.parametrize("script", ["train_niah", "eval_niah", "serve", "compare"])
 def test_a_wrong_option_is_refused_before_anything_loads(script):
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {script}\n"

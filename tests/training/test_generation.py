@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_cases import SCHEMES, arguments, lora, make_features, patched
 
 import gistkern
-from gistkern.training import GistDataCollator, GistTrainer
+from gistkern.training import AnswerEvaluation, GistDataCollator, GistTrainer
 from gistkern.training.generation import Generated, generate_answers, generation_metrics
 
 
@@ -80,3 +81,58 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
     trainer.data_collator = list
     with pytest.raises(ValueError, match="a GistDataCollator tells contexts from questions, the trainer has type"):
         trainer.evaluate_generation(make_features(1))
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["whole", "lora"])
+def test_the_checkpoint_that_answers_best_is_kept_and_loaded(peft, tmp_path):
+    """Every evaluation generates; of equal ones the lower loss is better."""
+    scripted, seen = iter([0.1, 0.9, 0.9, 0.3]), []
+
+    def score(generated):
+        seen.append(generated)
+        return {"exact": next(scripted), "n": len(generated.predictions)}
+
+    model, handle, segments = patched("segments", dtype=torch.float32)
+    trained = lora(model, lora_dropout=0.0) if peft else model
+    features = make_features(8)
+    trainer = GistTrainer(
+        trained,
+        arguments(
+            tmp_path,
+            max_steps=4,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="generation_best",
+        ),
+        data_collator=GistDataCollator(0, handle, **segments),
+        train_dataset=features,
+        eval_dataset=features[:5],
+        answers=AnswerEvaluation(samples=3, metrics=score),
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_generation_exact"] for entry in log] == [0.1, 0.9, 0.9, 0.3]
+    assert all(entry["eval_generation_n"] == 3 for entry in log)
+    best = 2 if log[1]["eval_loss"] < log[2]["eval_loss"] else 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"}
+    name = "adapter_model.safetensors" if peft else "model.safetensors"
+    trainer.save_model(str(tmp_path / "end"))
+    kept, last = load_file(tmp_path / f"checkpoint-{best}" / name), load_file(tmp_path / "checkpoint-4" / name)
+    end = load_file(tmp_path / "end" / name)
+    assert all(torch.equal(end[one], kept[one]) for one in kept)
+    assert any(not torch.equal(end[one], last[one]) for one in last)
+
+
+def test_what_ends_an_answer_is_no_part_of_the_right_one(tmp_path):
+    trainer, segments = trainer_of(tmp_path)
+    features = make_features(2)
+    trainer.model.eval()
+    for one in features:
+        one["answer_ids"] = [*alone(trainer.model, one, segments, 2), 50]
+    trainer.model.generation_config.eos_token_id = 50
+    assert trainer.evaluate_generation(features, max_new_tokens=2)["generation_exact"] == 1.0
