@@ -1,6 +1,8 @@
 """Models whose layers have sliding windows, or learned sinks: each layer by a layout of its own."""
 
 import copy
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
@@ -12,6 +14,7 @@ from test_acceptance import check
 import gistkern
 from gistkern import GistLayout
 from gistkern.cache.windows import layer_windows
+from gistkern.hf.call import GistCall
 from gistkern.hf.families import FAMILIES
 
 SOME = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -238,6 +241,17 @@ def test_gradients_with_and_without_checkpoints(family):
             torch.testing.assert_close(gradient, ours[name], **CLOSE)
 
 
+def test_layouts_of_several_devices():
+    """As accelerate spreads layers; a device without data shows where they went."""
+    layout, made = GistLayout.from_segments([9], 2, tail=4), {}
+    call = GistCall(layout, "auto", (4, None, 4), made=made)
+    there = torch.device("meta")
+    assert call._layout_of(layout.device, None) is layout
+    assert call._layout_of(there, 4) is call._layout_of(there, 4) is not call._layout_of(there, None)
+    assert {key: found.device for key, found in made.items()} == {(there, 4): there, (there, None): there}
+    assert torch.equal(call._layout_of(layout.device, 4).local_begin, layout.windowed(4).local_begin)
+
+
 @torch.no_grad()
 def test_one_layout_for_each_window_of_a_call(monkeypatch):
     made = []
@@ -296,6 +310,22 @@ def test_bidirectional_attention_is_refused():
     model.config.use_bidirectional_attention = True
     with pytest.raises(ValueError, match="bidirectional"):
         gistkern.patch_llama(model)
+
+
+@torch.no_grad()
+def test_the_language_model_of_a_model_of_images():
+    """The block of docs/families.md, and what it says of the whole model."""
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page.read_text(), re.S)[1], names)
+    whole, ids = names["whole"], names["ids"]
+    plain = whole(ids).logits
+    with pytest.raises(TypeError, match="patch the language model inside"):
+        gistkern.patch(whole)
+    with gistkern.patch(names["model"], num_gist_tokens=2):
+        with pytest.raises(ValueError, match="attention_mask must be a tensor"):
+            whole(ids)
+        assert torch.equal(names["model"](ids).logits, plain)
 
 
 @torch.no_grad()
