@@ -6,8 +6,10 @@ from typing import Any
 
 __all__ = ["FIXED", "check_rotation"]
 
+_ALPHA = "ntk_alpha"  # HunYuan's, called dynamic in its configs: fixed frequencies, from transformers 5.24 on
+
 # rotations by fixed frequencies; others (dynamic, longrope) change them with the length of the text
-FIXED = ("default", "linear", "llama3", "yarn", "ntk_alpha")
+FIXED = ("default", "linear", "llama3", "yarn")
 
 
 def check_rotation(config: Any, inner: Any = None) -> None:
@@ -27,7 +29,7 @@ def check_rotation(config: Any, inner: Any = None) -> None:
     running = getattr(getattr(inner, "rotary_emb", None), "rope_type", None)
     kinds += list(running.values()) if isinstance(running, dict) else [running or "default"]
     for kind in kinds:
-        if kind not in FIXED:
+        if kind not in (*FIXED, _ALPHA):
             raise ValueError(
                 f"rope_type {kind!r} turns keys by the length of the text, so what is compressed would differ from "
                 f"what was trained: load the model with rope_parameters of one of {', '.join(FIXED)}"
@@ -41,5 +43,5 @@ def _kinds(parameters: Any) -> list[Any]:
     nested = [kind for value in parameters.values() for kind in _kinds(value)]
     own = parameters.get("rope_type", parameters.get("type"))
     if own == "dynamic" and parameters.get("alpha"):
-        own = "ntk_alpha"  # HunYuan's, which are fixed; any other model says so when its own embedding is looked at
+        own = _ALPHA  # another model, or an older transformers, says otherwise when its own embedding is looked at
     return nested if own is None else [own, *nested]

@@ -31,6 +31,9 @@ class Refusal:
     model_types: tuple[str, ...]
 
 
+_LAYER_TYPES = ("layer_types", "layers_block_type", "block_types")
+
+
 def _has(*names: str) -> Callable[[Any], bool]:
     """Whether a config has one of these set, for all layers or for some."""
     return lambda config: any(_get(config, name) not in (None, False, 0, "", (), []) for name in names)
@@ -51,7 +54,7 @@ def _layers(*kinds: str) -> Callable[[Any], bool]:
     """Whether a config names layers of these kinds."""
 
     def found(config: Any) -> bool:
-        named = [*(_as_list(_get(config, "layer_types"))), *(_as_list(_get(config, "layers_block_type")))]
+        named = [kind for key in _LAYER_TYPES for kind in _as_list(_get(config, key))]
         return any(kind in named for kind in kinds)
 
     return found
@@ -108,7 +111,7 @@ REFUSALS = (
         "recurrent layers (a state space or linear attention)",
         "which carry the context in a state that no mask reaches",
         _either(
-            _layers("linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"),
+            _layers("linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"),
             _has("ssm_state_size", "mamba_d_state", "mamba_d_conv", "linear_num_key_heads", "conv_L_cache"),
             _of_type("rwkv", "xlstm"),
         ),

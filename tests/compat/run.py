@@ -32,6 +32,8 @@ HF = (
     "checkpoint_rows",
     "streaming",
     "two_buffers",
+    "families",
+    "every_family",
 )
 TRAINER = (
     *("gradient_accumulation_changes_nothing", "a_plain_trainer_takes_the_batches_too", "a_full_checkpoint_comes_back"),

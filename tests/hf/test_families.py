@@ -116,6 +116,10 @@ def test_a_rotation_called_dynamic_that_is_fixed():
     """HunYuan's alpha; the same words mean nothing to a Llama, which turns by the length."""
     alpha = {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}}
     model, context, question = make_model("hunyuan_v1_dense", **alpha), random_ids(1, 30), random_ids(1, 5, 2)
+    if model.model.rotary_emb.rope_type == "dynamic":
+        with pytest.raises(ValueError, match="'dynamic' turns keys by the length"):
+            gistkern.patch(model)
+        pytest.skip("this transformers turns HunYuan's keys by the length too")
     with gistkern.patch(model, num_gist_tokens=2):
         cache = gistkern.compress(model, context)
         expected = model(question, **{CACHE: cache.clone()}).logits
