@@ -1,6 +1,6 @@
 """``make wheel``: one wheel for every Python and every torch from 2.10 on, for Linux systems from 2018 on.
 
-Builds with this environment's torch, lets auditwheel judge that it asks for nothing newer than manylinux_2_28, and tries
+Builds beside this torch, lets auditwheel judge that the library asks for nothing newer than manylinux_2_28, and tries
 the wheel in a fresh environment, in front of the packages of this one. libtorch is not in it: it comes with torch.
 """
 
