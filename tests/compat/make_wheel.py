@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -62,7 +63,8 @@ def main() -> None:
     """Build into dist/, and try it."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     folder = ROOT / "build" / "wheel"
-    subprocess.run(["rm", "-rf", str(folder), str(ROOT / "build" / "lib"), str(ROOT / "build" / "temp")], check=True)
+    for stale in [folder, *(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist*")]:
+        shutil.rmtree(stale, ignore_errors=True)  # setuptools packs whatever an earlier build left there
     wheel = build(ROOT, folder)
     try_out(wheel, folder / "environment")
     (ROOT / "dist").mkdir(exist_ok=True)
