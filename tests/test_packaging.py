@@ -118,6 +118,7 @@ def test_a_machine_without_compilers_is_told_why_it_gets_none():
     assert "there is no C++ compiler" in done.stdout
 
 
+@pytest.mark.timeout(900)  # it compiles everything
 def test_a_wheel_with_the_extension(source, tmp_path, monkeypatch):
     """As `make wheel` builds it, CPU kernels only: manylinux_2_28 for every Python, tried in a fresh environment."""
     if reason := build_extension.missing():
