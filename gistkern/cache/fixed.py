@@ -41,6 +41,20 @@ class FixedGistCache(Signed, Cache):
         int32 ``[B]``: how many it has.
     ids : Tensor
         int64 ``[B, room + 1]``: which.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    ...                      vocab_size=100)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> handle = patch(model, num_gist_tokens=2)
+    >>> fixed = compress(model, torch.arange(1, 30)[None]).fixed(room=12)
+    >>> for question in torch.tensor([[[5, 6, 7]], [[8, 9, 10]]]):
+    ...     fixed.reset_tail()
+    ...     answer = model.generate(question, past_key_values=fixed, max_new_tokens=9)
+    >>> fixed
+    FixedGistCache(batch=1, gist rows=[3], tail rows=[11] of 12, 4096 bytes)
     """
 
     layers: list[Any]

@@ -269,7 +269,7 @@ def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     names = _positional(type(module))
     if len(args) > len(names):
         raise TypeError(f"{type(module).__name__} takes up to {len(names)} positional arguments, got {len(args)}")
-    given = dict(zip(names, args, strict=False))
+    given = dict(zip(names[: len(args)], args, strict=True))  # of one length: torch 2.9 compiles no other
     if twice := sorted(given.keys() & kwargs.keys()):
         raise TypeError(f"{type(module).__name__} got {', '.join(twice)} twice: by position and by name")
     return named({**given, **kwargs})

@@ -77,7 +77,8 @@ def _refuse(handle: GistHandle, arguments: dict[str, Any], config: Any) -> None:
     if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation={setting('cache_implementation')!r} is not available: a patched model keeps a "
-            "GistCache, which is small because contexts are compressed; leave it out"
+            "GistCache, which is small because contexts are compressed: leave it out, or pass one of fixed size, "
+            "cache.fixed(room=...)"
         )
     draft, prompt = arguments.get("assistant_model"), arguments.get("inputs", arguments.get("input_ids"))
     strange = draft is not None and not hasattr(draft, ATTRIBUTE)
