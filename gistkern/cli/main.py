@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("gistkern.cli.train", "train gist tokens on your own rows"),
     "eval": ("gistkern.cli.eval", "answers from gist rows beside the full context"),
     "ask": ("gistkern.cli.ask", "ask about a compressed document"),
+    "bench": ("gistkern.cli.bench", "what a model gains on this machine"),
 }
 
 

@@ -27,8 +27,12 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="by default this process's GPU, or the CPU")
 
 
-def load_model(given: argparse.Namespace, model: str | None = None, base: str | None = None) -> tuple[Any, Any, Any]:
+def load_model(
+    given: argparse.Namespace, model: str | None = None, base: str | None = None, fresh_gists: int | None = None
+) -> tuple[Any, Any, Any]:
     """Model, tokenizer and handle of the options, or of `model` and `base` where those are not given.
+
+    With `fresh_gists` the model is one without gist rows, and gets as many fresh ones.
 
     Raises
     ------
@@ -54,5 +58,13 @@ def load_model(given: argparse.Namespace, model: str | None = None, base: str | 
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
         options["device_map"] = {"": device}
-    found, tokenizer, handle = load(given.model or model or "", given.base or base, **options)
+    if fresh_gists is not None:
+        from transformers import AutoModelForCausalLM
+
+        from gistkern.hf.patch import patch
+
+        found, tokenizer = AutoModelForCausalLM.from_pretrained(given.model, **options).eval(), None
+        handle = patch(found, num_gist_tokens=fresh_gists)
+    else:
+        found, tokenizer, handle = load(given.model or model or "", given.base or base, **options)
     return found if given.four_bits else found.to(device), tokenizer, handle

@@ -21,7 +21,7 @@ from gistkern.hf.texts import check_prefix
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
 
-__all__ = ["load"]
+__all__ = ["is_trained", "load"]
 
 _HUB = ("cache_dir", "token", "local_files_only", "force_download", "revision")
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
@@ -73,6 +73,12 @@ def load(
     if base is not None:
         raise ValueError(f"{source!r} is no peft adapter: leave base out, or pass the adapter's folder")
     return _load_checkpoint(source, hub, from_pretrained)
+
+
+def is_trained(folder: str | os.PathLike) -> bool:
+    """Whether a folder or hub name holds what `load` takes; False for a model that was never patched."""
+    source = os.fspath(folder)
+    return _find_adapter(source, {}) or read_block(_from_pretrained(AutoConfig, source)) is not None
 
 
 def _load_checkpoint(source: str, hub: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any, GistHandle]:
