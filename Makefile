@@ -66,11 +66,10 @@ resolve: setup ## ask a resolver what gistkern can be installed beside: the tabl
 	$(BIN)/python -m pip install -q -c constraints.txt uv
 	GISTKERN_NO_EXTENSION=1 $(BIN)/python tests/compat/resolve.py $(ARGS)
 
-# for every chip unless the environment names some, or none: then the CUDA runtime needs no linker of its own
-wheel: export GISTKERN_CUDA_ARCHS = $(CHOSEN_ARCHS)
+# for every chip unless the environment names some, or none: then no CUDA runtime asks for a linker of its own
 wheel: setup ## build a manylinux_2_28 wheel into dist/, try it (GISTKERN_CUDA_ARCHS=none for CPU kernels only)
 	test "$(CHOSEN_ARCHS)" = none || $(BIN)/python -m pip install -q -c constraints.txt ziglang
-	$(BIN)/python tests/compat/wheel.py
+	GISTKERN_CUDA_ARCHS="$(CHOSEN_ARCHS)" $(BIN)/python tests/compat/make_wheel.py
 
 emulate: setup $(EMULATED) ## the GPU tests on the CPU: Triton's interpreter, and CUDA C++ under the emulator
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 GISTKERN_EMULATED=1 GISTKERN_LIBRARY=$(EMULATED) \

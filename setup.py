@@ -54,7 +54,7 @@ class AnyPython(bdist_wheel):
 
 
 def long_description() -> str:
-    """The README for a package index, where links into the repository and pictures of it lead nowhere: their text stays."""
+    """The README without pictures and links of the repository, which lead nowhere from a package index."""
     text = (ROOT / "README.md").read_text("utf-8")
     text = re.sub(r"!\[[^]]*\]\((?!https?://)[^)]*\)\n*", "", text)
     return re.sub(r"\[([^]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)

@@ -12,8 +12,9 @@ namespace gistkern {
 using torch::stable::Tensor;
 
 #if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
-// The stable ABI of torch 2.10 tells no CUDA stream, only the library of torch's CUDA operators does. It is loaded already
-// where a tensor is on a GPU; linking against it would keep this library from loading beside a CPU build of torch.
+// The stable ABI of torch 2.10 tells no CUDA stream, only the library of torch's CUDA operators does. It is loaded
+// already where a tensor is on a GPU; linking against it would keep this library from loading beside a CPU build of
+// torch.
 inline void* current_stream(int32_t device) {
   using Get = int32_t (*)(int32_t, void**);
   static const auto get = [] {

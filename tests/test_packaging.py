@@ -3,9 +3,12 @@
 And it never is importable as `kernels`, a name that belongs to a PyPI package transformers probes for.
 """
 
+import email
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -13,8 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path += [str(ROOT / "csrc"), str(ROOT / "tests" / "compat")]
 import build_extension  # noqa: E402
+import make_wheel  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
@@ -53,64 +57,76 @@ def source(tmp_path_factory):
 WHERE = "import gistkern, gistkern.kernels.chips as c; print(gistkern.__file__); print(c.__file__)"
 
 
-def check_wheel(wheel, tmp_path):
-    names = zipfile.ZipFile(wheel).namelist()
+def check_wheel(file, tmp_path):
+    names = zipfile.ZipFile(file).namelist()
     assert "gistkern/kernels/chips.py" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "examples/", "bench/"))]
     site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
+    zipfile.ZipFile(file).extractall(site)
     package, kernel = run(WHERE, tmp_path, site).splitlines()
     assert Path(package) == site / "gistkern" / "__init__.py"
     assert Path(kernel) == site / "gistkern" / "kernels" / "chips.py"
 
 
-def test_wheel(source, tmp_path):
-    wheel, said = build("wheel", source, tmp_path / "dist")
-    check_wheel(wheel, tmp_path)
-    assert wheel.name.endswith("-py3-none-any.whl")
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """The sdist and the pure wheel made from it, as `python -m build` does by default: (folder, wheel, output)."""
+    folder = tmp_path_factory.mktemp("made")
+    archive, _ = build("sdist", source, folder / "sdist")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    (unpacked,) = (path for path in folder.glob("gistkern-*") if path.is_dir())
+    return unpacked, *build("wheel", unpacked, folder / "wheel")
+
+
+def test_sdist_holds_what_a_build_needs(made):
+    unpacked, *_ = made
+    held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    sources = [f"{f.parent.name}/{f.name}" for f in [*(ROOT / "csrc").glob("*.*"), *(ROOT / "kernels").glob("*.py")]]
+    assert not {name for name in sources if not name.endswith((".so", ".pyc"))} - held
+    assert not [name for name in held if name.startswith(("tests/", "examples/", "bench/"))], "no tests that cannot run"
+
+
+def test_wheel(made, tmp_path):
+    _, file, said = made
+    check_wheel(file, tmp_path)
+    assert file.name.endswith("-py3-none-any.whl")
     assert "without the compiled extension: GISTKERN_NO_EXTENSION=1" in said
 
 
-def test_a_machine_without_compilers_gets_a_pure_wheel(source, tmp_path):
-    """And is told why. The path holds nothing; `python -m build` needs none of it."""
-    wheel, said = build("wheel", source, tmp_path / "dist", GISTKERN_NO_EXTENSION="", PATH=str(tmp_path), CXX="")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert "without the compiled extension: there is no C++ compiler" in said
+def test_metadata(made):
+    """What a package index shows: links that lead somewhere, extras for what is in the wheel, typed code."""
+    _, file, _ = made
+    with zipfile.ZipFile(file) as packed:
+        (name,) = (name for name in packed.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_string(packed.read(name).decode())
+        assert "gistkern/py.typed" in packed.namelist()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"]
+    assert set(metadata.get_all("Provides-Extra")) == {"triton", "train", "flash", "cuda", "dev"}
+    assert {"torch", "tqdm", "pyyaml"} <= {re.split(r"[<>=]", one)[0] for one in metadata.get_all("Requires-Dist")}
+    text = metadata.get_payload()
+    assert "docs/mask.md" in text
+    assert not re.findall(r"\]\((?!https?://|#)", text)
 
 
-def test_a_wheel_with_the_extension_computes(source, tmp_path):
-    """CPU kernels only: one library for every Python, found beside the package and used by default."""
+def test_a_machine_without_compilers_is_told_why_it_gets_none():
+    """The path holds nothing; the wheel is then that of `test_wheel`."""
+    code = "import build_extension; print(build_extension.missing())"
+    environment = {**os.environ, "PATH": "", "CXX": "", "PYTHONPATH": str(ROOT / "csrc")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "there is no C++ compiler" in done.stdout
+
+
+@pytest.mark.timeout(900)  # it compiles everything
+def test_a_wheel_with_the_extension(source, tmp_path, monkeypatch):
+    """As `make wheel` builds it, CPU kernels only: manylinux_2_28 for every Python, tried in a fresh environment."""
     if reason := build_extension.missing():
         pytest.skip(f"the extension cannot be built here: {reason}")
-    wheel, said = build("wheel", source, tmp_path / "dist", GISTKERN_NO_EXTENSION="", GISTKERN_CUDA_ARCHS="none")
-    assert "-py3-none-linux_" in wheel.name
-    assert "the extension gets CPU kernels only" in said
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    code = """
-import torch
-from gistkern import GistLayout, backends, gist_attention
-from gistkern.backends import native
-assert native.library_path().parent.parent.name == "site" and not native.cuda_archs()
-layout = GistLayout.from_segments([40], 2, tail=9)
-q = torch.randn(1, 2, 51, 16)
-assert backends.choose("auto", q) == "cpu"
-out = gist_attention(q, q, q, layout)
-torch.testing.assert_close(out, gist_attention(q, q, q, layout, backend="reference"))
-print("equal")
-"""
-    assert run(code, tmp_path, site) == "equal"
-
-
-def test_sdist_and_wheel_from_it(source, tmp_path):
-    import tarfile
-
-    archive, _ = build("sdist", source, tmp_path / "dist")
-    with tarfile.open(archive) as packed:
-        packed.extractall(tmp_path, filter="data")
-    (unpacked,) = (path for path in tmp_path.glob("gistkern-*") if path.is_dir())
-    assert (unpacked / "csrc" / "bindings.cpp").is_file()
-    check_wheel(build("wheel", unpacked, tmp_path / "wheel")[0], tmp_path)
+    monkeypatch.setenv("GISTKERN_CUDA_ARCHS", "none")
+    made = make_wheel.build(source, tmp_path)
+    assert made.name.endswith(f"-py3-none-{make_wheel.PLATFORM}.whl")
+    make_wheel.try_out(made, tmp_path / "environment")
 
 
 def test_editable_install_reads_the_checkout(tmp_path):

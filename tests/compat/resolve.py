@@ -1,7 +1,7 @@
 """``make resolve ARGS="PACKAGE==VERSION ..."``: does gistkern resolve beside other packages?
 
-Asks uv, which reads the index's metadata and installs nothing. Prints the table of
-docs/install.md; the conflict is uv's, in many words.
+Asks uv, which reads the index's metadata and installs nothing. Prints the table of docs/install.md;
+the conflict is uv's, in many words.
 """
 
 import re
@@ -22,20 +22,10 @@ def resolve(package: str) -> list[str]:
     """A row: the package's version, yes or the conflict, and the versions of `SHOWN` that were picked."""
     name, _, version = package.partition("==")
     wanted = f"gistkern[triton,train] @ {ROOT.as_uri()}\n{package}\n"
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "-",
-        "--quiet",
-        "--no-header",
-        "--no-annotate",
-        "--python-version",
-        "3.11",
-    ]
-    done = subprocess.run(command, input=wanted, capture_output=True, text=True)
+    uv = [sys.executable, "-m", "uv", "pip", "compile", "-", "--python-version", "3.11"]
+    done = subprocess.run(
+        [*uv, "--quiet", "--no-header", "--no-annotate"], input=wanted, capture_output=True, text=True
+    )
     if done.returncode:
         return [name, version or "newest", " ".join(done.stderr.split()), *[""] * len(SHOWN)]
     picked = dict(re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE))

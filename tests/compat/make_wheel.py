@@ -1,7 +1,7 @@
 """``make wheel``: one wheel for every Python and every torch from 2.10 on, for Linux systems from 2018 on.
 
-Builds with this environment's torch, lets auditwheel judge that nothing newer than manylinux_2_28 is asked for (libtorch
-comes with torch), and tries the wheel in a fresh environment, in front of the packages of this one.
+Builds beside this torch, lets auditwheel judge that the library asks for nothing newer than manylinux_2_28, and tries
+the wheel in a fresh environment, in front of the packages of this one. libtorch is not in it: it comes with torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -62,7 +63,8 @@ def main() -> None:
     """Build into dist/, and try it."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     folder = ROOT / "build" / "wheel"
-    subprocess.run(["rm", "-rf", str(folder), str(ROOT / "build" / "lib"), str(ROOT / "build" / "temp")], check=True)
+    for stale in [folder, *(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist*")]:
+        shutil.rmtree(stale, ignore_errors=True)  # setuptools packs whatever an earlier build left there
     wheel = build(ROOT, folder)
     try_out(wheel, folder / "environment")
     (ROOT / "dist").mkdir(exist_ok=True)
