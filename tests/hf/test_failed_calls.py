@@ -147,5 +147,5 @@ def test_after_a_failed_call_an_unpatched_model_is_still_refused(patched):
     cache = used(patched, 0)
     fail(patched, cache, patched.model.layers[0])
     patched.gistkern_handle.unpatch()
-    with pytest.raises(RuntimeError, match=r"call gistkern\.patch_llama"):
+    with pytest.raises(RuntimeError, match=r"call gistkern\.patch\(model\)"):
         patched(random_ids(2, 1), past_key_values=cache)

@@ -147,7 +147,7 @@ def test_an_unpatched_model_says_that_it_is(patched):
     cache = gistkern.compress(model, random_ids(1, 50))
     handle.unpatch()
     for ids in (random_ids(1, 4), random_ids(1, 70)):
-        with pytest.raises(RuntimeError, match=r"call gistkern\.patch_llama"):
+        with pytest.raises(RuntimeError, match=r"call gistkern\.patch\(model\)"):
             answer(model, ids, cache.clone())
 
 
