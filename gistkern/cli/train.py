@@ -109,7 +109,11 @@ def run(given: argparse.Namespace) -> None:
     config = _config(given.config)
     # here and below: what takes seconds to load, and wrong arguments and rows are refused without
     from gistkern.training.base import Base, opened_tokenizer, source_of
-    from gistkern.training.finetune import Finetuning, finetune
+
+    try:
+        from gistkern.training.finetune import Finetuning, finetune
+    except ImportError as error:
+        raise ImportError(f"training needs more packages ({error}): pip install 'gistkern[train]'") from error
     from gistkern.training.rows import tokenized
 
     base = Base(

@@ -113,8 +113,10 @@ class Base:
         return (self._adapted(model, handle) if self.lora else model), handle
 
     def _adapted(self, model: Any, handle: GistHandle) -> Any:
-        from peft import LoraConfig, get_peft_model
-
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError(f"an adapter needs peft ({error}): pip install 'gistkern[train]', or --lora 0") from error
         handle.inner.gist_embeddings.float()  # an optimizer's steps are smaller than bfloat16 tells apart
         torch.manual_seed(self.seed)
         config = LoraConfig(

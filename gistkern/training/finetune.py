@@ -230,10 +230,13 @@ def finetune(
     numbers = {}
     if evaluated is not None and not sharded:
         asked = evaluated.first(settings.eval_samples)
+        how: dict[str, Any] = {"role": settings.role, "batch": arguments.per_device_eval_batch_size}
         with tqdm(total=len(WAYS) * len(asked.features), desc="answering", unit="answer", leave=False) as bar:
-            size = arguments.per_device_eval_batch_size
-            for one in answered(model, tokenizer, asked, collator, role=settings.role, batch=size, progress=bar.update):
-                numbers[one.way] = one.summary()
+            try:
+                found = answered(model, tokenizer, asked, collator, progress=bar.update, **how)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{output} is trained and saved; `gistkern eval` measures it") from None
+        numbers = {one.way: one.summary() for one in found}
     best = trained.best_model_checkpoint
     step = int(Path(best).name.removeprefix("checkpoint-")) if best else None
     return Outcome(trained.global_step, step, numbers, parameters)

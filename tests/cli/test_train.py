@@ -17,6 +17,7 @@ from gistkern import ask, compress, load
 from gistkern.cli.main import main
 from gistkern.hf.chat import chat_context, chat_parts
 from gistkern.hf.texts import context_ids
+from gistkern.training.checkpoints import newest_whole
 
 
 @pytest.fixture(scope="module")
@@ -175,16 +176,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, tmp_path, capsys
 
 @pytest.mark.slow
 def test_kill_9_and_resume(place, tmp_path):
-    given = ("--steps", 30, "--save-every", 2, "--lora", 4)
+    given = ("--steps", 12, "--save-every", 2, "--lora", 4)
     assert gistkern(*words(place, tmp_path / "whole", *given)).returncode == 0
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "gistkern", *words(place, killed, *given)])
-    while not list(killed.glob("checkpoint-*/trainer_state.json")):
+    while newest_whole(killed) is None:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert gistkern(*words(place, killed, *given, "--resume")).returncode == 0
+    done = gistkern(*words(place, killed, *given, "--resume"))
+    assert done.returncode == 0, done.stderr
     assert losses_of(killed) == losses_of(tmp_path / "whole")
 
 
@@ -200,7 +202,9 @@ def test_ctrl_c_says_only_what_works(place, tmp_path):
         )
         said = ""
         while "3/400" not in said:
-            said += process.stderr.read(1)
+            letter = process.stderr.read(1)
+            assert letter, said
+            said += letter
         for _ in range(presses):
             process.send_signal(signal.SIGINT)
             time.sleep(0.01 if presses == 1 else 0.002)
