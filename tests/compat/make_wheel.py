@@ -48,13 +48,13 @@ def build(source: Path, folder: Path) -> Path:
 
 def try_out(wheel: Path, folder: Path) -> None:
     """Install it into a fresh environment; import, compute, ask the doctor."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GISTKERN_LIBRARY")}
     venv.create(folder, clear=True, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(pip, check=True)
+    subprocess.run(pip, check=True, env=environment)  # a checkout on the path would be taken for an installed package
     site = next((folder / "lib").glob("python*")) / "site-packages"
     (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GISTKERN_LIBRARY")}
     for command in ([python, "-c", TRY], [folder / "bin" / "gistkern", "doctor"]):
         subprocess.run(command, check=True, cwd=folder, env=environment)
 
