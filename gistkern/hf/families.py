@@ -86,6 +86,8 @@ FAMILIES = {
         Family("gpt_oss", attention=SLIDING + ", learned sinks"),
         Family("granite"),
         Family("granitemoe"),
+        # Granite 4 without Mamba layers; some releases rotate nothing
+        Family("granitemoehybrid", since="5.24", rotated=lambda config, _: config.position_embedding_type == "rope"),
         Family("granitemoeshared"),
         Family("helium", pairs="neighbors"),
         Family("hunyuan_v1_dense"),

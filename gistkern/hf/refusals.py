@@ -68,6 +68,13 @@ def _either(*found: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda config: any(one(config) for one in found)
 
 
+def _state(config: Any) -> bool:
+    """Whether a config has the sizes of a state, and no list of layers that all do without."""
+    named = {kind for key in _LAYER_TYPES for kind in _as_list(_get(config, key))}
+    sizes = _has("ssm_state_size", "mamba_d_state", "mamba_d_conv", "linear_num_key_heads", "conv_L_cache")
+    return sizes(config) and not (named and named <= {"attention", "full_attention", "sliding_attention"})
+
+
 _NO_POSITIONS = ("mpt", "bloom")
 _LEARNED = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt", "xglm", "openai-gpt", "ctrl", "git", "trocr", "cpmant")
 _HANDMADE = ("falcon", "gptj", "codegen", "gpt_neox_japanese")
@@ -112,8 +119,8 @@ REFUSALS = (
         "which carry the context in a state that no mask reaches",
         _either(
             _layers("linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"),
-            _has("ssm_state_size", "mamba_d_state", "mamba_d_conv", "linear_num_key_heads", "conv_L_cache"),
-            _of_type("rwkv", "xlstm"),
+            _state,
+            _of_type("lfm2", "lfm2_moe", "rwkv", "xlstm"),
         ),
         ("bamba", "falcon_h1", "jamba", "lfm2", "mamba", "minimax", "qwen3_next", "recurrent_gemma", "rwkv", "zamba2"),
     ),

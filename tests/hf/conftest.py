@@ -3,8 +3,11 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gistkern.hf.families import FAMILIES as ROWS
 
 GRANITE = {
     "embedding_multiplier": 3.0,
@@ -42,6 +45,10 @@ ALL_FAMILIES = {
     "gpt_oss": {**SLIDES, **LOCAL, "head_dim": 16},
     "granite": GRANITE,
     "granitemoe": {**GRANITE, **LOCAL},
+    "granitemoehybrid": {
+        **{**GRANITE, "layer_types": ["full_attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0},
+        **{"shared_intermediate_size": 96, "position_embedding_type": "rope"},
+    },
     "granitemoeshared": {**GRANITE, **LOCAL, "shared_intermediate_size": 32},
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -82,8 +89,15 @@ ALL_FAMILIES = {
     "solar_open": ROUTED,
     "starcoder2": {"sliding_window": None},
 }
-# transformers 5.6 lacks some
-FAMILIES = {name: extra for name, extra in ALL_FAMILIES.items() if name in CONFIG_MAPPING_NAMES}
+
+
+def is_here(name):
+    """Whether this transformers has a family: 5.6 lacks some."""
+    since = ROWS[name].since if name in ROWS else ""
+    return name in CONFIG_MAPPING_NAMES and Version(transformers.__version__) >= Version(since or "0")
+
+
+FAMILIES = {name: extra for name, extra in ALL_FAMILIES.items() if is_here(name)}
 
 # their routers round scores to fp32, whatever the model computes in
 FP32_ROUTERS = {"dots1", "glm4_moe", "hy_v3", "minimax_m2", "sarvam_moe", "solar_open"}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, make_model, random_ids
+from conftest import ALL_FAMILIES, is_here, make_model, random_ids
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -141,10 +141,10 @@ def test_every_row_is_held_by_the_acceptance_tests():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_is_refused(family):
-    if family not in CONFIG_MAPPING:
+    if not is_here(family):
         assert FAMILIES[family].since, "the row says that transformers 5.6 has it"
         pytest.skip(f"this transformers has no {family}")
-    refuse(CONFIG_MAPPING[family]())
+    refuse(make_model(family).config)
 
 
 @pytest.mark.parametrize(("row", "kind"), [(row, kind) for row in REFUSALS for kind in row.model_types])
@@ -167,3 +167,18 @@ def test_a_feature_is_found_in_a_family_that_nobody_knows(model):
     with pytest.raises(TypeError, match="soft-capped attention scores, which the attention kernels do not compute"):
         gistkern.patch_llama(model)
     assert not hasattr(model.model, "gist_embeddings")
+
+
+@torch.no_grad()
+def test_granite_4_is_taken_without_its_recurrent_layers():
+    if not is_here("granitemoehybrid"):
+        pytest.skip("this transformers names its layers otherwise")
+    model = make_model("granitemoehybrid", position_embedding_type=None)  # as some releases are: nothing is rotated
+    with gistkern.patch(model, num_gist_tokens=2):
+        cache = gistkern.compress(model, random_ids(1, 30))
+        expected = model(random_ids(1, 5, 2), **{CACHE: cache.clone()}).logits
+    found = model(random_ids(1, 5, 2), **{CACHE: gistkern.plain_prefix(cache, model.config)}).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    mixed = make_model("granitemoehybrid", layer_types=["linear_attention", "full_attention", "linear_attention"])
+    with pytest.raises(TypeError, match="recurrent layers"):
+        gistkern.patch(mixed)
