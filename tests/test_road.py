@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging"), pytest.mark.timeout(1200)]
 
 QUESTIONS = ["Who signed it?", "When did it begin?", "Who came late?"]
 WORDS = [*(f"w{number}" for number in range(40)), *sorted({word for one in QUESTIONS for word in one.split()})]
@@ -51,7 +51,7 @@ def place(tmp_path_factory):
     (wheel,) = (place / "dist").glob("*.whl")
     venv.create(place / "env", symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(place / "env/bin/python"), "install", "-q", "--no-deps"]
-    subprocess.run([*pip, str(wheel)], check=True)
+    subprocess.run([*pip, str(wheel)], env=outside(), check=True)
     # what the wheel requires is taken from the environment of the tests, whose own gistkern stands behind the wheel's
     site = next((place / "env/lib").glob("python*")) / "site-packages"
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -83,6 +83,11 @@ def place(tmp_path_factory):
     asked = [[names[number % 5], " ".join(rng.choices(WORDS, k=1 + number % 3))] for number in range(20)]
     (place / "asked.json").write_text(json.dumps(asked))
     return place
+
+
+def outside():
+    """The variables of the environment without those that lead to the checkout."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GISTKERN_LIBRARY")}
 
 
 def walk(place, *words):
