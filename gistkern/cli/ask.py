@@ -36,16 +36,24 @@ def run(given: argparse.Namespace) -> None:
             f"no document {given.name!r} in {given.store}" + (f": did you mean {near[0]!r}?" if near else "")
         )
     about = store.about
-    if not (given.model or about.get("adapter") or about.get("model")):
-        raise ValueError(f"{given.store} does not name its model: pass --model")
+    named = about.get("adapter", about.get("model"))
+    if not (given.model or named):
+        raise ValueError(f"{given.store} does not name all that compressed it: pass --model, what training saved")
+    if given.dtype == "auto" and not given.four_bits:  # as it was compressed, where nobody says otherwise
+        given.dtype, given.four_bits = about.get("dtype", "auto"), about.get("bits") == "4"
     from gistkern.hf.ask import ask
 
     base = about.get("model") if about.get("adapter") and not given.model else None
-    model, tokenizer, handle = load_model(given, about.get("adapter") or about.get("model"), base)
+    try:
+        model, tokenizer, handle = load_model(given, named, base)
+    except ValueError as error:
+        said = "" if given.model else f" ({given.store} names it so: pass --model, and --base, where they are now)"
+        raise ValueError(f"{error}{said}") from error
     if tokenizer is None:
         raise ValueError("the model has no tokenizer beside it: save it there, or ask with token ids, in Python")
     cache = store[given.name].to(next(handle.inner.parameters()).device)
-    how = {"chat": store.role is not None, "role": store.role, "max_new_tokens": given.max_new_tokens}
-    answers = ask(model, tokenizer, cache, given.question, **how)
+    answers = ask(
+        model, tokenizer, cache, given.question, chat=store.role or False, max_new_tokens=given.max_new_tokens
+    )
     for question, answer in zip(given.question, answers, strict=True):
         print(f"{question}\n  {answer.strip()}" if len(answers) > 1 else answer.strip())

@@ -45,10 +45,20 @@ def run(given: argparse.Namespace) -> None:
     texts = Texts(given.documents)
     if next(iter(texts), None) is None:  # what is wrong with the first one is said before the model is loaded
         raise ValueError(f"{' '.join(map(str, given.documents))}: no documents")
+    if given.plain_model is not None:
+        if given.four_bits:
+            raise ValueError(
+                "--plain-model takes no 4-bit weights, which would round the adapter away: leave --4bit out"
+            )
+        from gistkern.hf.plain import check_plain_folder
+
+        check_plain_folder(given.plain_model, given.model, given.base)
     from gistkern.corpus.compress import compress_corpus
     from gistkern.corpus.plan import DocumentError
 
     model, tokenizer, handle = load_model(given)
+    if tokenizer is None:
+        raise ValueError(f"{given.model} has no tokenizer beside it, and its base has none: save it there")
     trained = handle.training
     overlap = trained.segment_overlap if given.segment_length is None else 0
     began = time.perf_counter()

@@ -25,7 +25,13 @@ __all__ = ["ABOUT", "FORMAT", "SETTINGS", "ChunkFile", "chunk_path", "write_chun
 
 FORMAT = "gistkern-corpus-3"
 SETTINGS = "corpus.json"
-ABOUT = ("gistkern", "model", "adapter")  # fields of it that say by what a store was made, and are not compared
+ABOUT = (
+    "gistkern",
+    "model",
+    "adapter",
+    "dtype",
+    "bits",
+)  # fields of it that say by what a store was made, and are not compared
 _MOST = 2**31 - 1  # positions are int32 in a layout
 
 

@@ -23,11 +23,14 @@ from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
 from gistkern.hf.compress import compress
 from gistkern.hf.handle import handle_of
+from gistkern.hf.peft_state import active_adapters
 from gistkern.layout.arguments import check_count
 from gistkern.layout.streams import check_segmentation, left_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gistkern.hf.handle import GistHandle
 
 __all__ = ["compress_corpus"]
 
@@ -40,7 +43,7 @@ def compress_corpus(
     *,
     segment_length: int | None = None,
     segment_overlap: int = 0,
-    chat: bool | None = None,
+    chat: str | bool | None = None,
     batch_tokens: int = 16384,
     chunk_documents: int = 256,
     chunk_length: int = 4_000_000,
@@ -63,9 +66,9 @@ def compress_corpus(
         For texts, which begin as it begins documents (`gistkern.hf.texts`); it must do so every time.
     segment_length, segment_overlap
         As `gistkern.compress`.
-    chat : bool, optional
-        Whether texts go through the chat template; by default as the model was trained (``handle.training``), which
-        also says whose turn they begin, else a user's. Ids are taken as they are.
+    chat : str or bool, optional
+        As `gistkern.ask`: whether texts go through the chat template, and whose turn they begin. Ids are taken as they
+        are.
     batch_tokens : int
         Tokens compressed together, padding included.
     chunk_documents, chunk_length : int
@@ -106,8 +109,7 @@ def compress_corpus(
     if tokenizer is not None:
         check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
     rank, ranks = _ranks(rank, ranks)
-    chat = bool(handle.training.chat) if chat is None else chat
-    role = (handle.training.role or "user") if chat and tokenizer is not None else None
+    role = None if tokenizer is None else handle.training.role_for(chat)
     settings = {
         "fingerprint": fingerprint(handle.inner),
         "positions": handle.positions,
@@ -121,9 +123,7 @@ def compress_corpus(
         "chunk_documents": chunk_documents,
         "chunk_length": chunk_length,
     }
-    about = {"gistkern": __version__, "model": _place(getattr(handle.inner.config, "_name_or_path", ""))}
-    if handle.adapter is not None:
-        about["adapter"] = _place(handle.adapter)
+    about = _about(handle)
     segments = {"segment_length": segment_length, "segment_overlap": segment_overlap}
 
     def encode_text(text: str) -> list[int]:
@@ -242,6 +242,21 @@ def _check_documents(file: ChunkFile, documents: list[Document]) -> None:
         raise ValueError(
             f"{file.path} holds {len(file.names)} documents, {len(documents)} were given: pass the same ones"
         )
+
+
+def _about(handle: GistHandle) -> dict[str, str]:
+    """By what a store is made, so that who asks it loads the same."""
+    model: Any = handle.model
+    about = {
+        "gistkern": __version__,
+        "model": _place(getattr(handle.inner.config, "_name_or_path", "")),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if getattr(model, "is_loaded_in_4bit", False):
+        about["bits"] = "4"
+    if adapters := active_adapters(model):  # of which only one that `gistkern.load` put there has a known place
+        about["adapter"] = _place(handle.adapter or "") if adapters == ["default"] else ""
+    return about
 
 
 def _place(source: str) -> str:

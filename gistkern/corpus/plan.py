@@ -98,7 +98,7 @@ def _checked_content(name: str, content: Any) -> Content:
         for one in content if set(map(type, content)) - {int} else ():
             if isinstance(one, bool) or not _is_whole(one):
                 raise DocumentError(name, f"document {name!r} holds {reprlib.repr(one)} where token ids are expected")
-    if not len(content):
+    if not len(content.strip() if isinstance(content, str) else content):
         raise DocumentError(name, f"document {name!r} is empty: leave it out")
     return content
 

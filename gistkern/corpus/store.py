@@ -60,7 +60,8 @@ class GistStore:
     Attributes
     ----------
     about : dict of str to str
-        By what it was made: `gistkern` (the version), `model`, and `adapter` if it was one that `gistkern.load` loaded.
+        By what it was made: `gistkern` (the version), `model`, `dtype`, `bits` if it was quantized, and `adapter` if
+        there was one (empty if it was not loaded by `gistkern.load`).
     damaged : list of str
         What is wrong with files that could not be opened without an index; the rest is there.
 

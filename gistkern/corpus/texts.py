@@ -43,8 +43,8 @@ class Texts:
         self._lines: list[Lines] = []
         for path in paths:
             found = self._below(path) if path.is_dir() else [(path.name, path)]
-            self._lines += [Lines(file) for _, file in found if file.suffix == ".jsonl"]
-            self._files += [(name, file) for name, file in found if file.suffix != ".jsonl"]
+            self._lines += [Lines(file) for _, file in found if _suffix(file) == ".jsonl"]
+            self._files += [(name, file) for name, file in found if _suffix(file) != ".jsonl"]
         for _, file in self._files:
             if not file.is_file():
                 why = "is no regular file: it is read twice, so write what comes from a pipe to a file"
@@ -53,7 +53,7 @@ class Texts:
     def _below(self, folder: Path) -> list[tuple[str, Path]]:
         inside = [(file.relative_to(folder), file) for file in sorted(folder.rglob("*")) if file.is_file()]
         shown = [(name, file) for name, file in inside if not any(part.startswith(".") for part in name.parts)]
-        found = [(name.as_posix(), file) for name, file in shown if file.suffix in SUFFIXES]
+        found = [(name.as_posix(), file) for name, file in shown if _suffix(file) in SUFFIXES]
         self.left_out += len(shown) - len(found)
         if not found:
             raise ValueError(f"the folder {folder} holds no documents: they end in {', '.join(SUFFIXES)}")
@@ -70,6 +70,10 @@ class Texts:
         places = [str(file) for known, file in self._files if known == name]
         places += [found for lines in self._lines if (found := lines.where(name)) != str(lines.path)]
         return " and ".join(places) or ", ".join(str(lines.path) for lines in self._lines)
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
 
 
 def _text(file: Path) -> str:

@@ -27,8 +27,7 @@ def ask(
     context: str | GistCache,
     question: str | Sequence[str],
     *,
-    chat: bool | None = None,
-    role: str | None = None,
+    chat: str | bool | None = None,
     **generate: Any,
 ) -> Any:
     """Compress a context into gist rows and answer questions from those alone.
@@ -46,11 +45,10 @@ def ask(
         The text, or what `gistkern.compress` or a `GistStore` made of it, which stays as it is.
     question : str or sequence of str
         What follows the context, as in training. Several are answered together.
-    chat : bool, optional
-        Whether context and question go through the chat template; by default as in training.
-    role : str, optional
-        With `chat`: ``"user"`` for a document that stands in front of the question, ``"system"`` for a system prompt;
-        by default as in training.
+    chat : str or bool, optional
+        Whether context and question go through the chat template, and whose turn the context begins: ``"user"`` (a
+        document in front of the question), ``"system"`` (a system prompt), False for neither; by default as in
+        training.
     **generate
         For ``model.generate``. By default greedy, and at most 64 new tokens.
 
@@ -62,8 +60,10 @@ def ask(
     Raises
     ------
     ValueError
-        If the model is not patched, the tokenizer begins contexts otherwise than in training, a text is empty, or the
-        chat template does not leave contexts as they are.
+        If the model is not patched, the tokenizer begins contexts otherwise than in training, a text is empty or holds
+        gist tokens, or the chat template does not leave contexts as they are.
+    TypeError
+        If a question is no text, or the context neither a text nor a GistCache.
 
     Examples
     --------
@@ -74,16 +74,18 @@ def ask(
     """
     handle = handle_of(model)
     check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
-    chat = bool(handle.training.chat) if chat is None else chat
-    role = role or handle.training.role or "user"
+    role = handle.training.role_for(chat)
+    if not isinstance(context, str | GistCache):
+        raise TypeError(f"the context must be a text or a GistCache, got {type(context).__name__}")
     questions = [question] if isinstance(question, str) else list(question)
+    if wrong := [one for one in questions if not isinstance(one, str)]:
+        raise TypeError(f"a question must be a text, got {type(wrong[0]).__name__}")
     if not questions or not all(map(str.strip, questions)):
         raise ValueError("there is nothing to answer: a question is empty, or there is none")
-    if chat:
-        questions = [question_after(tokenizer, one, role) for one in questions]
-    cache = compressed(model, tokenizer, context, role if chat else None)
+    asked = [text_ids(tokenizer, question_after(tokenizer, one, role)) for one in questions]
+    cache = compressed(model, tokenizer, context, role)
     cache = cache.clone() if len(questions) == 1 else cache.shared()
-    answers = answer(model, tokenizer, [text_ids(tokenizer, one) for one in questions], cache, chat, generate)
+    answers = answer(model, tokenizer, asked, cache, role is not None, generate)
     said = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return said[0] if isinstance(question, str) and len(said) == 1 else said
 
@@ -97,8 +99,11 @@ def answer(
     options: dict[str, Any],
 ) -> list[list[int]]:
     """New token ids behind each of `asked`, which follow the cached context; greedy unless `options` say otherwise."""
-    device = input_device(handle_of(model).inner)
+    handle = handle_of(model)
+    device = input_device(handle.inner)
     ids, mask = left_padded([torch.tensor(one, device=device) for one in asked], _pad_id(tokenizer))
+    if bool((handle.is_gist(ids) & mask).any()):
+        raise ValueError("a question holds gist tokens, spelled out in its text: take them out")
     default: dict[str, Any] = {}
     if "generation_config" not in options:
         default = {"do_sample": False, "max_new_tokens": 64, "eos_token_id": stop_ids(model, tokenizer, chat) or None}

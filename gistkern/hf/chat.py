@@ -304,9 +304,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], ask: bool) -> str:
     try:
         template = tokenizer.get_chat_template()
     except (AttributeError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer has no chat template ({type(error).__name__}): train with --no-chat"
-        ) from error
+        raise ValueError("the tokenizer has no chat template: leave chat out (gistkern train: --no-chat)") from error
     template = _NOW.sub(lambda found: repr(_DAY.strftime(found[2])), template)
     try:
         return tokenizer.apply_chat_template(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gistkern.cache.tokens_read import ContextRead
 from gistkern.hf.ask import answer, compressed
-from gistkern.hf.chat import prompt_parts
+from gistkern.hf.chat import chat_context, prompt_parts
 from gistkern.hf.handle import handle_of
-from gistkern.hf.texts import check_prefix, text_ids
+from gistkern.hf.texts import check_prefix, context_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,12 +71,19 @@ class Chat:
         role: str = "system",
         cache: GistCache | None = None,
     ) -> None:
-        check_prefix(handle_of(model).training.context_prefix, tokenizer, "the model's training")
+        handle = handle_of(model)
+        check_prefix(handle.training.context_prefix, tokenizer, "the model's training")
+        if not isinstance(context, str) or not context.strip():
+            raise ValueError("the context is empty: a conversation begins behind one")
+        ids = torch.tensor(context_ids(tokenizer, chat_context(tokenizer, context, role)))
+        if cache is not None and cache.contexts and ContextRead.of(ids) not in cache.contexts:
+            raise ValueError(f"the cache holds another context than this one in a {role}'s turn: leave the cache out")
         self.model, self.tokenizer, self.context, self.role = model, tokenizer, context, role
         self.messages: list[dict[str, str]] = []
         self._fresh = compressed(model, tokenizer, context, role) if cache is None else cache
         self._fresh.without_tail("a conversation begins behind a context alone")
         self.cache = self._fresh.clone()
+        self._weights = handle.weights_in_use()
         self._read: list[int] = []  # what the cache has read behind the context
 
     def __repr__(self) -> str:
@@ -96,13 +106,17 @@ class Chat:
         Raises
         ------
         ValueError
-            If the text is empty, several answers are asked for, or the chat template refuses the conversation. The
-            conversation is then as it was.
+            If the text is empty or holds gist tokens, several answers are asked for, the weights have changed since the
+            context was compressed, or the chat template refuses the conversation. The conversation is then as it was.
         """
         if not text.strip():
             raise ValueError("there is nothing to answer: the turn is empty")
         if generate.get("num_return_sequences", 1) != 1:
             raise ValueError("a conversation goes on with one answer: leave num_return_sequences out, or use ask")
+        if handle_of(self.model).weights_in_use() != self._weights:
+            raise ValueError(
+                "the model's weights, or its adapters, are others than when the context was compressed: begin anew"
+            )
         messages = [*self.messages, {"role": "user", "content": text}]
         if self.role == "system":
             parts = prompt_parts(self.tokenizer, [{"role": "system", "content": self.context}, *messages])
@@ -116,6 +130,8 @@ class Chat:
         (said,) = answer(self.model, self.tokenizer, [ids], cache, True, generate)
         assert cache.state is not None
         self.cache, self._read = cache, [*ids, *said][: cache.state.fed]
+        if cache.batch_size > 1:  # of a beam search, whose rows are of several answers: the turns are read again
+            self.cache, self._read = self._fresh.clone(), []
         (reply,) = self.tokenizer.batch_decode([said], skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         return reply

@@ -17,7 +17,7 @@ from gistkern.cache.reader import ATTRIBUTE, adapters_with_rows, patched
 from gistkern.cache.windows import layer_windows
 from gistkern.hf.attention import NAME
 from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
-from gistkern.hf.peft_state import active_adapters, adapter_parameters
+from gistkern.hf.peft_state import active_adapters, adapter_parameters, trains_biases
 from gistkern.hf.settings import Training
 from gistkern.layout.positions import SCHEMES
 
@@ -109,6 +109,8 @@ class GistHandle:
     @property
     def training(self) -> Training:
         """How contexts were made in training, as far as that is known. Saved with the model."""
+        if getattr(self.model, ATTRIBUTE, None) is not self:
+            raise ValueError("the model is not patched any more")
         block = self.model.config.gistkern
         return Training(**{name: block[name] for name in Training.__dataclass_fields__ if name in block})
 
@@ -120,7 +122,7 @@ class GistHandle:
         TypeError, ValueError
             For a field that there is not, or a value that it cannot have.
         """
-        found = replace(self.training, **known)
+        found = replace(self.training, **copy.deepcopy(known))
         block = {name: value for name, value in self.model.config.gistkern.items() if name not in vars(found)}
         self.model.config.gistkern = block | found.stated()
 
@@ -156,8 +158,8 @@ class GistHandle:
             optimizer = torch.optim.AdamW(handle.freeze_base(), lr=1e-2)
         """
         kept = adapter_parameters(self.model)
-        for parameter in self.model.parameters():
-            if id(parameter) not in kept:
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in kept and not (name.endswith(".bias") and trains_biases(self.model)):
                 parameter.requires_grad_(False)
         self.trainable_parameters()
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +68,12 @@ def load(
         model, tokenizer, handle = gistkern.load("runs/mine")
         print(gistkern.ask(model, tokenizer, open("report.txt").read(), "Who signed it?"))
     """
-    source = os.fspath(folder)
+    source = os.path.expanduser(os.fspath(folder))
+    base = None if base is None else os.path.expanduser(os.fspath(base))
+    if unknown := sorted({"subfolder", "output_loading_info", "state_dict", "config"} & from_pretrained.keys()):
+        raise ValueError(
+            f"load takes no {unknown[0]}: pass the folder that holds what training saved, and nothing in its place"
+        )
     hub = {name: from_pretrained[name] for name in _HUB if name in from_pretrained}
     if _find_adapter(source, hub):
         return _load_adapter(source, base, hub, from_pretrained)
@@ -101,7 +108,7 @@ def _load_checkpoint(source: str, hub: dict[str, Any], options: dict[str, Any]) 
 
 
 def _load_adapter(
-    source: str, base: str | os.PathLike | None, hub: dict[str, Any], options: dict[str, Any]
+    source: str, base: str | None, hub: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Any, Any, GistHandle]:
     try:
         from peft import PeftConfig, PeftModel
@@ -114,14 +121,16 @@ def _load_adapter(
             f"the adapter {source!r} holds no gist rows: it was trained without modules_to_save=['gist_embeddings']"
         )
     settings, first_id = _settings(source, hub)
-    base = os.fspath(base or config.base_model_name_or_path or "")
+    base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter {source!r} names no base model: pass base=, its folder or hub name")
     options = {name: value for name, value in options.items() if name != "revision"}
     if config.revision:
         options["revision"] = config.revision
     hub = {name: value for name, value in hub.items() if name != "revision"}
-    model = _from_pretrained(AutoModelForCausalLM, base, **options)
+    model = _from_pretrained(AutoModelForCausalLM, base, hint=_BASE, **options)
+    if block := getattr(model.config, "gistkern", None):  # a base that was trained before: the adapter's record counts
+        model.config.gistkern = {name: value for name, value in block.items() if name not in vars(Training())}
     tokenizer = _tokenizer(source, hub) or _tokenizer(base, hub)
     # without one gist tokens follow the vocabulary; a tokenizer that knows them, or counts otherwise, gave their ids
     words = vocabulary_size(model.get_input_embeddings(), model.config)
@@ -133,8 +142,46 @@ def _load_adapter(
             f"{handle.first_id}: pass the base that it was trained on, and save the tokenizer of the training beside it"
         )
     handle.adapter = source
-    model = PeftModel.from_pretrained(model, source, **{n: v for n, v in hub.items() if n != "force_download"})
+    model = _adapted(PeftModel, model, source, {name: hub[name] for name in hub if name != "force_download"}, base)
     return _checked(model.eval(), tokenizer, handle)
+
+
+def _adapted(kind: Any, model: Any, source: str, hub: dict[str, Any], base: str) -> Any:
+    """The base with its adapter; ValueError where the adapter's tensors are others than the base has places for."""
+    advice = (
+        f"the adapter {source!r} does not fit the base {base!r}: pass base=, the model that it was trained on (with "
+        "the vocabulary that it had then, if that was resized: save such a base)"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = kind.from_pretrained(model, source, **hub)
+        except RuntimeError as error:
+            raise ValueError(f"{advice} ({' '.join(str(error).split())[:300]})") from error
+    for one in caught:
+        if "missing adapter keys" in str(one.message):
+            raise ValueError(f"{advice} ({str(one.message)[:300]})")
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    layers = _layers_in(source, hub)
+    if layers > model.get_base_model().config.num_hidden_layers:
+        raise ValueError(f"{advice} (it has tensors for {layers} layers)")
+    return model
+
+
+def _layers_in(source: str, hub: dict[str, Any]) -> int:
+    """How many layers an adapter's file has tensors for, by the largest number in a name."""
+    with safe_open(_adapter_file(source, hub), "pt") as tensors:
+        numbers = [re.search(r"layers\.(\d+)\.", name) for name in tensors.keys()]  # noqa: SIM118
+    return max((int(found[1]) + 1 for found in numbers if found), default=0)
+
+
+def _adapter_file(source: str, hub: dict[str, Any]) -> str:
+    path = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        raise ValueError(
+            f"the adapter {source!r} has no adapter_model.safetensors: save it by safetensors (peft's default)"
+        )
+    return path
 
 
 def _checked(model: Any, tokenizer: Any, handle: GistHandle) -> tuple[Any, Any, GistHandle]:
@@ -146,11 +193,7 @@ def _checked(model: Any, tokenizer: Any, handle: GistHandle) -> tuple[Any, Any, 
 
 def _settings(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """What to patch the base with, and the id of the first gist token: from gistkern.json and from beside the rows."""
-    path = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:
-        raise ValueError(
-            f"the adapter {source!r} has no adapter_model.safetensors: save it by safetensors (peft's default)"
-        )
+    path = _adapter_file(source, hub)
     try:
         with safe_open(path, "pt") as tensors:
             name = next((key for key in tensors.keys() if key.endswith("gist_embeddings.settings")), None)  # noqa: SIM118
@@ -175,6 +218,8 @@ def _settings(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 def _find_adapter(source: str, hub: dict[str, Any]) -> bool:
     given = Path(source)
+    if not source or (not given.is_dir() and not _may_be_a_name(source)):
+        raise ValueError(_nowhere(source))
     if given.is_dir() and not any((given / name).is_file() for name in ("config.json", "adapter_config.json")):
         inside = sorted(
             path.parent.name for path in given.glob("*/*config.json") if path.name != "tokenizer_config.json"
@@ -183,9 +228,10 @@ def _find_adapter(source: str, hub: dict[str, Any]) -> bool:
             f"{source!r} holds no model and no adapter"
             + (f", but the folders {', '.join(dict.fromkeys(inside))} in it do: pass one of them" if inside else "")
         )
-    if not given.exists() and (given.is_absolute() or source.startswith(".")):
-        raise ValueError(f"there is no folder {source!r} (seen from {Path.cwd()})")
-    return find_adapter_config_file(source, **hub) is not None
+    try:
+        return find_adapter_config_file(source, **hub) is not None
+    except OSError as error:
+        raise ValueError(_unknown(source, error)) from error
 
 
 def _tokenizer(source: str, hub: dict[str, Any]) -> Any:
@@ -196,10 +242,34 @@ def _tokenizer(source: str, hub: dict[str, Any]) -> Any:
     return _from_pretrained(AutoTokenizer, source, **hub)
 
 
-def _from_pretrained(loader: Any, source: str, **options: Any) -> Any:
+def _may_be_a_name(source: str) -> bool:
+    """Of a model on a hub: one word, or two with a slash between them."""
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None and not Path(source).exists()
+
+
+def _nowhere(source: str) -> str:
+    return f"there is no folder {source!r} (seen from {Path.cwd()})"
+
+
+def _unknown(source: str, error: Exception) -> str:
+    fetched = f", and no model of that name can be fetched ({_line(error)})" if _may_be_a_name(source) else ""
+    return _nowhere(source) + fetched
+
+
+def _line(error: Exception) -> str:
+    """The first line of what another library says at length."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+_BASE = ": pass base= (on the command line --base), its folder or hub name, where it is now"
+
+
+def _from_pretrained(loader: Any, source: str, hint: str = "", **options: Any) -> Any:
     try:
         return loader.from_pretrained(source, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds, all from what is in that folder or not
-        raise ValueError(f"{source!r} cannot be loaded ({type(error).__name__}: {error})") from error
+        if isinstance(error, OSError) and not Path(source).exists():
+            raise ValueError(_unknown(source, error) + hint) from error
+        raise ValueError(f"{source!r} cannot be loaded ({type(error).__name__}: {error}){hint}") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["active_adapters", "adapter_parameters", "has_adapters"]
+__all__ = ["active_adapters", "adapter_parameters", "has_adapters", "trains_biases"]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -33,3 +33,9 @@ def adapter_parameters(model: nn.Module) -> set[int]:
             if isinstance(part, nn.Module | nn.ParameterDict):
                 found |= {id(parameter) for parameter in part.parameters()}
     return found
+
+
+def trains_biases(model: Any) -> bool:
+    """Whether an adapter trains the model's own biases (LoRA's ``bias="all"``)."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    return any(getattr(config, "bias", "none") != "none" for config in configs.values())

@@ -86,6 +86,11 @@ class Training:
         """Whose turn contexts begin; None where there are no turns, or nobody knows."""
         return self.chat if isinstance(self.chat, str) else "user" if self.chat else None
 
+    def role_for(self, chat: str | bool | None) -> str | None:
+        """Whose turn a context is to begin, where somebody says `chat`: a role, True, False, or None for as trained."""
+        asked = Training(chat=chat)
+        return self.role if chat is None or (chat is True and self.role) else asked.role
+
     def stated(self) -> dict[str, Any]:
         """What is known, by name."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}

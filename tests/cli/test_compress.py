@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import gistkern
 from gistkern import GistStore, compress
 from gistkern.cli.main import main
+from gistkern.hf.handle import handle_of
 
 WORDS = "abcdefghij"
 
@@ -89,15 +90,15 @@ def test_json_lines_become_a_store(given, capsys):
         torch.testing.assert_close(layer.gist.key, wanted.gist.key, rtol=1e-4, atol=1e-5)
     found = json.loads((store.folder / "corpus.json").read_text())
     assert found["segment_length"] is None
-    assert store.about == {"gistkern": gistkern.__version__, "model": given["--model"]}
+    assert store.about == {"gistkern": gistkern.__version__, "model": given["--model"], "dtype": "float32"}
     assert repr(store) == f"GistStore({str(store.folder)!r}, 2 documents by {given['--model']})"
 
 
 def write_texts(folder):
     (folder / "sub" / ".git").mkdir(parents=True)
-    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfa b c")
+    (folder / "a.TXT").write_bytes(b"\xef\xbb\xbfa b c")
     (folder / "sub" / "b.md").write_text("d e")
-    (folder / "sub" / "c.jsonl").write_text('{"id": "row", "text": "f g h i"}\n')
+    (folder / "sub" / "c.JSONL").write_text('{"id": "row", "text": "f g h i"}\n')
     (folder / "sub" / "picture.png").write_bytes(b"\x89PNG")
     (folder / "sub" / ".git" / "hidden.txt").write_text("j")
     return folder
@@ -110,11 +111,12 @@ def test_a_folder_by_an_adapter_and_questions_about_it(folder, given, tmp_path, 
     said = capsys.readouterr()
     assert "1 files that are no texts were left out" in said.err
     store = GistStore(given["--out"])
-    assert list(store) == ["a.txt", "sub/b.md", "row"]
+    assert list(store) == ["a.TXT", "sub/b.md", "row"]
     assert store.about == {
         "gistkern": gistkern.__version__,
         "model": str(folder / "plain"),
         "adapter": str(folder / "adapter"),
+        "dtype": "float32",
     }
     model, tokenizer, _ = gistkern.load(folder / "adapter")
     cache = compress(model, [[6, 7, 8, 9]], segment_length=2)
@@ -202,6 +204,8 @@ def test_a_bad_line_is_named_with_its_file(given, capsys, line, said):
         ({"compress": "{tmp}/empty.jsonl"}, "no documents"),
         ({"compress": "{tmp}/latin.txt"}, "latin.txt: byte 2 is no UTF-8"),
         ({"compress": "{tmp}/blank.txt"}, "document 'blank.txt' is empty"),
+        ({"--plain-model": "{folder}/model"}, "holds what was trained, or its base"),
+        ({"--plain-model": "{tmp}/latin.txt"}, "cannot write to a folder"),
         ({"--model": "{tmp}/none"}, "there is no folder"),
         ({"--model": "{tmp}"}, "holds no model and no adapter"),
         ({"--model": "{folder}/plain"}, "was not saved while patched"),
@@ -217,7 +221,7 @@ def test_a_bad_line_is_named_with_its_file(given, capsys, line, said):
 def test_bad_arguments(folder, given, tmp_path, capsys, change, said):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"a \xe9")
-    (tmp_path / "blank.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n\t ")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     change = {name: value.format(tmp=tmp_path, folder=folder) for name, value in change.items()}
@@ -264,3 +268,42 @@ def test_a_chat_models_store_knows_whose_turn_its_texts_begin(folder, given, tmp
     out = model.generate(torch.tensor([rows[1]]), past_key_values=compress(model, [rows[0]]), max_new_tokens=6)
     expected = tokenizer.decode(out[0, len(rows[1]) :], skip_special_tokens=True)
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_store_is_asked_in_the_type_it_was_compressed_in(folder, given, capsys):
+    main([*listed(given), "--dtype", "bfloat16"])
+    capsys.readouterr()
+    main(["ask", given["--out"], "x", "d e", "--max-new-tokens", "3"])
+    assert len(capsys.readouterr().out.split()) <= 3
+    with pytest.raises(SystemExit):
+        main(["ask", given["--out"], "x", "d e", "--dtype", "float32"])
+    assert "torch.bfloat16" in capsys.readouterr().err
+
+
+def test_an_adapter_of_unknown_place_is_said_to_be_so(folder, given, capsys):
+    model, tokenizer, _ = gistkern.load(folder / "adapter")
+    model.load_adapter(folder / "adapter", "second")
+    model.set_adapter("second")
+    gistkern.compress_corpus(model, {"x": "a b"}, given["--out"], tokenizer, segment_length=2, progress=False)
+    with pytest.raises(SystemExit):
+        main(["ask", given["--out"], "x", "d e"])
+    assert "pass --model, what training saved" in capsys.readouterr().err
+
+
+def test_a_plain_model_is_written_nowhere_near_the_trained_one(folder, tmp_path):
+    model, tokenizer, handle = gistkern.load(folder / "adapter")
+    for wrong in ("adapter", "plain"):
+        with pytest.raises(ValueError, match="holds what was trained, or its base"):
+            gistkern.serving.save_plain(model, folder / wrong, tokenizer)
+    with pytest.raises(ValueError, match="pass the PeftModel around it"):
+        gistkern.serving.save_plain(handle.model, tmp_path / "new", tokenizer)
+    assert not (tmp_path / "new").exists()
+    assert handle_of(model) is handle, "nothing was merged or unpatched"
+
+
+def test_4_bit_weights_are_not_merged(given, tmp_path, capsys):
+    change = {"--plain-model": str(tmp_path / "plain")}
+    with pytest.raises(SystemExit):
+        main([*listed({**given, **change}), "--4bit"])
+    assert "takes no 4-bit weights" in capsys.readouterr().err
+    assert not os.path.exists(given["--out"])

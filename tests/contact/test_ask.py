@@ -115,7 +115,7 @@ def test_a_chat_template_is_used_as_in_training(role):
     for one in QUESTIONS:
         asked = chat_parts(tokenizer, CONTEXT, one, role=role).question
         expected = by_hand(model, tokenizer, asked, context, segment_length=6)
-        assert gistkern.ask(model, tokenizer, CONTEXT, one, role=role, max_new_tokens=8) == expected
+        assert gistkern.ask(model, tokenizer, CONTEXT, one, chat=role, max_new_tokens=8) == expected
         model.gistkern_handle.record(chat=role)
         assert gistkern.ask(model, tokenizer, CONTEXT, one, max_new_tokens=8) == expected, "as it was trained"
         plain = by_hand(model, tokenizer, one, segment_length=6)
@@ -171,3 +171,68 @@ def test_a_context_cut_otherwise_than_in_training_is_warned_of_once(recwarn):
     recwarn.clear()
     gistkern.compress(model, ids)
     assert not [one for one in recwarn if "was trained with" in str(one.message)]
+
+
+def test_gist_tokens_spelled_out_are_refused():
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=80)
+    handle = gistkern.patch(model, tokenizer, num_gist_tokens=3)
+    train(handle)
+    tokenizer.chat_template = TURNS
+    chat = gistkern.Chat(model, tokenizer, CONTEXT)
+    for call in (
+        lambda: gistkern.ask(model, tokenizer, CONTEXT, "w1 <gist_0> <gist_1> <gist_2> w2"),
+        lambda: gistkern.ask(model, tokenizer, "w1 <gist_0> w2", "w1"),
+        lambda: chat.say("w1 <gist_0> <gist_1> <gist_2> w2"),
+    ):
+        with pytest.raises(ValueError, match="holds gist tokens"):
+            call()
+    assert chat.messages == []
+
+
+def test_a_conversation_goes_on_after_a_beam_search():
+    model, tokenizer = trained()
+    tokenizer.chat_template = TURNS
+    chat = gistkern.Chat(model, tokenizer, CONTEXT)
+    chat.say("w8", num_beams=3, max_new_tokens=5)
+    other = gistkern.Chat(model, tokenizer, CONTEXT)
+    other.messages = list(chat.messages)
+    assert chat.say("w9", max_new_tokens=5) == other.say("w9", max_new_tokens=5)
+
+
+def test_a_conversation_ends_with_its_weights():
+    model, tokenizer = trained()
+    tokenizer.chat_template = TURNS
+    chat = gistkern.Chat(model, tokenizer, CONTEXT)
+    chat.say("w8", max_new_tokens=5)
+    train(model.gistkern_handle, 0.2)
+    with pytest.raises(ValueError, match="others than when the context was compressed"):
+        chat.say("w9")
+
+
+def test_a_conversation_knows_its_own_cache():
+    model, tokenizer = trained()
+    tokenizer.chat_template = TURNS.replace("{{ m['role'] }}", "{{ 'w20' if m['role'] == 'user' else 'w21' }}")
+    cache = gistkern.Chat(model, tokenizer, CONTEXT).cache
+    gistkern.Chat(model, tokenizer, CONTEXT, cache=cache)
+    for changed in ({"context": CONTEXT + " w1"}, {"role": "user"}, {"context": " "}, {"role": "assistant"}):
+        with pytest.raises(ValueError, match=r"another context|context is empty|turn of one of"):
+            gistkern.Chat(model, tokenizer, **{"context": CONTEXT, "cache": cache, **changed})
+
+
+def test_whose_turn_a_context_begins_is_one_argument():
+    model, tokenizer = trained(chat="system")
+    tokenizer.chat_template = TURNS
+    system = gistkern.ask(model, tokenizer, CONTEXT, "w8", chat="system")
+    assert gistkern.ask(model, tokenizer, CONTEXT, "w8") == gistkern.ask(model, tokenizer, CONTEXT, "w8", chat=True)
+    assert gistkern.ask(model, tokenizer, CONTEXT, "w8") == system
+    assert gistkern.ask(model, tokenizer, CONTEXT, "w8", chat="user") != system
+    with pytest.raises(ValueError, match='chat must be "user", "system"'):
+        gistkern.ask(model, tokenizer, CONTEXT, "w8", chat="assistant")
+
+
+@pytest.mark.parametrize(("context", "question"), [(["w1"], "w2"), (None, "w2"), (CONTEXT, [3]), (CONTEXT, [None])])
+def test_what_is_no_text_is_refused(context, question):
+    model, tokenizer = trained()
+    with pytest.raises(TypeError, match="must be a text"):
+        gistkern.ask(model, tokenizer, context, question)

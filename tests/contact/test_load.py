@@ -68,7 +68,7 @@ def test_what_was_saved_comes_back(tmp_path, peft, settings, words):
 def test_a_base_that_has_moved_is_named(tmp_path):
     expected = saved(tmp_path)
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=re.escape(f"'{tmp_path}/base' cannot be loaded")):
+    with pytest.raises(ValueError, match=re.escape(f"no folder '{tmp_path}/base'") + ".*pass base="):
         gistkern.load(tmp_path / "trained")
     model, _, handle = gistkern.load(tmp_path / "trained", base=tmp_path / "elsewhere")
     assert torch.equal(read(model), expected)
@@ -212,3 +212,87 @@ def test_public_names_are_what_dir_shows():
     assert all(getattr(gistkern, name) is not None for name in shown if name != "serving")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         gistkern.lode  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 48}, {"vocab_size": 101}]
+)
+def test_a_base_that_does_not_fit_is_refused(tmp_path, changes):
+    saved(tmp_path)
+    make_model(**changes).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"does not fit the base|begin at id 100, those of this base"):
+        gistkern.load(tmp_path / "trained", base=tmp_path / "other")
+
+
+def test_an_adapter_that_lost_a_layer_is_refused(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "trained" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if "layers.1" not in key}, path)
+    with pytest.raises(ValueError, match=r"does not fit the base.*missing adapter keys"):
+        gistkern.load(tmp_path / "trained")
+
+
+def test_a_resized_vocabulary_is_named(tmp_path):
+    """peft saves the whole embedding then, for which a base of the old size has no place."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(104)
+    gistkern.patch(model)
+    model.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(**WITH_ROWS, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "trained")
+    with pytest.raises(
+        ValueError, match=r"pass (base=, the model that it was trained on|the base that it was trained)"
+    ):
+        gistkern.load(tmp_path / "trained")
+    model = make_model()
+    model.resize_token_embeddings(104)
+    model.save_pretrained(tmp_path / "resized")
+    again = gistkern.load(tmp_path / "trained", base=tmp_path / "resized")[0]
+    assert again.get_input_embeddings().weight.shape[0] == 104
+
+
+def test_an_adapter_over_a_trained_checkpoint_has_its_own_record(tmp_path):
+    saved(tmp_path, peft=False, notes={"segment_length": 4})
+    model, _, handle = gistkern.load(tmp_path / "trained")
+    model.name_or_path = str(tmp_path / "trained")
+    handle.record(segment_length=8)
+    adapted = get_peft_model(model, LoraConfig(**WITH_ROWS, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "gistkern.json").write_text(json.dumps(handle.arguments()))
+    again, _, handle = gistkern.load(tmp_path / "adapter")
+    assert handle.training.segment_length == 8
+    assert torch.equal(read(again), read(adapted))
+
+
+@pytest.mark.parametrize("name", ["runs/mine", "~/nowhere", "runs/mine/checkpoint-3", "runs/mine/", "./x", "/x/y", ""])
+def test_a_mistyped_folder_is_said_to_be_none(name):
+    with pytest.raises(ValueError, match="there is no folder"):
+        gistkern.load(name)
+    with pytest.raises(ValueError, match="load takes no subfolder"):
+        gistkern.load(name, subfolder="x")
+
+
+def test_an_unpatched_handle_says_so():
+    handle = gistkern.patch(make_model())
+    handle.unpatch()
+    for call in (lambda: handle.training, handle.arguments, lambda: handle.record(chat=True)):
+        with pytest.raises(ValueError, match="not patched any more"):
+            call()
+
+
+def test_a_record_is_a_copy():
+    handle, prefix = gistkern.patch(make_model()), [1]
+    handle.record(context_prefix=prefix)
+    prefix.append(2)
+    assert handle.training.context_prefix == [1]
+
+
+def test_biases_that_an_adapter_trains_stay_trained():
+    model = make_model(attention_bias=True)
+    handle = gistkern.patch(model)
+    adapted = get_peft_model(model, LoraConfig(**WITH_ROWS, bias="all"))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    handle.freeze_base()
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == trained
+    assert any(name.endswith("bias") for name in trained)
