@@ -65,7 +65,7 @@ def place(tmp_path_factory):
     tokenizer.save_pretrained(place / "base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=64, bos_token_id=None, eos_token_id=2, initializer_range=0.2)
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=2, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(place / "base")
 
     rng = random.Random(0)
