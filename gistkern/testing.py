@@ -113,9 +113,10 @@ def compare(inputs: Inputs, layout: GistLayout, backend: str = "auto") -> None:
 
 
 def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
-    """Largest term of the differences ``p * (dp - delta)`` that dq and dk sum up.
+    """Largest terms of what is summed up with both signs.
 
-    Where a row sees one key the two sides cancel exactly, in the plain computation by luck of its order of
+    An LSE is a score, the largest, plus the logarithm of a sum: it may be smaller than either. dq and dk sum up
+    differences ``p * (dp - delta)``. Where a row sees one key the two sides cancel exactly, in the plain computation by luck of its order of
     summation: then the rounding of the terms is the error that remains (docs/numerics.md, "Budgets").
     """
     compact = [gather_rows(t, layout.gather) for t in (inputs.k, inputs.v)]
@@ -131,7 +132,9 @@ def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
     terms = probabilities * (inputs.grad_out.abs() @ values.abs().mT)
     largest = terms.max().item() * scale if terms.numel() else 0.0
     of_keys = largest * inputs.q.abs().max().item()
-    return {"dq": largest * keys.abs().max().item(), "dk": of_keys, "dpast_key": of_keys}
+    seen = scores[scores.isfinite()].abs()
+    of_lse = seen.max().item() if seen.numel() else 0.0
+    return {"lse": of_lse, "dq": largest * keys.abs().max().item(), "dk": of_keys, "dpast_key": of_keys}
 
 
 def _largest_logit(inputs: Inputs, layout: GistLayout) -> float:
