@@ -148,3 +148,9 @@ SMALL = (
 @pytest.mark.parametrize("path", files(*SMALL), ids=str)
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) < 400
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest would collect only one of them in a run of all."""
+    names = [path.name for path in files("tests/**/test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
