@@ -29,6 +29,10 @@ def run(given: argparse.Namespace) -> None:
     """Find the document, load its model, print the answers."""
     from gistkern.corpus.store import GistStore
 
+    if any((given.store / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise ValueError(
+            f"{given.store} is a model: compress documents with it first, gistkern compress DOCUMENTS --model"
+        )
     store = GistStore(given.store)
     if given.name not in store:
         near = difflib.get_close_matches(given.name, list(store), n=1)

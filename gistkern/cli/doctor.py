@@ -132,8 +132,16 @@ def _memory(given: argparse.Namespace) -> None:
     )
     try:
         config = AutoConfig.from_pretrained(given.model)
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration of {given.model}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read the configuration of {given.model} (a base model's, of no adapter): {error}"
+        ) from error
+    from gistkern.hf.refusals import refuse
+
+    try:
+        refuse(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{given.model}: {error}") from error
     found = needs(config, plan, given.train)
     if given.json:
         print(json.dumps(_plain(found, plan), indent=2))

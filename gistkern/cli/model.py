@@ -64,7 +64,10 @@ def load_model(
         from gistkern.hf.patch import patch
 
         found, tokenizer = AutoModelForCausalLM.from_pretrained(given.model, **options).eval(), None
-        handle = patch(found, num_gist_tokens=fresh_gists)
+        try:
+            handle = patch(found, num_gist_tokens=fresh_gists)
+        except TypeError as error:  # of a family that is refused
+            raise ValueError(str(error)) from error
     else:
         found, tokenizer, handle = load(given.model or model or "", given.base or base, **options)
     return found if given.four_bits else found.to(device), tokenizer, handle

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gists.add_argument("--gists", type=at_least(1), help=f"gist tokens of a context, or of each segment ({GISTS})")
     gists.add_argument("--segment-length", type=at_least(1), help="tokens of a segment; a context is one by default")
     gists.add_argument("--segment-overlap", type=at_least(0), default=0)
-    gists.add_argument("--segment-gists", type=at_least(0), default=0, help="hierarchical: --gists summarize these")
+    gists.add_argument("--segment-gists", type=at_least(0), default=0, help="hierarchical: --gists summarize these (0)")
     gists.add_argument(
         "--ratio",
         type=float,
@@ -73,10 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=WEIGHT",
         help="answer, distillation (from the full context), reconstruction; answer=1",
     )
-    training.add_argument("--steps", type=at_least(1), help="instead of --epochs")
-    training.add_argument("--epochs", type=float, default=3.0)
-    training.add_argument("--batch", type=at_least(1), default=4, help="rows of a process, together")
-    training.add_argument("--accumulate", type=at_least(1), default=1, help="batches of a step")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=at_least(1), help="instead of --epochs")
+    length.add_argument("--epochs", type=float, default=3.0, help="3")
+    training.add_argument("--batch", type=at_least(1), default=4, help="rows of a process, together (4)")
+    training.add_argument("--accumulate", type=at_least(1), default=1, help="batches of a step (1)")
     training.add_argument("--rate", type=float, help="learning rate (2e-4 with LoRA, 2e-5 without)")
     training.add_argument("--warmup", type=float, default=0.03, help="steps, or below 1 a share of them (0.03)")
     training.add_argument("--seed", type=at_least(0), default=0)

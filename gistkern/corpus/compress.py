@@ -142,7 +142,12 @@ def compress_corpus(
     found = []
     with (
         Workplace(Path(out_dir), settings, about) as place,
-        tqdm(total=total, unit="document", disable=not progress, desc=f"rank {rank} of {ranks}") as bar,
+        tqdm(
+            total=total,
+            unit="document",
+            disable=not progress,
+            desc="compress" if ranks == 1 else f"rank {rank} of {ranks}",
+        ) as bar,
     ):
         for number, chunk in enumerate(chunks_of(documents, chunk_documents, chunk_length)):
             found.append(len(chunk))

@@ -94,7 +94,7 @@ def _load_checkpoint(source: str, hub: dict[str, Any], options: dict[str, Any]) 
     if block is None:
         raise ValueError(
             f"{source!r} was not saved while patched, so it has no trained gist rows: pass what training saved, or "
-            "load it by transformers and train it after gistkern.patch(model)"
+            "train it (gistkern train; in Python after gistkern.patch(model))"
         )
     tokenizer = _tokenizer(source, hub)
     model = _from_pretrained(AutoModelForCausalLM, source, **options)

@@ -66,7 +66,7 @@ def scores_of(said: str, right: str) -> dict[str, float]:
         inside = f" {other} " in f" {one} "
     if not other:  # punctuation alone
         one, other = said.strip(), right.strip()
-        inside = other in one
+        inside = other in one if other else not one
     return {"exact": float(one == other), "contained": float(inside), "f1": token_f1(said, right)}
 
 
