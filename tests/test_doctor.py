@@ -188,3 +188,12 @@ print(sorted({{"torch", "transformers", "numpy", "triton", "peft", "yaml"}} & sy
     heavy, count = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert heavy == "[]"
     assert int(count) < 400
+
+
+@pytest.mark.parametrize(("kind", "said"), [("gemma2", "soft-capped"), ("gpt2", "no rotary position embeddings")])
+def test_a_model_that_is_refused_is_refused_by_the_calculator_too(tmp_path, capsys, kind, said):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--model", str(tmp_path), "--tokens", "600"])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err

@@ -102,3 +102,8 @@ def test_the_widest_table_has_a_hundred_columns():
     lines = table({"gist": summary, "full": summary, "none": {**summary, "rows": 0, "ratio": None}}).splitlines()
     assert max(map(len, lines)) <= 100
     assert "17.2 GB" in lines[2]
+
+
+def test_an_answer_of_nothing_is_contained_in_nothing_else():
+    assert scores_of("a lamp", "")["contained"] == 0
+    assert scores_of("", "")["contained"] == 1
