@@ -168,7 +168,7 @@ def test_an_adapter_loaded_before_patching_is_refused(tmp_path):
     get_peft_model(model, LoraConfig(**LORA)).save_pretrained(tmp_path)
     late = make_model()
     PeftModel.from_pretrained(late, tmp_path)
-    with pytest.raises(ValueError, match="before wrapping it with peft or loading an adapter"):
+    with pytest.raises(ValueError, match=r"gistkern\.load\(folder\), or patch the base before PeftModel"):
         gistkern.patch_llama(late, **SETTINGS)
 
 
