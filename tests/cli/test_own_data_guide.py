@@ -1,13 +1,13 @@
-"""The commands of docs/guides/own-data.md, one after the other, in a shell."""
+"""The commands of docs/guides/own-data.md, one after the other."""
 
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 from own_cases import make_base, rows, write
+
+from gistkern.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "own-data.md"
 
@@ -19,23 +19,23 @@ def place(tmp_path):
     write(tmp_path / "test.jsonl", rows(3, seed=1))
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "one.txt").write_text("The bell number 1 is with Mira.")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "gistkern").write_text(f'#!/bin/sh\nexec {sys.executable} -m gistkern "$@"\n')
-    (tmp_path / "bin" / "gistkern").chmod(0o755)
     return tmp_path
 
 
-@pytest.mark.slow
-def test_the_page_from_top_to_bottom(place):
+def test_the_page_from_top_to_bottom(place, monkeypatch, capsys):
+    """In this process: tests/test_road.py walks such a page in fresh ones."""
+    monkeypatch.chdir(place)
     blocks = re.findall(r"```(bash|python)\n(.*?)```", PAGE.read_text(), re.S)
     assert [kind for kind, _ in blocks] == ["bash", "bash", "python", "bash", "bash"]
-    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
     for kind, text in blocks:
-        text = text.replace("--model NAME", "--model base --gists 2 --steps 4 --lora 4")
-        words = ["sh", "-ec", text] if kind == "bash" else [sys.executable, "-c", text]
-        done = subprocess.run(words, cwd=place, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+        text = text.replace("--model NAME", "--model base --gists 2 --steps 4 --lora 4").replace("\\\n", " ")
+        if kind == "python":
+            exec(text, {})
+        for line in text.splitlines() if kind == "bash" else ():
+            name, *words = shlex.split(line, comments=True)
+            assert name == "gistkern"
+            main(words)
+        assert capsys.readouterr().out
     assert (place / "answers.jsonl").exists()
     assert (place / "runs" / "mine-plain" / "config.json").exists()
 
