@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -23,7 +23,7 @@ from gistkern.hf.texts import check_prefix
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
 
-__all__ = ["is_trained", "load"]
+__all__ = ["four_bits", "is_trained", "load"]
 
 _HUB = ("cache_dir", "token", "local_files_only", "force_download", "revision")
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
@@ -82,6 +82,11 @@ def load(
     return _load_checkpoint(source, hub, from_pretrained)
 
 
+def four_bits(computed_in: torch.dtype) -> BitsAndBytesConfig:
+    """How weights are loaded in 4 bits (NF4), in training and afterwards alike: other roundings are another model."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)
+
+
 def is_trained(folder: str | os.PathLike) -> bool:
     """Whether a folder or hub name holds what `load` takes; False for a model that was never patched."""
     source = os.fspath(folder)
@@ -120,18 +125,18 @@ def _load_adapter(
         raise ValueError(
             f"the adapter {source!r} holds no gist rows: it was trained without modules_to_save=['gist_embeddings']"
         )
-    settings, first_id = _settings(source, hub)
+    settings, first_id, layers = _settings(source, hub)
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter {source!r} names no base model: pass base=, its folder or hub name")
     options = {name: value for name, value in options.items() if name != "revision"}
     if config.revision:
         options["revision"] = config.revision
-    hub = {name: value for name, value in hub.items() if name != "revision"}
     model = _from_pretrained(AutoModelForCausalLM, base, hint=_BASE, **options)
     if block := getattr(model.config, "gistkern", None):  # a base that was trained before: the adapter's record counts
         model.config.gistkern = {name: value for name, value in block.items() if name not in vars(Training())}
-    tokenizer = _tokenizer(source, hub) or _tokenizer(base, hub)
+    elsewhere = {name: value for name, value in hub.items() if name != "revision"}  # which is the adapter's
+    tokenizer = _tokenizer(source, hub) or _tokenizer(base, elsewhere)
     # without one gist tokens follow the vocabulary; a tokenizer that knows them, or counts otherwise, gave their ids
     words = vocabulary_size(model.get_input_embeddings(), model.config)
     gave = tokenizer is not None and (first_id != words or "<gist_0>" in tokenizer.get_vocab())
@@ -142,11 +147,12 @@ def _load_adapter(
             f"{handle.first_id}: pass the base that it was trained on, and save the tokenizer of the training beside it"
         )
     handle.adapter = source
-    model = _adapted(PeftModel, model, source, {name: hub[name] for name in hub if name != "force_download"}, base)
+    hub = {name: value for name, value in hub.items() if name != "force_download"}
+    model = _adapted(PeftModel, model, source, hub, base, layers)
     return _checked(model.eval(), tokenizer, handle)
 
 
-def _adapted(kind: Any, model: Any, source: str, hub: dict[str, Any], base: str) -> Any:
+def _adapted(kind: Any, model: Any, source: str, hub: dict[str, Any], base: str, layers: int) -> Any:
     """The base with its adapter; ValueError where the adapter's tensors are others than the base has places for."""
     advice = (
         f"the adapter {source!r} does not fit the base {base!r}: pass base=, the model that it was trained on (with "
@@ -162,26 +168,9 @@ def _adapted(kind: Any, model: Any, source: str, hub: dict[str, Any], base: str)
         if "missing adapter keys" in str(one.message):
             raise ValueError(f"{advice} ({str(one.message)[:300]})")
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    layers = _layers_in(source, hub)
     if layers > model.get_base_model().config.num_hidden_layers:
         raise ValueError(f"{advice} (it has tensors for {layers} layers)")
     return model
-
-
-def _layers_in(source: str, hub: dict[str, Any]) -> int:
-    """How many layers an adapter's file has tensors for, by the largest number in a name."""
-    with safe_open(_adapter_file(source, hub), "pt") as tensors:
-        numbers = [re.search(r"layers\.(\d+)\.", name) for name in tensors.keys()]  # noqa: SIM118
-    return max((int(found[1]) + 1 for found in numbers if found), default=0)
-
-
-def _adapter_file(source: str, hub: dict[str, Any]) -> str:
-    path = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:
-        raise ValueError(
-            f"the adapter {source!r} has no adapter_model.safetensors: save it by safetensors (peft's default)"
-        )
-    return path
 
 
 def _checked(model: Any, tokenizer: Any, handle: GistHandle) -> tuple[Any, Any, GistHandle]:
@@ -191,12 +180,20 @@ def _checked(model: Any, tokenizer: Any, handle: GistHandle) -> tuple[Any, Any, 
     return model, tokenizer, handle
 
 
-def _settings(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """What to patch the base with, and the id of the first gist token: from gistkern.json and from beside the rows."""
-    path = _adapter_file(source, hub)
+def _settings(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
+    """What to patch the base with, and the id of the first gist token: from gistkern.json and from beside the rows.
+
+    And how many layers the adapter's file has tensors for, by the largest number in a name.
+    """
+    path = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        raise ValueError(
+            f"the adapter {source!r} has no adapter_model.safetensors: save it by safetensors (peft's default)"
+        )
     try:
         with safe_open(path, "pt") as tensors:
-            name = next((key for key in tensors.keys() if key.endswith("gist_embeddings.settings")), None)  # noqa: SIM118
+            keys = list(tensors.keys())
+            name = next((key for key in keys if key.endswith("gist_embeddings.settings")), None)
             if name is None:
                 raise ValueError(f"{path} holds no gist settings: it was saved by another version, or lost its rows")
             numbers = tensors.get_tensor(name).tolist()
@@ -213,7 +210,8 @@ def _settings(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], int]:
         name for name, value in stated.items() if name not in known or value != vars(settings).get(name, value)
     ]:
         raise ValueError(f"{found} and the rows beside it are not of one training: {wrong[0]} is {stated[wrong[0]]!r}")
-    return {**vars(settings), **stated}, numbers[-1]
+    layers = [int(number[1]) + 1 for key in keys if (number := re.search(r"layers\.(\d+)\.", key))]
+    return {**vars(settings), **stated}, numbers[-1], max(layers, default=0)
 
 
 def _find_adapter(source: str, hub: dict[str, Any]) -> bool:

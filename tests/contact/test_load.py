@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from contact_cases import LORA, WITH_ROWS, make_model, random_ids, train
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from training_oracle import make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -296,3 +296,20 @@ def test_biases_that_an_adapter_trains_stay_trained():
     handle.freeze_base()
     assert {name for name, p in adapted.named_parameters() if p.requires_grad} == trained
     assert any(name.endswith("bias") for name in trained)
+
+
+def test_a_revision_is_the_adapters(tmp_path, monkeypatch):
+    """All of its files come from there, the weights too, and nothing of the base's."""
+    saved(tmp_path)
+    asked = []
+    for kind in (PeftModel, AutoModelForCausalLM):
+        original = kind.from_pretrained
+        monkeypatch.setattr(
+            kind,
+            "from_pretrained",
+            lambda *given, _kind=kind, _original=original, **options: (
+                asked.append((_kind.__name__, options.get("revision"))) or _original(*given, **options)
+            ),
+        )
+    gistkern.load(tmp_path / "trained", revision="v2")
+    assert asked == [("AutoModelForCausalLM", None), ("PeftModel", "v2")]
