@@ -42,21 +42,16 @@ def load_model(
     import torch
 
     from gistkern.cache.file import check_device
-    from gistkern.hf.load import load
+    from gistkern.hf.load import four_bits, load
 
     device = given.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    dtype = getattr(torch, given.dtype, None)
+    dtype: Any = getattr(torch, given.dtype, None)
     if given.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype {given.dtype} is none that a model computes in: pass auto, float32 or bfloat16")
     options: dict[str, Any] = {"dtype": given.dtype}
     if given.four_bits:
-        from transformers import BitsAndBytesConfig
-
-        compute = torch.bfloat16 if given.dtype == "auto" else dtype
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-        )
+        options["quantization_config"] = four_bits(torch.bfloat16 if given.dtype == "auto" else dtype)
         options["device_map"] = {"": device}
     if fresh_gists is not None:
         from transformers import AutoModelForCausalLM

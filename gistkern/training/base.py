@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gistkern.hf.chat import stop_ids
+from gistkern.hf.load import four_bits
 from gistkern.hf.patch import patch
 
 if TYPE_CHECKING:
@@ -89,13 +90,7 @@ class Base:
         """The model that trains, patched, and its handle. Generation ends where answers of the training end."""
         options: dict[str, Any] = {"dtype": self.computed_in()}
         if self.four_bit:
-            from transformers import BitsAndBytesConfig
-
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=options["dtype"],
-            )
+            options["quantization_config"] = four_bits(options["dtype"])
             if torch.cuda.is_available():
                 options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
         model = _loaded(AutoModelForCausalLM, self.name, **options)
