@@ -62,7 +62,7 @@ test-all: setup ## every test, the slow proof too: killed processes, packaging, 
 compat: setup ## the suite's core under the oldest and the newest versions that pyproject.toml admits
 	$(BIN)/python tests/compat/run.py $(COMPAT) $(ARGS)
 
-resolve: setup ## ask a resolver what gistkern can be installed beside: the table of docs/install.md
+resolve: setup ## ask a resolver what gistkern can be installed beside: the table of docs/start/install.md
 	$(BIN)/python -m pip install -q -c constraints.txt uv
 	GISTKERN_NO_EXTENSION=1 $(BIN)/python tests/compat/resolve.py $(ARGS)
 
@@ -86,16 +86,16 @@ sanitize: setup ## Triton IR, CUDA C++ and the CPU kernels under sanitizers: bou
 		$(BIN)/python -m ttsem.sanitize pytest -p no:xdist -p no:cacheprovider $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/csrc -m sanitize -n 2 --dist loadgroup $(ARGS)
 
-aot: setup ## compile every kernel for every listed chip: docs/evidence/kernels.json, and the tables of its page
+aot: setup ## compile every kernel for every listed chip: docs/internals/compiled.json, and the tables of its page
 	$(BIN)/python -m bench.compiled.aot $(ARGS)
 
-work: setup ## count the schedule's tiles, FLOPs and balance: the table of docs/evidence/work.md
+work: setup ## count the schedule's tiles, FLOPs and balance: the table of docs/internals/work.md
 	$(BIN)/python -m bench.counted.work $(ARGS)
 
-roofline: setup ## calculate what perfect kernels would take and how many documents fit: docs/roofline.md
+roofline: setup ## calculate what perfect kernels would take and how many documents fit: docs/internals/roofline.md
 	$(BIN)/python -m bench.calculated.roofline $(ARGS)
 
-scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs: docs/scale.md
+scale: setup ## calculate contexts of 1M and 10M tokens over 8 to 1,024 GPUs: docs/internals/scale.md
 	$(BIN)/python -m bench.calculated.scale $(ARGS)
 
 compare: setup ## compare layouts, gist counts, positions and sinks into runs/compare (hours)
@@ -118,11 +118,11 @@ bench: setup ## microbenchmarks, as ratios within one process
 bench-report: setup ## everything beside its baselines, into docs/benchmarks.* (40 min)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report $(ARGS)
 
-bench-check: setup ## compare with the recorded ratios of docs/benchmarks.json; not part of CI
+bench-check: setup ## compare with the recorded ratios of docs/results/cpu.json; not part of CI
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.check $(ARGS)
 
-docs: setup ## redraw the pictures of docs/
-	$(BIN)/python docs/draw.py
+docs: setup ## build the documentation site into build/site; any warning fails
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove .venv, caches, runs and what was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs $(EXTENSION)

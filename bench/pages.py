@@ -11,11 +11,11 @@ from bench.measured import tables as measured
 
 def main() -> None:
     """Fill the pages."""
-    evidence = DOCS / "evidence"
-    pages = dict.fromkeys(sorted(DOCS.glob("benchmarks*.json")), measured.tables)
-    pages[evidence / "kernels.json"] = aot.tables
-    pages[evidence / "context-parallel.json"] = context_parallel.tables
-    pages[evidence / "compare.json"] = measured.compared
+    results = DOCS / "results"
+    pages = dict.fromkeys(sorted(results.glob("*pu*.json")), measured.tables)
+    pages[DOCS / "internals" / "compiled.json"] = aot.tables
+    pages[results / "context-parallel.json"] = context_parallel.tables
+    pages[results / "compare.json"] = measured.compared
     for path, tables in pages.items():
         fill(path.with_suffix(".md"), tables(json.loads(path.read_text("utf-8"))))
     fill(DOCS.parent / "README.md", families.tables())

@@ -4,7 +4,7 @@
     python csrc/build_extension.py --cuda emulated --out build/_C.so       # the CUDA kernels on the CPU, for tests
 
 Standard library only: setup.py imports it before anything is installed. The library holds no Python and uses libtorch's
-stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.10 (docs/extension.md).
+stable ABI alone, so one file serves every Python, and CPU and CUDA builds of torch >= 2.10 (extension.md).
 """
 
 from __future__ import annotations

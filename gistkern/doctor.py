@@ -142,7 +142,7 @@ def _missing(facts: dict[str, Any], gpu: bool) -> list[dict[str, str]]:
     if native.missing() and not native.is_broken():
         lacks(f"fast CPU kernels: gistkern {native.missing()}", "pip install --no-build-isolation gistkern")
     elif gpu and torch.version.hip is None and native.missing_cuda():
-        lacks("CUDA kernels for decoding: the extension was built without nvcc", "see docs/extension.md")
+        lacks("CUDA kernels for decoding: the extension was built without nvcc", "see docs/internals/extension.md")
     if gpu and facts["packages"]["triton"] is None:
         lacks("Triton, which serves GPUs", "pip install 'gistkern[triton]'")
     if not gpu and Path("/dev/nvidia0").exists():

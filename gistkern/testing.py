@@ -117,7 +117,7 @@ def _cancelled_terms(inputs: Inputs, layout: GistLayout) -> dict[str, float]:
 
     An LSE is a score, the largest, plus the logarithm of a sum: it may be smaller than either. dq and dk sum up
     differences ``p * (dp - delta)``. Where a row sees one key the two sides cancel exactly, in the plain computation by
-    luck of its order of summation: then the rounding of the terms is the error that remains (docs/numerics.md,
+    luck of its order of summation: then the rounding of the terms is the error that remains (docs/concepts/numerics.md,
     "Budgets").
     """
     compact = [gather_rows(t, layout.gather) for t in (inputs.k, inputs.v)]

@@ -1,4 +1,4 @@
-"""What travels together: the arguments of a call, and how a launch hands them to a kernel (docs/kernels.md, Arguments).
+"""What travels together: the arguments of a call, and how a launch hands them to a kernel (kernels.md, Arguments).
 
 No Triton here: every backend takes these.
 """
@@ -19,7 +19,7 @@ __all__ = ["AttentionArguments", "DecodeArguments", "Meta", "PoolWrite", "row_ti
 
 
 class AttentionArguments(NamedTuple):
-    """The arguments of one attention call: shapes as `gistkern.ops.library` says, intervals as docs/mask.md does."""
+    """The arguments of one attention call: shapes as `gistkern.ops.library` says, intervals as mask.md does."""
 
     q: torch.Tensor
     k: torch.Tensor

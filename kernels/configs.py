@@ -1,9 +1,9 @@
 """Block sizes, warps and pipeline stages of every kernel, per architecture, head dimension and precision.
 
-Chosen by compiling (docs/evidence/kernels.md): for 16-bit inputs, of the tiles that neither spill registers nor
+Chosen by compiling (docs/internals/compiled.md): for 16-bit inputs, of the tiles that neither spill registers nor
 exceed the chip's shared memory, those that move the fewest bytes per product. fp32 fits in shared memory too, but
 in IEEE precision it spills from head dimension 64 on some chips. Forward and backward on an H100 at head dimensions 64
-and 128 were chosen by timing (docs/kernels.md, Tiles); no other row has been timed.
+and 128 were chosen by timing (docs/internals/kernels.md, Tiles); no other row has been timed.
 `autotune.py` measures a device and writes a JSON file; the environment variable GISTKERN_CONFIGS names the file
 to use.
 """
@@ -52,12 +52,12 @@ _FAMILIES = {
 _TWO_LOOPS = ("sm_80", "small", "sm_100")
 
 # why-texts that several rows share
-_MEASURED = "the fastest of its neighbors that does not spill, on an H100 (docs/kernels.md, Tiles)"
+_MEASURED = "the fastest of its neighbors that does not spill, on an H100 (docs/internals/kernels.md, Tiles)"
 _RATIO = "128 rows halve the K/V traffic of 64; more columns only add rounding to the gist interval"
 _SPILLS = "larger tiles spill registers"
 _TENSOR_MEMORY = "accumulators live in tensor memory, so registers allow what shared memory does"
 _SHARED = "shared memory decides: operands are staged for every product of the step"
-_NARROW = "64 columns: 128 would take a quarter more FLOPs at the segments' diagonals (docs/evidence/work.md)"
+_NARROW = "64 columns: 128 would take a quarter more FLOPs at the segments' diagonals (docs/internals/work.md)"
 _FMA = "IEEE fp32 (the default) multiplies without tensor cores, operands in registers: small tiles"
 _FMA_SPILLS = "IEEE fp32 holds two whole rows of operands in registers and spills at any tile size"
 _WIDE = "a row of 256 leaves registers for few rows"

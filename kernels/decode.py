@@ -70,7 +70,7 @@ def gist_decode_kernel(
 def merge_splits_kernel(
     parts, out_ptr, lse_ptr, n_stats, n_splits, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):
-    """Merge partial out and lse by the LSE (docs/numerics.md): ``[n_splits, n_stats(, D)]`` -> ``[n_stats(, D)]``."""
+    """Merge partial out and lse by the LSE (numerics.md): ``[n_splits, n_stats(, D)]`` -> ``[n_stats(, D)]``."""
     o_stat = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_stat = o_stat < n_stats
     b_acc = tl.zeros([BM, BD], tl.float32)

@@ -1,4 +1,4 @@
-"""Device functions that every attention kernel here is made of. Each rule stands once; docs/kernels.md explains.
+"""Device functions that every attention kernel here is made of. Each rule stands once; kernels.md explains.
 
 Naming inside kernels: ``i_`` indices, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` tiles, ``n_`` counts.
 """

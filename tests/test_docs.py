@@ -37,7 +37,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_promise_names_a_test():
-    promises = (ROOT / "docs/reliability.md").read_text()
+    promises = (ROOT / "docs/internals/reliability.md").read_text()
     named = set(re.findall(r"`(tests/[^`]+)`", promises))
     assert len(named) > 10
     assert not [path for path in named if not (ROOT / path).is_file()]

@@ -1,6 +1,6 @@
 """What a perfect kernel would take: FLOPs and bytes from the work counter, published peaks. No measurement.
 
-    make roofline                        # fills docs/roofline.md
+    make roofline                        # fills docs/internals/roofline.md
     make roofline ARGS="--rows rows.json"     # every card, layout and length
 
 The attention op is counted here, the model around it (weights, caches, decoding) in bench/calculated/serving.py.
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.rows:
         write_report(given.rows, found)
     else:
-        fill(DOCS / "roofline.md", tables(found))
+        fill(DOCS / "internals" / "roofline.md", tables(found))
 
 
 if __name__ == "__main__":

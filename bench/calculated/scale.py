@@ -1,6 +1,6 @@
 """Contexts of a million tokens and more over many GPUs, calculated: traffic, memory and time of a layer.
 
-    make scale                                         # fills docs/scale.md
+    make scale                                         # fills docs/internals/scale.md
 
 Nothing here ran on several GPUs. Pairs come from the layouts, shards from `gistkern.distributed.split_layout`, as a
 training step would cut them; speeds are published peaks, of the card and of its links.
@@ -104,7 +104,7 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
 
 
 def tables(scales: Sequence[Scale]) -> dict[str, str]:
-    """The table of docs/scale.md."""
+    """The table of docs/internals/scale.md."""
 
     def shown(name: str, factor: float) -> Callable[[Any], str]:
         return lambda row: significant(factor * row[name])
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         for scheme in SCHEMES:
             layout = layout_of(scheme, tokens)
             scales += [calculated(layout, scheme, ranks) for one, ranks in CASES if one == tokens]
-    fill(DOCS / "scale.md", tables(scales))
+    fill(DOCS / "internals" / "scale.md", tables(scales))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compile every kernel for every chip with no GPU, check the machine code, and write it up.
 
-    make aot                                              # everything, to docs/evidence/kernels.{json,md}
+    make aot                                              # everything, to docs/internals/compiled.{json,md}
     python -m bench.compiled.aot --arch sm_90 --kernel fwd         # some of it, gates only
     python -m bench.compiled.aot --kernel cuda_decode_mma          # of the CUDA kernels, which need nvcc
     python -m bench.compiled.aot --arch sm_90 --out /tmp/aot       # some of it, written up elsewhere
@@ -32,7 +32,7 @@ from bench.rows import write_report
 from gistkern.kernels import tuned
 from gistkern.kernels.chips import chip_named
 
-EVIDENCE = DOCS / "evidence"
+PAGES = DOCS / "internals"
 # constexprs that are choices of ours, for the config column
 _CHOSEN = ("PACK", "BM", "BN", "BG", "BLOCK")
 
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--kernel", nargs="+", choices=names, default=names)
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
-    parser.add_argument("--out", type=Path, help="where to write (default: docs/evidence if everything is compiled)")
+    parser.add_argument("--out", type=Path, help="where to write (default: docs/internals if everything is compiled)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args(arguments)
     if os.environ.get(tuned.ENVIRONMENT):
@@ -181,12 +181,12 @@ def main(arguments: list[str] | None = None) -> int:
     rows = _compile_all(wanted, args.jobs)
     failures = check(rows)
     everything = len(wanted) == len(every_row())
-    if out := args.out or (EVIDENCE if everything else None):
+    if out := args.out or (PAGES if everything else None):
         out.mkdir(parents=True, exist_ok=True)
         report = _report(rows)
-        write_report(out / "kernels.json", report)
-        fill(out / "kernels.md", tables(report))
-        print(f"{len(rows)} rows written to {out}/kernels.json and kernels.md")
+        write_report(out / "compiled.json", report)
+        fill(out / "compiled.md", tables(report))
+        print(f"{len(rows)} rows written to {out}/compiled.json and compiled.md")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{len(rows)} rows: {len(failures)} failures")

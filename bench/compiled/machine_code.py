@@ -90,7 +90,7 @@ class Cubin(NamedTuple):
 
 
 def describe(build: Build, chip: Chip) -> dict[str, Any]:
-    """Everything a row of docs/evidence/kernels.json says about the machine code of one Triton kernel on one chip.
+    """Everything a row of docs/internals/compiled.json says about the machine code of one Triton kernel on one chip.
 
     Bytes are per thread for `stack_bytes`, `spill_bytes` (what ptxas counts as spill stores) and
     `spill_load_bytes`, and per block for `shared_bytes`. `spill_instructions` counts loads and stores of local

@@ -1,6 +1,6 @@
 """How much work the kernels' schedule does, counted in pure Python: tiles, masked tiles, FLOPs, balance.
 
-    make work          # fills docs/evidence/work.md
+    make work          # fills docs/internals/work.md
 
 The counts follow the same rules as the kernels (kernels/primitives.py: visible_columns; kernels/attn_bwd_dkv.py:
 row intervals and chunks) on the configs a call would pick; tests/bench/test_work.py counts the products that the
@@ -235,7 +235,7 @@ def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The table of docs/evidence/work.md: ratios of every chip, the rest of the second one's."""
+    """The table of docs/internals/work.md: ratios of every chip, the rest of the second one's."""
     found = {(row["segments"], row["rows"], row["arch"]): row for row in rows}
     head = ["segments", "rows", "pairs of causal"]
     head += [f"{key}, {arch}" for key in ("forward", "backward") for arch in ARCHES]
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.rows:
         write_report(given.rows, {"grade": "emulated", "command": "make work", "rows": rows})
     else:
-        fill(DOCS / "evidence" / "work.md", tables(rows))
+        fill(DOCS / "internals" / "work.md", tables(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compare this machine's ratios with the recorded ones: a guard against regressions, outside CI's pass and fail.
 
-    make bench-check                                   # the quicker rows of docs/benchmarks.json, again
-    python -m bench.measured.check --recorded docs/benchmarks-nvidia-h100.json --device cuda
+    make bench-check                                   # the quicker rows of docs/results/cpu.json, again
+    python -m bench.measured.check --recorded docs/results/nvidia-h100.json --device cuda
 
 A row has regressed where the median of a baseline's new ratios (its time / ours) is below the recorded median by more
 than the tolerance, and below the smallest recorded ratio, or where a baseline that was measured is not any more. The
@@ -57,7 +57,7 @@ def compared(
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recorded", type=Path, default=DOCS / "benchmarks.json")
+    parser.add_argument("--recorded", type=Path, default=DOCS / "results" / "cpu.json")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import gistkern
 
 CONTEXTS, CONTEXT, FOLLOWING, SEGMENT, ANSWER = 6, 768, 96, 128, 16
-PAGES = ("mask.md", "numerics.md", "serving.md", "kernels.md", "extension.md", "distributed.md")
+PAGES = ("concepts/mask.md", "concepts/numerics.md", "guides/serving.md", "internals/kernels.md")
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Measure everything in one process, write docs/benchmarks.json, and fill the tables of benchmarks.md.
+"""Measure everything in one process, write docs/results/cpu.json, and fill the tables of benchmarks.md.
 
     make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
-    python -m bench.measured.report --device cuda               # the same for a GPU: docs/benchmarks-<its name>.*
+    python -m bench.measured.report --device cuda               # the same for a GPU: docs/results/<its name>.*
     python -m bench.measured.report --section decoding          # a part of it, printed only
-    python -m bench.measured.report --page docs/benchmarks.json # the tables again
+    python -m bench.measured.report --page docs/results/cpu.json # the tables again
 
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
 """
@@ -72,9 +72,9 @@ def _processor() -> str:
 
 def _target(device: str) -> Path:
     if device == "cpu":
-        return DOCS / "benchmarks.json"
+        return DOCS / "results" / "cpu.json"
     slug = re.sub("[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return DOCS / f"benchmarks-{slug}.json"
+    return DOCS / "results" / f"{slug}.json"
 
 
 def write(report: dict[str, Any], path: Path) -> None:

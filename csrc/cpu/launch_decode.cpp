@@ -40,7 +40,7 @@ const char* decode(const DecodeArguments& x, const Pool& pool) {
   });
   if (!done) return kOutOfMemory;
 
-  // docs/numerics.md, "Merging partial attention"; into the first split's rows
+  // docs/concepts/numerics.md, "Merging partial attention"; into the first split's rows
   done = for_items(pool, units, 0, [&](int64_t unit, float*) {
     for (int64_t row = 0; row < rows; ++row) {
       float* total = out + (unit * splits * rows + row) * dim;

@@ -1,4 +1,4 @@
-// Which keys the rows of a strip see: the mask rule of docs/mask.md, for kStrip rows at a time.
+// Which keys the rows of a strip see: the mask rule of docs/concepts/mask.md, for kStrip rows at a time.
 #pragma once
 
 #include "arguments.h"

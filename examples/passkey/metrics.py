@@ -1,4 +1,4 @@
-"""The metrics of docs/metrics.md that are computed from answers: what an answer is worth, and the rows of a report."""
+"""The metrics of metrics.md that are computed from answers: what an answer is worth, and the rows of a report."""
 
 from __future__ import annotations
 

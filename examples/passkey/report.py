@@ -32,7 +32,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     print(show(report["rows"]))
     if report.get("full_context"):
         print(f"\nthe same questions with the whole context in sight:\n{show(report['full_context'])}")
-    print(f"\n{folder / 'report.json'}; what the columns mean: docs/metrics.md")
+    print(f"\n{folder / 'report.json'}; what the columns mean: docs/reference/metrics.md")
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -37,7 +37,7 @@ def _needs_triton() -> str | None:
 
 
 def _needs_cuda(q: torch.Tensor) -> str | None:
-    # under an emulator (docs/evidence.md) kernel launches take CPU tensors
+    # under an emulator (docs/internals/evidence.md) kernel launches take CPU tensors
     if q.device.type != "cuda" and not emulated():
         return f"serves CUDA and ROCm tensors, got {q.device}"
     if q.dtype == torch.float64:

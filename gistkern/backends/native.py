@@ -46,7 +46,7 @@ def _load() -> str | None:
     if not path.is_file():
         return (
             f"needs the compiled extension, which is not built (no {path}): install with a C++ compiler and "
-            "`pip install --no-build-isolation`, see docs/extension.md"
+            "`pip install --no-build-isolation`, see docs/internals/extension.md"
         )
     if _is_torn(path):
         return (
@@ -98,7 +98,7 @@ def missing_cuda() -> str | None:
     """Why the extension has no CUDA kernels, or None."""
     if _MISSING or _CUDA_ARCHS:
         return _MISSING
-    return "needs the extension's CUDA kernels: rebuild it where nvcc is, see docs/extension.md"
+    return "needs the extension's CUDA kernels: rebuild it where nvcc is, see docs/internals/extension.md"
 
 
 def operators():
@@ -116,7 +116,7 @@ def instruction_set() -> str:
 def cuda_archs() -> str:
     """Chips that the CUDA kernels were compiled for (``80;90a``); empty in a build without nvcc.
 
-    ``emulated`` in a test build, whose CUDA kernels run on CPU tensors (docs/evidence.md).
+    ``emulated`` in a test build, whose CUDA kernels run on CPU tensors (docs/internals/evidence.md).
     """
     return _CUDA_ARCHS
 

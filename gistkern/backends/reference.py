@@ -18,7 +18,7 @@ __all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_score
 
 
 def dense_mask(intervals: Sequence[torch.Tensor], num_compact: int, num_local: int) -> torch.Tensor:
-    """bool ``[B, N, G + M]`` of docs/mask.md, from gist_begin, gist_end and local_begin alone."""
+    """bool ``[B, N, G + M]`` of docs/concepts/mask.md, from gist_begin, gist_end and local_begin alone."""
     gist_begin, gist_end, local_begin = intervals
     rows = gist_begin.shape[1]
     row = torch.arange(num_local - rows, num_local, device=gist_begin.device)[:, None]

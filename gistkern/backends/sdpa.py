@@ -1,7 +1,7 @@
 """CPU backend without the extension: flash-style blocks through torch's own flash kernel, merged by log-sum-exp.
 
 Never a dense mask: the blocks of sdpa_plan.py follow the two intervals. 16-bit inputs are computed in fp32.
-The merge of partial results and its backward are in docs/numerics.md, "Merging partial attention".
+The merge of partial results and its backward are in docs/concepts/numerics.md, "Merging partial attention".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     gistkern doctor --model NAME --tokens 32000  # instead: what reading such a context takes, and which cards hold it
     gistkern doctor --model NAME --tokens 6000 --train --4bit
 
-The second form calculates from the model's configuration alone (docs/memory.md says how far off it is).
+The second form calculates from the model's configuration alone (docs/guides/memory.md says how far off it is).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gist context parallelism: one long context over several ranks, which exchange its gist rows and nothing else.
 
-``gistkern.patch_llama(model, context_parallel=group)`` is the short way; docs/distributed.md explains it.
+``gistkern.patch_llama(model, context_parallel=group)`` is the short way; docs/guides/many-gpus.md explains it.
 """
 
 from gistkern.distributed.attention import parallel_attention

@@ -1,4 +1,4 @@
-"""The model families that can be patched: one row each (docs/families.md says what a row needs)."""
+"""The model families that can be patched: one row each (docs/reference/families.md says what a row needs)."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def family_of(model: PreTrainedModel) -> Family:
         raise TypeError(
             f"models of type {model.config.model_type!r} are not supported: expected one of {', '.join(FAMILIES)}. "
             "If its attention is rotary full attention, one row in gistkern/hf/families.py may be all it needs "
-            "(docs/families.md)"
+            "(docs/reference/families.md)"
         )
     family = FAMILIES[model.config.model_type]
     inner = getattr(model, family.decoder, model)

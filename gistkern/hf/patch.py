@@ -70,7 +70,7 @@ def patch(
     num_gist_tokens : int
         Gist tokens that close a context (or a segment).
     positions : str
-        ``"absolute"`` or ``"gist_first"`` (docs/mask.md).
+        ``"absolute"`` or ``"gist_first"`` (docs/concepts/mask.md).
     sink_tokens : int
         First tokens of a document that stay visible.
     backend : str
@@ -79,7 +79,7 @@ def patch(
         Extra gist tokens that close the segments of a hierarchical compression, whose summary the
         `num_gist_tokens` then are. 0 for none.
     context_parallel : ProcessGroup or DeviceMesh, optional
-        Ranks that share each context (docs/distributed.md): all are called with the whole of it, each computes its
+        Ranks that share each context (docs/guides/many-gpus.md): all are called with the whole of it, each computes its
         shard's rows and logits, and `loss` is the whole context's on every rank. Average gradients over the group, as
         DDP and FSDP do.
     context_prefix, segment_length, segment_overlap, chat

@@ -1,4 +1,4 @@
-"""The mask rule: which rows see which keys, as two intervals per row (docs/mask.md). Needs torch alone."""
+"""The mask rule: which rows see which keys, as two intervals per row (docs/concepts/mask.md). Needs torch alone."""
 
 from gistkern.layout.layout import GistLayout
 

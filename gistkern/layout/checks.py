@@ -84,7 +84,7 @@ def check_gather(gather: np.ndarray, num_local: int) -> None:
 
 
 def check_intervals(layout: LayoutFields) -> None:
-    """Raise ValueError unless every row's two intervals obey docs/mask.md. Waits for the device."""
+    """Raise ValueError unless every row's two intervals obey docs/concepts/mask.md. Waits for the device."""
     check_shapes(layout)  # once more: a tensor may have been resized in place
     begin, end, start, gather = (getattr(layout, name).cpu().numpy() for name in _VALUES)
     row = check_bounds(begin, end, start, layout.num_compact, layout.num_local)

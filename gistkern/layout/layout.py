@@ -1,6 +1,6 @@
 """The mask rule: which rows of the token stream see which keys.
 
-A row sees exactly two intervals (docs/mask.md):
+A row sees exactly two intervals (docs/concepts/mask.md):
 
 1. ``[gist_begin, gist_end)`` of the *compact rows*: the ``past`` rows that came with the call, followed by
    the rows that ``gather`` lists from this call;
@@ -83,7 +83,7 @@ class GistLayout(LayoutFields):
         If shapes, types or devices disagree. Values are checked where they are used: `gist_attention`, `dense` and
         `token_mask` raise ValueError if an interval or an entry of `gather` leaves its buffer, whatever the backend,
         compiled or not, and however the layout came about; eager calls also if a vector decreases, a row would see
-        a padding entry of `gather`, or a row would see one token twice (docs/mask.md).
+        a padding entry of `gather`, or a row would see one token twice (docs/concepts/mask.md).
 
     Examples
     --------

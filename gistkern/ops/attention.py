@@ -54,7 +54,7 @@ def gist_attention(
         Of the scores, positive; ``D ** -0.5`` by default.
     learned_sinks : Tensor, optional
         ``[Hq]``, floats: for each head one logit that takes part in every row's softmax and carries no value, as
-        gpt-oss has them (Agarwal et al. 2025). Differentiable (docs/numerics.md).
+        gpt-oss has them (Agarwal et al. 2025). Differentiable (docs/concepts/numerics.md).
     backend : str
         ``"auto"`` or a name of `gistkern.backends.BACKENDS`. A named backend never falls back.
     return_lse : bool

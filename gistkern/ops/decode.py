@@ -67,7 +67,7 @@ def gist_decode(
     -------
     (Tensor, Tensor)
         Output like `q` and the natural-log LSE ``[B, Hq, N]`` in fp32, so that partial results merge
-        (docs/numerics.md). Rows that see nothing are 0 with LSE -inf.
+        (docs/concepts/numerics.md). Rows that see nothing are 0 with LSE -inf.
 
     Raises
     ------

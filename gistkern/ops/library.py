@@ -1,6 +1,6 @@
 """The op under `gistkern.gist_attention`: schemas, shape functions, autograd. Kernels load on first use.
 
-``attention`` takes (docs/mask.md for the intervals)
+``attention`` takes (docs/concepts/mask.md for the intervals)
 
 - q ``[B, Hq, N, D]``; k, v ``[B, Hkv, M, D]`` with M >= N, query row i being local row ``M - N + i``;
 - gist_k, gist_v ``[B, Hkv, G, D]``: the compact rows;

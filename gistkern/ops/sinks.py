@@ -1,4 +1,4 @@
-"""Learned sinks: one logit per head that takes part in the softmax and carries no value (docs/numerics.md).
+"""Learned sinks: one logit per head that takes part in the softmax and carries no value (docs/concepts/numerics.md).
 
 No kernel knows them. They are put into what a kernel answers, and its own backward is right for what comes out.
 """

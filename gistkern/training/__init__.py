@@ -1,4 +1,4 @@
-"""Training gist tokens: objectives, curriculum, collator and Trainer (docs/training.md). Loaded on first use."""
+"""Training gist tokens: objectives, curriculum, collator and Trainer (docs/guides/trainers.md). Loaded on first use."""
 
 from __future__ import annotations
 

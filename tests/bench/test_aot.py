@@ -209,7 +209,7 @@ def test_the_plain_flash_kernel_is_right(rows, columns):
 
 @pytest.fixture(scope="module")
 def committed():
-    return json.loads((ROOT / "docs" / "evidence" / "kernels.json").read_text())
+    return json.loads((ROOT / "docs" / "internals" / "compiled.json").read_text())
 
 
 def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed):
@@ -224,7 +224,7 @@ def test_the_committed_evidence_is_complete_and_its_page_belongs_to_it(committed
     for key, row in rows.items():
         assert row["problems"] == aot.problems(row), key
         assert not row["problems"] or row["plain"], key
-    page = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "internals" / "compiled.md").read_text()
     assert filled(page, aot.tables(committed)) == page, "run python -m bench.pages"
     assert str(ROOT) not in json.dumps(committed)
 

@@ -387,7 +387,7 @@ def test_the_guard_needs_a_record(tmp_path, capsys):
 
 
 def test_the_committed_ranks_received_what_the_wire_carried():
-    found = json.loads((DOCS / "evidence" / "context-parallel.json").read_text())
+    found = json.loads((DOCS / "results" / "context-parallel.json").read_text())
     shared = [run for run in found["runs"] if run["ranks"] > 1]
     assert {(run["scheme"], run["ranks"]) for run in shared} == set(itertools.product(context_parallel.SCHEMES, (2, 4)))
     for run in shared:
@@ -396,9 +396,9 @@ def test_the_committed_ranks_received_what_the_wire_carried():
         assert counted <= first["wire bytes of all ranks"] < first["ring attention would receive"]
 
 
-COMMITTED = dict.fromkeys(DOCS.glob("benchmarks*.json"), tables.tables) | {
-    DOCS / "evidence" / "context-parallel.json": context_parallel.tables,
-    DOCS / "evidence" / "compare.json": tables.compared,
+COMMITTED = dict.fromkeys((DOCS / "results").glob("*pu*.json"), tables.tables) | {
+    DOCS / "results" / "context-parallel.json": context_parallel.tables,
+    DOCS / "results" / "compare.json": tables.compared,
 }
 
 
@@ -409,6 +409,6 @@ def test_the_tables_of_a_committed_page_are_those_of_its_report(path):
 
 
 def test_a_gist_cache_holds_the_bytes_of_its_rows_and_no_more():
-    rows = json.loads((DOCS / "benchmarks.json").read_text())["models"]
+    rows = json.loads((DOCS / "results" / "cpu.json").read_text())["models"]
     assert rows
     assert all(row["gist bytes"] * row["context"] == row["full bytes"] * row["gist rows"] for row in rows)

@@ -116,7 +116,7 @@ def test_op_times_are_limits(found):
 
 def test_decoding_by_hand():
     """What the page says about one layer's attention of a decoding step, of one sequence."""
-    page = (DOCS / "roofline.md").read_text()
+    page = (DOCS / "internals" / "roofline.md").read_text()
     moved = []
     for gists, raw in ((10, 32), (0, 6128)):
         layout = GistLayout.decode(gists, raw - 1)
@@ -141,7 +141,7 @@ def test_weights_by_hand():
         resident = nf4 + rest * (2 * VOCABULARY + NORMS)
         assert serving.weights_of(kind) == serving.Weights(resident, resident - rest * VOCABULARY)
     # the page on training's memory counts the originals of ten gist rows besides
-    assert f"{resident + 10 * 4096 * 4:,}" in (DOCS / "memory.md").read_text()
+    assert f"{resident + 10 * 4096 * 4:,}" in (DOCS / "guides" / "memory.md").read_text()
     with pytest.raises(ValueError, match="expected one of bf16"):
         serving.weights_of("int8")
 
@@ -162,7 +162,10 @@ def test_crossover_in_bytes():
     """batch x rows is what counts."""
     read = 2 * (LINEARS + VOCABULARY + NORMS)
     rows = read // ROW + 1
-    assert f"| bf16 | 16,060,522,496 | {read:,} | 4.7% | 5.1% | {rows:,} |" in (DOCS / "roofline.md").read_text()
+    assert (
+        f"| bf16 | 16,060,522,496 | {read:,} | 4.7% | 5.1% | {rows:,} |"
+        in (DOCS / "internals" / "roofline.md").read_text()
+    )
     share = serving.kv_share("bf16", 16, 6128)
     assert share == pytest.approx(16 * 6128 * ROW / (read + 16 * 6128 * ROW))
     assert share < 0.5 < serving.kv_share("bf16", 64, 6128)
@@ -210,7 +213,7 @@ def test_only_batches_that_fit_have_a_limit(found):
 
 
 def test_committed_tables_are_those_of_the_formulas(found):
-    page = (DOCS / "roofline.md").read_text()
+    page = (DOCS / "internals" / "roofline.md").read_text()
     assert filled(page, roofline.tables(found)) == page, "run make roofline"
     # what the prose says
     op = {(row["segments"], row["rows"]): row["forward"]["gpus"][H100.name] for row in found["op"]}

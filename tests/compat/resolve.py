@@ -1,6 +1,6 @@
 """``make resolve ARGS="PACKAGE==VERSION ..."``: does gistkern resolve beside other packages?
 
-Asks uv, which reads the index's metadata and installs nothing. Prints the table of docs/install.md;
+Asks uv, which reads the index's metadata and installs nothing. Prints the table of docs/start/install.md;
 the conflict is uv's, in many words.
 """
 

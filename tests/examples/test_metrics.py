@@ -1,4 +1,4 @@
-"""The metrics of docs/metrics.md: every answer is one of four outcomes, and rows add up."""
+"""The metrics of docs/reference/metrics.md: every answer is one of four outcomes, and rows add up."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,6 +1,6 @@
 """Tests of the Triton kernels, written for a GPU.
 
-The same files run in three ways (docs/evidence.md): on a GPU (``pytest -m gpu``), in Triton's interpreter
+The same files run in three ways (docs/internals/evidence.md): on a GPU (``pytest -m gpu``), in Triton's interpreter
 (``make emulate``) and as compiled IR under ttsem's sanitizer (``make sanitize``). In the last two, launches take
 CPU tensors.
 """

@@ -1,4 +1,4 @@
-"""The extension's CUDA kernels: on a GPU, or emulated on a CPU (docs/evidence.md); pooled decoding by Triton too."""
+"""The extension's CUDA kernels: on a GPU, or emulated on a CPU (evidence.md); pooled decoding by Triton too."""
 
 import os
 

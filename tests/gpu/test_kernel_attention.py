@@ -1,4 +1,4 @@
-"""Forward and backward kernels against the fp64 oracle, within the error budgets of docs/numerics.md."""
+"""Forward and backward kernels against the fp64 oracle, within the error budgets of docs/concepts/numerics.md."""
 
 import pytest
 import torch

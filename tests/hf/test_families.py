@@ -161,7 +161,9 @@ def test_others_are_told_what_stands_in_the_way(row, kind):
 def test_a_feature_is_found_in_a_family_that_nobody_knows(model):
     """Code of one's own (trust_remote_code) is told the reason too, and nothing is touched."""
     model.config.model_type = "mine"
-    with pytest.raises(TypeError, match=r"'mine' are not supported: expected one of .*llama.*docs/families.md"):
+    with pytest.raises(
+        TypeError, match=r"'mine' are not supported: expected one of .*llama.*docs/reference/families.md"
+    ):
         gistkern.patch_llama(model)
     model.config.attn_logit_softcapping = 30.0
     with pytest.raises(TypeError, match="soft-capped attention scores, which the attention kernels do not compute"):

@@ -1,4 +1,4 @@
-"""Gist rows as the prefix of a model that was never patched (docs/serving.md)."""
+"""Gist rows as the prefix of a model that was never patched (docs/guides/serving.md)."""
 
 import copy
 

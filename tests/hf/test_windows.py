@@ -314,8 +314,8 @@ def test_bidirectional_attention_is_refused():
 
 @torch.no_grad()
 def test_the_language_model_of_a_model_of_images():
-    """The block of docs/families.md, and what it says of the whole model."""
-    page = Path(__file__).parents[2] / "docs" / "families.md"
+    """The block of docs/reference/families.md, and what it says of the whole model."""
+    page = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
     names = {}
     exec(re.search(r"```python\n(.*?)```", page.read_text(), re.S)[1], names)
     whole, ids = names["whole"], names["ids"]

@@ -59,7 +59,7 @@ def test_sequences_that_share_a_document_get_what_they_would_get_alone():
 
 
 def test_partial_results_merge_by_their_lse():
-    """Gists alone and tail alone, merged as docs/numerics.md says, equal both at once."""
+    """Gists alone and tail alone, merged as docs/concepts/numerics.md says, equal both at once."""
     case = make_case(rows=2)
     whole, whole_lse = case.call("auto")
     nothing = torch.zeros_like(case.gist_begin)

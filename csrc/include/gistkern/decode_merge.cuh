@@ -1,5 +1,5 @@
-// Merging the splits of a decode launch by their LSEs (docs/numerics.md). The order is fixed: two runs give the same
-// bits.
+// Merging the splits of a decode launch by their LSEs (docs/concepts/numerics.md). The order is fixed: two runs give
+// the same bits.
 #pragma once
 
 #include "gistkern/partial.cuh"

@@ -61,8 +61,8 @@ __device__ __forceinline__ void store_elements(T* out, const float (&values)[4])
       make_uint2(pack_floats<T>(values[0], values[1]), pack_floats<T>(values[2], values[3]));
 }
 
-// Merges the unit's warps by their maxima (docs/numerics.md) and writes every row once: its output, or with several
-// splits its part of the workspace: [splits, rows of all, head_dim] outputs, then [splits, rows of all] LSEs.
+// Merges the unit's warps by their maxima (docs/concepts/numerics.md) and writes every row once: its output, or with
+// several splits its part of the workspace: [splits, rows of all, head_dim] outputs, then [splits, rows of all] LSEs.
 template <typename T, int kWarps, int kCount>
 __device__ __forceinline__ void merge_warps(const DecodeArguments& arguments, const DecodePlan& plan, const Unit& unit,
                                             const Partials& partials, int first_warp, int split) {

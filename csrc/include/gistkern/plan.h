@@ -168,7 +168,7 @@ inline const char* tensor_core_refuses(const DecodeArguments& arguments) {
 
 // Tensor cores from two packed rows on. In the sm_80 code for bf16 and head_dim 128 a column (K and V, 512 bytes) costs
 // a warp about 24 instructions by tensor core, for up to 16 rows; by SIMT 67 for one row and 119 for up to four
-// (docs/evidence/kernels.md). Where memory delivers 15 bytes per clock and multiprocessor a column arrives every 34
+// (docs/internals/compiled.md). Where memory delivers 15 bytes per clock and multiprocessor a column arrives every 34
 // clocks, which are 136 issue slots: all of them keep up, but the code for four rows fills most of the slots and halves
 // the warps that fit. One row alone leaves SIMT room, needs no shared memory, and would leave 15 of 16 rows of a
 // tensor-core tile empty.

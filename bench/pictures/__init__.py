@@ -1,0 +1,1 @@
+"""The pictures of the documentation, drawn from layouts and from committed reports."""
