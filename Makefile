@@ -115,7 +115,7 @@ format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
-bench-report: setup ## everything beside its baselines, into docs/benchmarks.* (40 min)
+bench-report: setup ## everything beside its baselines, into docs/results.md and results/cpu.json (40 min)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report $(ARGS)
 
 bench-check: setup ## compare with the recorded ratios of docs/results/cpu.json; not part of CI

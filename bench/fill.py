@@ -11,19 +11,38 @@ from collections.abc import Mapping
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = DOCS / "results"  # reports; their tables are on the page beside the folder
 _PLACE = re.compile(r"<!-- table: ([^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
+def places(text: str) -> list[str]:
+    """The names of the tables that a page has a place for."""
+    return _PLACE.findall(text)
+
+
 def filled(text: str, tables: Mapping[str, str]) -> str:
-    """A page with its tables; ValueError unless it has a place for each of them, and no other place."""
-    places = _PLACE.findall(text)
-    if sorted(places) != sorted(tables):
-        raise ValueError(f"the page has places for {', '.join(places) or 'none'}, the tables are {', '.join(tables)}")
-    return _PLACE.sub(lambda found: f"<!-- table: {found[1]} -->\n{tables[found[1]]}\n<!-- end -->", text)
+    """A page with its tables: those without a place come last, under headings of their own; other places stay."""
+    for name in [name for name in tables if name not in places(text)]:
+        text += f"\n## {name}\n\n<!-- table: {name} -->\n<!-- end -->\n"
+    return _PLACE.sub(
+        lambda found: (
+            f"<!-- table: {found[1]} -->\n{tables[found[1]]}\n<!-- end -->" if found[1] in tables else found[0]
+        ),
+        text,
+    )
 
 
 def fill(page: Path, tables: Mapping[str, str]) -> None:
     """Fill a page; where there is none yet, one with nothing but the tables."""
-    bare = "\n\n".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->" for name in tables)
-    text = page.read_text("utf-8") if page.exists() else f"# {page.stem}\n\n{bare}\n"
+    text = page.read_text("utf-8") if page.exists() else f"# {page.stem}\n"
     page.write_text(filled(text, tables), encoding="utf-8")
+
+
+def named(report: Path, tables: Mapping[str, str]) -> dict[str, str]:
+    """Tables by the names of their places on the page of all results, where each report has its own."""
+    return {f"{name}, {report.stem}": table for name, table in tables.items()}
+
+
+def fill_results(report: Path, tables: Mapping[str, str]) -> None:
+    """Fill the page beside a report's folder."""
+    fill(report.parent.with_suffix(".md"), named(report, tables))

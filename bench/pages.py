@@ -1,23 +1,40 @@
-"""``python -m bench.pages``: the tables of committed reports and of model families, on pages no other command fills."""
+"""``python -m bench.pages``: the tables of committed reports and of model families, on their pages again."""
 
 import json
+from pathlib import Path
 
-from bench import families
-from bench.compiled import aot
-from bench.fill import DOCS, fill
+from bench import families, passkeys
+from bench.fill import DOCS, RESULTS, fill, named
 from bench.measured import context_parallel
 from bench.measured import tables as measured
+
+MEASURED = {
+    RESULTS / "cpu.json": measured.tables,
+    RESULTS / "nvidia-h100-80gb-hbm3.json": measured.tables,
+    RESULTS / "context-parallel.json": context_parallel.tables,
+    RESULTS / "compare.json": measured.compared,
+}
+
+
+def read(path: Path) -> dict:
+    """A committed report."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def results() -> dict[str, str]:
+    """The tables of docs/results.md, by the names of their places."""
+    found = passkeys.tables()
+    for path, tables in MEASURED.items():
+        found |= named(path, tables(read(path)))
+    return found
 
 
 def main() -> None:
     """Fill the pages."""
-    results = DOCS / "results"
-    pages = dict.fromkeys(sorted(results.glob("*pu*.json")), measured.tables)
-    pages[DOCS / "internals" / "compiled.json"] = aot.tables
-    pages[results / "context-parallel.json"] = context_parallel.tables
-    pages[results / "compare.json"] = measured.compared
-    for path, tables in pages.items():
-        fill(path.with_suffix(".md"), tables(json.loads(path.read_text("utf-8"))))
+    fill(RESULTS.with_suffix(".md"), results())
+    from bench.compiled import aot  # needs Triton and cuxray
+
+    fill(DOCS / "internals" / "compiled.md", aot.tables(read(DOCS / "internals" / "compiled.json")))
     fill(DOCS.parent / "README.md", families.tables())
 
 

@@ -1,6 +1,6 @@
 """Context parallelism over processes of this machine: bytes on the wire, memory and work of every rank.
 
-    python -m bench.measured.context_parallel         # 1, 2 and 4 gloo processes, into docs/results/context-parallel.*
+    python -m bench.measured.context_parallel    # 1, 2 and 4 gloo processes, into docs/results/context-parallel.json
 
 One training step (forward and backward) of a model with random weights on one context. What the ranks send goes through
 the loopback device, whose bytes the kernel counts: that is the wire. Times are not reported: the ranks share two cores.
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.calculated.scale import ring_bytes
-from bench.fill import DOCS, fill
+from bench.fill import RESULTS, fill_results
 from bench.markdown import columns, measured_on
 from bench.measured.memory import ENVIRONMENT, resident, start_peak
 from bench.measured.models import MODELS
@@ -30,7 +30,6 @@ from gistkern import GistLayout, patch_llama
 from gistkern.distributed import count_traffic, split_layout
 from gistkern.hf.context_parallel import row_cost
 
-RESULTS = DOCS / "results"
 MODEL = "SmolLM2-135M, 4 of 30 layers"
 RANKS = (1, 2, 4)
 ROWS = 8192
@@ -118,7 +117,7 @@ def measured() -> dict[str, Any]:
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/results/context-parallel.md."""
+    """Its tables of docs/results.md."""
     runs = report["runs"]
     alone = {run["scheme"]: run["by rank"][0]["peak bytes"] for run in runs if run["ranks"] == 1}
 
@@ -145,8 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(arguments)
     report = measured()
-    write_report(RESULTS / "context-parallel.json", report)
-    fill(RESULTS / "context-parallel.md", tables(report))
+    path = RESULTS / "context-parallel.json"
+    write_report(path, report)
+    fill_results(path, tables(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured on which device: the sizes of every section of docs/results/cpu.md, in one place."""
+"""What is measured on which device: the sizes of every section of docs/results/cpu.json, in one place."""
 
 from dataclasses import dataclass, replace
 

@@ -1,15 +1,13 @@
-"""Measure everything in one process, write docs/results/cpu.json, and fill the tables of benchmarks.md.
+"""Measure everything in one process, write docs/results/cpu.json, and fill its tables of docs/results.md.
 
     make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
-    python -m bench.measured.report --device cuda               # the same for a GPU: docs/results/<its name>.*
-    python -m bench.measured.report --section decoding          # a part of it, printed only
-    python -m bench.measured.report --page docs/results/cpu.json # the tables again
+    python -m bench.measured.report --device cuda       # the same for a GPU: docs/results/<its name>.json
+    python -m bench.measured.report --section decoding  # a part of it, printed only
 
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.fill import DOCS, fill
+from bench.fill import RESULTS, fill_results
 from bench.measured.grid import GRIDS
 from bench.measured.sections import SECTIONS
 from bench.measured.tables import tables
@@ -72,15 +70,15 @@ def _processor() -> str:
 
 def _target(device: str) -> Path:
     if device == "cpu":
-        return DOCS / "results" / "cpu.json"
+        return RESULTS / "cpu.json"
     slug = re.sub("[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return DOCS / "results" / f"{slug}.json"
+    return RESULTS / f"{slug}.json"
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """The report, and the tables of the page beside it."""
+    """The report, and its tables on the page of all results."""
     write_report(path, report)
-    fill(path.with_suffix(".md"), tables(report))
+    fill_results(path, tables(report))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,11 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; nothing is written")
-    parser.add_argument("--page", type=Path, metavar="REPORT.json", help="tables of a report again")
     given = parser.parse_args(arguments)
-    if given.page:
-        write(json.loads(given.page.read_text("utf-8")), given.page)
-        return
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     torch.set_num_threads(given.threads)

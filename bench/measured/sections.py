@@ -1,4 +1,4 @@
-"""The sections of docs/results/cpu.md as rows: what each measures, and what is said where it cannot."""
+"""The sections of docs/results/cpu.json as rows: what each measures, and what is said where it cannot."""
 
 import gc
 from collections.abc import Callable, Iterable

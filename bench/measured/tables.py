@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks*.md (medians of the rows that a reader compares first) and evidence/compare.md."""
+"""Tables of docs/results.md: medians of the rows that a reader compares first, and layouts compared."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.fill import filled
-from bench.measured import (
-    baselines,
-    check,
-    context_parallel,
-    flex,
-    report,
-    sections,
-    tables,
-    timing,
-)
+from bench import pages
+from bench.fill import filled, places
+from bench.measured import baselines, check, context_parallel, flex, report, sections, timing
 from bench.measured.attention import PASSES, attention_case
 from bench.measured.baselines import BASELINES, Baseline, runs_of
 from bench.measured.case import OURS, Case, measured
@@ -296,10 +289,9 @@ def _small_report(monkeypatch):
 
 
 def test_a_report_fills_a_page(small_report, tmp_path):
-    (tmp_path / "docs").mkdir()
-    path = tmp_path / "docs" / "benchmarks.json"
+    path, page = tmp_path / "docs" / "results" / "cpu.json", tmp_path / "docs" / "results.md"
     report.write(small_report, path)
-    text = path.with_suffix(".md").read_text()
+    text = page.read_text()
     row = json.loads(path.read_text())["attention"][0]
     cells = [row["slower_than_ours"][name]["median"] for name in ("sdpa dense", "sdpa per segment")]
     assert f"| 512/8 | 600 | 2 heads, D 64 | forward | {row['of_limit'][OURS]['median']:.2f} |" in text
@@ -309,18 +301,21 @@ def test_a_report_fills_a_page(small_report, tmp_path):
     bytes_ = small_report["models"][1]
     assert f"| tiny | 300 | 2 | {bytes_['gist bytes']:,} | {bytes_['full bytes']:,} |" in text
     assert "| 64/4, 300, 2 heads, D 64, both | ours | 5 | 1.0 |" in text
-    # what whoever measured writes around the tables stays
-    path.with_suffix(".md").write_text("Mine.\n\n" + text.replace("## growth", "## Growing"))
+    # what whoever measured writes around the tables stays, and so do the tables of another device
+    other = "<!-- table: attention, gpu -->\nfaster\n<!-- end -->\n"
+    mine = "Mine.\n\n" + text.replace("## growth, cpu", "## Growing") + other
+    page.write_text(mine)
     report.write(small_report, path)
-    assert path.with_suffix(".md").read_text() == "Mine.\n\n" + text.replace("## growth", "## Growing")
+    assert page.read_text() == mine
 
 
-def test_a_page_and_its_tables_must_agree():
+def test_tables_stand_in_their_places_and_those_without_come_last():
     page = "before\n<!-- table: one -->\nold\n<!-- end -->\nafter\n"
-    assert filled(page, {"one": "new"}) == "before\n<!-- table: one -->\nnew\n<!-- end -->\nafter\n"
-    for found in ({}, {"two": "new"}, {"one": "new", "two": "new"}):
-        with pytest.raises(ValueError, match="places for one, the tables are"):
-            filled(page, found)
+    found = filled(page, {"one": "new", "two": "another"})
+    assert found.startswith("before\n<!-- table: one -->\nnew\n<!-- end -->\nafter\n")
+    assert found.endswith("\n## two\n\n<!-- table: two -->\nanother\n<!-- end -->\n")
+    assert places(found) == ["one", "two"]
+    assert filled(found, {"two": "another"}) == found
 
 
 def test_why_nothing_was_measured_is_kept(small_report):
@@ -396,16 +391,28 @@ def test_the_committed_ranks_received_what_the_wire_carried():
         assert counted <= first["wire bytes of all ranks"] < first["ring attention would receive"]
 
 
-COMMITTED = dict.fromkeys((DOCS / "results").glob("*pu*.json"), tables.tables) | {
-    DOCS / "results" / "context-parallel.json": context_parallel.tables,
-    DOCS / "results" / "compare.json": tables.compared,
-}
+RESULTS = (DOCS / "results.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(COMMITTED), ids=lambda path: path.stem)
-def test_the_tables_of_a_committed_page_are_those_of_its_report(path):
-    page = path.with_suffix(".md").read_text()
-    assert filled(page, COMMITTED[path](json.loads(path.read_text()))) == page, "run python -m bench.pages"
+def test_the_tables_of_the_results_are_those_of_the_reports():
+    made = pages.results()
+    assert sorted(places(RESULTS)) == sorted(made), "a table without a place, or a place without one"
+    assert filled(RESULTS, made) == RESULTS, "run python -m bench.pages"
+
+
+def test_every_report_of_attention_is_on_the_page():
+    measured_ = {path for path in (DOCS / "results").glob("*.json") if "attention" in json.loads(path.read_text())}
+    assert measured_ <= set(pages.MEASURED)
+
+
+def test_what_other_pages_quote_can_be_linked():
+    headings = re.findall(r"^#+ (.*)$", RESULTS, re.MULTILINE)
+    anchors = {re.sub("[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    anchors |= set(re.findall(r'<a id="([^"]+)">', RESULTS))
+    quoted = "attention-cpu attention-h100 compare decoding-cpu held-out leak memory-h100 smollm2-299x smollm2-kvpress"
+    quoted += " swap time-to-first-token tiny-50x tiny-299x tiny-610x tiny-1210x vllm"
+    linked = re.findall(r"docs/results\.md#([\w-]+)", (DOCS.parent / "README.md").read_text())
+    assert {*quoted.split(), *linked} <= anchors
 
 
 def test_a_gist_cache_holds_the_bytes_of_its_rows_and_no_more():

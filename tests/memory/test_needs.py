@@ -72,7 +72,7 @@ def fill(model, context):
 
 
 def test_the_peaks_that_an_h100_measured():
-    """docs/results/nvidia-h100-80gb-hbm3.md, above the weights; its calls were of one segment of 512."""
+    """docs/results.md, memory on an H100, above the weights; its calls were of one segment of 512."""
     whole = needs(LLAMA_3_8B, Plan(16384))
     assert whole.parameters == 8_030_261_248
     assert (whole.compress_peak - whole.weights) / 1_958_391_808 == pytest.approx(1, abs=0.01)
