@@ -100,7 +100,7 @@ def _eviction(run: Row, trained: Row) -> str:
     """Exact answers by method and rows kept; in brackets the digits."""
     rows = {(row["method"], row["gist_tokens"]): row for row in run["rows"]}
     counts = sorted({kept for _, kept in rows})
-    (ours,) = [row for row in trained["rows"] if _same_questions(row, run["rows"][0])]
+    (ours,) = [row for row in trained["rows"] if same_questions(row, run["rows"][0])]
     rows["gist", ours["gist_tokens"]] = ours
     named = {"gist": "gist rows of the trained model", "full": "full cache", **run["methods"]}
 
@@ -112,7 +112,7 @@ def _eviction(run: Row, trained: Row) -> str:
     return table(["method", *heads], lines)
 
 
-def _same_questions(one: Row, other: Row) -> bool:
+def same_questions(one: Row, other: Row) -> bool:
     return all(one[key] == other[key] for key in ("language", "tokens", "filler", "wordings"))
 
 
