@@ -23,7 +23,7 @@ COLORS = {
     "gray": "#6b6b6b",
     "faint": "#eeeeee",
 }
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 11.0,
     "axes.titlesize": 12.0,
