@@ -9,7 +9,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 LANGUAGES = {"python", "bash", "json", "yaml", "text", "toml"}
 _BLOCK = re.compile(
-    r"^( *)(?:<!-- (?P<who>run by|not run): (?P<how>[^>]*?) -->\n\s*)?```(?P<kind>[^\n]*)\n(?P<text>.*?)^ *```",
+    r"^( *)(?:<!-- (?:(?P<who>run by|not run): (?P<how>[^>]*?)|(?P<printed>printed)) -->\n\s*)?"
+    r"```(?P<kind>[^\n]*)\n(?P<text>.*?)^ *```",
     re.S | re.M,
 )
 
@@ -22,6 +23,7 @@ class Block(NamedTuple):
     line: int
     runner: str  # a test file that runs it instead of the page's own test, or ""
     reason: str  # why nothing can run it here, or ""
+    printed: bool = False  # whether it is what the block of Python before it prints
 
 
 def blocks(page: Path) -> list[Block]:
@@ -31,7 +33,8 @@ def blocks(page: Path) -> list[Block]:
         who = {match["who"]: match["how"]} if match["who"] else {}
         body = re.sub(rf"^{match[1]}", "", match["text"], flags=re.M)
         line = text[: match.start("kind")].count("\n") + 1
-        found.append(Block(match["kind"].split(" ")[0], body, line, who.get("run by", ""), who.get("not run", "")))
+        kind, printed = match["kind"].split(" ")[0], bool(match["printed"])
+        found.append(Block(kind, body, line, who.get("run by", ""), who.get("not run", ""), printed))
     return found
 
 

@@ -6,6 +6,8 @@ hour says above its block who runs it instead, or why nobody can here:
 
     <!-- run by: tests/test_packaging.py -->
     <!-- not run: needs a GPU -->
+
+A `text` block under `<!-- printed -->` is what the block of Python above it prints, character for character.
 """
 
 import argparse
@@ -47,8 +49,9 @@ def relative(page):
 def trained(tmp_path_factory):
     """A folder with a base model, rows, documents, and an adapter trained on them for four steps."""
     place = tmp_path_factory.mktemp("trained")
-    make_base(place / "base")
+    make_base(place / "base", template="chatml")
     write(place / "mine.jsonl", rows(20))
+    write(place / "chats.jsonl", rows(20, chat=True))
     write(place / "test.jsonl", rows(3, seed=1))
     (place / "documents").mkdir()
     for name, person in (("one.txt", "Mira"), ("two.txt", "Jonas")):
@@ -61,9 +64,16 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
-    """`base`, `mine.jsonl`, `test.jsonl`, `documents/{one,two}.txt`, `trained` (a run), in a fresh working folder."""
+def place(trained, tmp_path, monkeypatch, request):
+    """A fresh working folder with what pages speak of.
+
+    `base`, `mine.jsonl`, `chats.jsonl`, `test.jsonl`, `documents/{one,two}.txt`, and a run: `trained`, which is also
+    `runs/mine` but on the page that trains that.
+    """
     shutil.copytree(trained, tmp_path / "page")
+    page = getattr(request.node, "callspec", None)
+    if page is None or "--output runs/mine" not in page.params["page"].read_text("utf-8"):
+        shutil.copytree(trained / "trained", tmp_path / "page" / "runs" / "mine")
     monkeypatch.chdir(tmp_path / "page")
     return tmp_path / "page"
 
@@ -111,9 +121,11 @@ def parsed(words):
     "page", [one for one in PAGES if {"python", "bash"} & {b.kind for b in blocks(one)}], ids=relative
 )
 def test_a_page_runs(page, place, capsys):
-    names = {"__name__": "__main__"}
+    names, printed = {"__name__": "__main__"}, ""
     for block in blocks(page):
         where = f"{relative(page)}:{block.line}"
+        if block.printed:
+            assert block.text.strip() == printed.strip(), where
         if block.runner:
             text = (ROOT / block.runner).read_text()
             assert relative(page).removeprefix("docs/") in text or all(
@@ -122,7 +134,9 @@ def test_a_page_runs(page, place, capsys):
         if block.kind == "python":
             code = compile(block.text, where, "exec")
             if not (block.runner or block.reason):
+                capsys.readouterr()
                 exec(code, names)
+                printed = capsys.readouterr().out
         for line in commands(block.text) if block.kind == "bash" else ():
             if block.runner or block.reason:
                 assert exists(line), f"{where}: {line}"
@@ -160,11 +174,12 @@ def test_a_block_that_cannot_run_is_noticed(tmp_path, monkeypatch):
     page = tmp_path / "x.md"
     page.write_text(
         "a b\n\n<!-- not run: needs a GPU -->\n```bash\ngistkern ask \\\n  x  # y\n# z\n```\n"
-        "\n```python\n1 / 0\n```\n| t |\n"
+        "\n```python\n1 / 0\n```\n| t |\n<!-- printed -->\n```text\n3\n```\n"
     )
-    one, two = blocks(page)
+    one, two, three = blocks(page)
     assert (one.kind, one.reason, commands(one.text)) == ("bash", "needs a GPU", ["gistkern ask    x"])
     assert (two.kind, two.line, two.runner) == ("python", 10, "")
+    assert (three.printed, three.text, two.printed) == (True, "3\n", False)
     assert prose(page) == 2
     with pytest.raises(AssertionError):
         parsed(["ask", "--no-such-option"])

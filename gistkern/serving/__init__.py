@@ -1,4 +1,4 @@
-"""Other engines answer from a store of compressed documents (serving.md). Loaded on first use, vLLM with it."""
+"""Other engines answer from a store (docs/guides/vllm.md). Loaded on first use, vLLM with it."""
 
 from __future__ import annotations
 

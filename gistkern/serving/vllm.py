@@ -1,6 +1,6 @@
 """A vLLM connector that reads compressed documents from a `GistStore`: each request is answered from gist rows.
 
-Run with vLLM 0.32 on CPU (serving.md). vLLM needs no patch and no knowledge of gist tokens: a document is a prefix
+Run with vLLM 0.32 on CPU (vllm.md). vLLM needs no patch and no knowledge of gist tokens: a document is a prefix
 whose keys and values happen to be known (`gistkern.plain_prefix`).
 
     from gistkern.serving import request_for, transfer_config
@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"gistkern.serving.vllm needs vLLM with the connector interface of 0.32 ({error}). It has pins of its own: "
-        "install it into an environment of its own (docs/guides/serving.md)"
+        "install it into an environment of its own (docs/guides/vllm.md)"
     ) from error
 
 __all__ = ["GistConnector", "request_for", "transfer_config"]

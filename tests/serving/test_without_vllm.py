@@ -16,7 +16,7 @@ for name in set(gistkern.serving.__all__) - {"save_plain"}:
         getattr(gistkern.serving, name)
     except ImportError as error:
         assert "needs vLLM with the connector interface of 0.32" in str(error), error
-        assert "docs/guides/serving.md" in str(error)
+        assert "docs/guides/vllm.md" in str(error)
     else:
         raise AssertionError(name)
 assert not hasattr(gistkern.serving, "LLM")
