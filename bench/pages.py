@@ -35,6 +35,7 @@ def main() -> None:
     from bench.compiled import aot  # needs Triton and cuxray
 
     fill(DOCS / "internals" / "compiled.md", aot.tables(read(DOCS / "internals" / "compiled.json")))
+    fill(DOCS / "reference" / "families.md", families.tables())
     fill(DOCS.parent / "README.md", families.tables())
 
 
