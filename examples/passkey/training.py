@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from gistkern.training import Curriculum, GistTrainer
+from gistkern.training import Curriculum, GistTrainer, curves_of
 from passkey.data import PasskeyData
 from passkey.models import adapted, fast_tokenizer, patched, random_llama
 from passkey.optimizer import MuonAdamW, grouped
@@ -26,7 +26,7 @@ __all__ = ["PasskeyTrainer", "dry", "train"]
 
 DRY = Path(__file__).with_name("dry.yaml")
 TINY_MODEL = "tiny-model"
-WRITTEN = ("log.jsonl", "report.json", "answers.jsonl", "answers-full.jsonl")
+WRITTEN = ("log.jsonl", "curves.png", "report.json", "answers.jsonl", "answers-full.jsonl")
 
 
 def train(
@@ -56,6 +56,8 @@ def train(
             raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
         del trainer  # a DistributedDataParallel that outlives its process group can wait for it for ever
         gc.collect()
+        if state.is_main_process:
+            print(curves_of(run)[1])
     state.wait_for_everyone()
     is_main = state.is_main_process
     state.destroy_process_group()  # what follows is for the main process alone

@@ -18,10 +18,12 @@ _EXPORTS = {
     "Stage": "gistkern.training.curriculum",
     "StepDataset": "gistkern.training.steps",
     "answer_loss": "gistkern.training.objectives",
+    "curves_of": "gistkern.training.curves",
     "distillation_loss": "gistkern.training.objectives",
     "ignore_gist_labels": "gistkern.training.labels",
     "reconstruction_loss": "gistkern.training.objectives",
     "unlabeled": "gistkern.training.steps",
+    "write_curves": "gistkern.training.curves",
 }
 
 __all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS)
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from gistkern.training.collator import GistDataCollator as GistDataCollator
     from gistkern.training.curriculum import Curriculum as Curriculum
     from gistkern.training.curriculum import Stage as Stage
+    from gistkern.training.curves import curves_of as curves_of
+    from gistkern.training.curves import write_curves as write_curves
     from gistkern.training.generation import AnswerEvaluation as AnswerEvaluation
     from gistkern.training.labels import ignore_gist_labels as ignore_gist_labels
     from gistkern.training.objectives import Objectives as Objectives

@@ -12,6 +12,7 @@ from typing import Any
 from gistkern import __version__
 from gistkern.training.answering import table
 from gistkern.training.base import Base
+from gistkern.training.curves import curves_of
 from gistkern.training.finetune import Finetuning, Outcome
 
 __all__ = ["write_card"]
@@ -49,20 +50,21 @@ print(gistkern.ask(model, tokenizer, context, {question!r}))
 
 {facts}
 
-Settings: training.json, every log entry: log.jsonl.
+{curves}Settings: training.json, every log entry: log.jsonl.
 
 Versions: {versions}.
 """
 
 
 def write_card(output: Path, base: Base, settings: Finetuning, outcome: Outcome, about: Mapping[str, Any]) -> str:
-    """Write README.md into `output`; returns what to print: what was saved, the numbers, and what to do next."""
+    """Write README.md and curves.png into `output`; returns what to print: what was saved, numbers, what is next."""
     what = f"a LoRA adapter of rank {base.lora} and the gist rows" if base.lora else "the whole model and its gist rows"
     commands = [
         f"gistkern compress FOLDER --model {output} --out {output}-store",
         f'gistkern ask {output}-store NAME "question"',
     ]
     numbers, best = _numbers(base, outcome), _best(outcome)
+    curves, drawn = curves_of(output)
     facts = {
         "trained": f"{outcome.parameters:,} parameters: {what}; {best}",
         **about,
@@ -82,15 +84,15 @@ def write_card(output: Path, base: Base, settings: Finetuning, outcome: Outcome,
             commands="\n".join(commands),
             numbers=numbers,
             facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+            curves=f"![loss and accuracy by step]({curves})\n\n" if curves else "",
             versions=", ".join(f"{name} {found}" for name, found in _versions().items()),
         ),
         "utf-8",
     )
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     table_said = numbers.replace("```text\n", "").replace("\n```", "")
-    return "\n".join(
-        [f"saved {output}: {what}, {size / 1e6:,.1f} MB; {best}", table_said, "next:", *map("  ".__add__, commands)]
-    )
+    saved = f"saved {output}: {what}, {size / 1e6:,.1f} MB; {best}"
+    return "\n".join([saved, table_said, drawn, "next:", *map("  ".__add__, commands)])
 
 
 def _front(base: Base) -> str:

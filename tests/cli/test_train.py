@@ -66,7 +66,7 @@ def test_a_run_says_what_it_does_and_what_to_do_next(trained):
         "full context, base",
         "no context",
     ]
-    assert said[-3] == "next:"
+    assert said[-4:-2] == ["curves: out/curves.png", "next:"]
     assert said[-2].split()[:2] == ["gistkern", "compress"]
     assert max(map(len, said)) <= 120
     bar = done.stderr.replace("\r", "\n")
@@ -88,6 +88,8 @@ def test_a_folder_holds_what_answers_best_and_how_to_load_it(trained, monkeypatc
     assert kept.keys() == saved.keys()
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
     card = (folder / "README.md").read_text()
+    assert "![loss and accuracy by step](curves.png)" in card
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     for part in ("base_model:", "full context, base", "gistkern train --data", "transformers 5.", "36", "held out"):
         assert part in card
     monkeypatch.chdir(folder.parent)
