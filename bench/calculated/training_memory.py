@@ -1,4 +1,4 @@
-"""The largest training step of a recipe: `gistkern.memory` told what examples/configs/*.yaml says (memory.md).
+"""The largest training step of a recipe: `gistkern.memory` told what examples/configs/*.yaml says (training-memory.md).
 
 python -m bench.calculated.training_memory --config examples/configs/llama3-8b.yaml
 """

@@ -141,7 +141,7 @@ def test_weights_by_hand():
         resident = nf4 + rest * (2 * VOCABULARY + NORMS)
         assert serving.weights_of(kind) == serving.Weights(resident, resident - rest * VOCABULARY)
     # the page on training's memory counts the originals of ten gist rows besides
-    assert f"{resident + 10 * 4096 * 4:,}" in (DOCS / "guides" / "memory.md").read_text()
+    assert f"{resident + 10 * 4096 * 4:,}" in (DOCS / "internals" / "training-memory.md").read_text()
     with pytest.raises(ValueError, match="expected one of bf16"):
         serving.weights_of("int8")
 

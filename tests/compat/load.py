@@ -1,6 +1,6 @@
 """``python tests/compat/load.py [TORCH ...]``: does the extension load beside each torch, and compute rightly?
 
-Prints the table of install.md. Takes gigabytes of downloads, so each environment goes once it has been asked.
+Prints the table of docs/internals/wheels.md. Takes gigabytes of downloads, so each environment goes once it was asked.
 """
 
 import os

@@ -267,9 +267,9 @@ def test_command_line(capsys):
 def test_the_page_shows_what_the_command_prints(options, capsys):
     name, *rest = options
     main(["--config", str(CONFIGS / f"{name}.yaml"), *rest])
-    page = (ROOT / "docs" / "guides" / "memory.md").read_text().splitlines()
+    page = (ROOT / "docs" / "internals" / "training-memory.md").read_text().splitlines()
     missing = [line for line in capsys.readouterr().out.splitlines() if line not in page]
-    assert not missing, "make the tables of docs/guides/memory.md again"
+    assert not missing, "make the tables of docs/internals/training-memory.md again"
 
 
 @pytest.mark.parametrize(
