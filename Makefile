@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup try demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ $(EMULATED): $(STAMP) $(C_SOURCES)
 
 demo: setup ## train the tiny preset on CPU, drop the context's cache, answer from the gist rows (~10 min)
 	$(BIN)/python examples/train_niah.py --preset $(PRESET) --threads 2 $(or $(ARGS),--overwrite)
+
+try: setup ## a page compressed into ten rows, and asked about: gist rows, full cache and no context side by side
+	$(BIN)/gistkern ask --demo $(ARGS)
 
 test: setup ## what a change can break, in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow and not sanitize' -n auto --dist loadgroup $(ARGS)

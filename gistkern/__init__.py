@@ -31,7 +31,7 @@ _EXPORTS = {
 }
 
 # modules that are public as a whole; what else there is, is free to change
-_SUBMODULES = ("backends", "serving", "testing", "training")
+_SUBMODULES = ("backends", "demo", "serving", "testing", "training")
 
 __all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS, _SUBMODULES)
 

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs/reference"
 # the packages whose public names stand in the reference; gistkern.serving needs vLLM, so they are read, not imported
-PUBLIC = ("gistkern", *(f"gistkern.{name}" for name in ("training", "serving", "distributed", "memory", "testing")))
+PUBLIC = (
+    "gistkern",
+    *(f"gistkern.{name}" for name in ("demo", "training", "serving", "distributed", "memory", "testing")),
+)
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "gistkern").rglob("*.py"))

@@ -81,6 +81,7 @@ ORDER = [
     ("cache",),
     ("hf",),
     ("corpus", "training"),
+    ("demo",),
     ("serving",),
     ("testing",),
     ("autotune", "doctor", "memory"),
@@ -134,7 +135,10 @@ def test_no_backend_computes_by_another(path):
 
 @pytest.mark.parametrize("path", files("examples/*.py", "examples/passkey/*.py"), ids=lambda p: p.name)
 def test_examples_use_public_names_only(path):
-    packages = {name: importlib.import_module(name) for name in ("gistkern", "gistkern.training", "gistkern.serving")}
+    packages = {
+        name: importlib.import_module(name)
+        for name in ("gistkern", "gistkern.demo", "gistkern.training", "gistkern.serving")
+    }
     public = {*packages, *(f"{name}.{one}" for name, package in packages.items() for one in package.__all__)}
     assert not {name for name in imports_of(path) if name.startswith("gistkern")} - public
 

