@@ -59,8 +59,8 @@ def _measured_on(name: str) -> str:
 
 
 def answered(row: Row) -> str:
-    """The share of exact answers, and its interval of 95 %."""
-    return f"{row['exact']:.1%} ({row['wilson_low']:.1%} to {row['wilson_high']:.1%})"
+    """The percentage of exact answers, and its interval of 95 %."""
+    return f"{100 * row['exact']:.1f} ({100 * row['wilson_low']:.1f} to {100 * row['wilson_high']:.1f})"
 
 
 def _questions(row: Row) -> str:
@@ -76,10 +76,8 @@ def _anchor(row: Row, prefix: str) -> str:
 def _sizes(prefix: str) -> dict[str, str | Callable[[Any], Any]]:
     return {
         "questions": lambda row: _anchor(row[0], prefix) + _questions(row[0]),
-        "tokens": lambda row: row[0]["tokens"],
-        "ratio": lambda row: f"{row[0]['ratio']:,.0f}x",
-        "KV bytes, full": lambda row: row[0]["full_kv_bytes"],
-        "gist": lambda row: row[0]["gist_kv_bytes"],
+        "tokens (ratio)": lambda row: f"{row[0]['tokens']:,} ({row[0]['ratio']:,.0f}x)",
+        "kB kept": lambda row: f"{row[0]['gist_kv_bytes'] / 1e3:,.0f} of {row[0]['full_kv_bytes'] / 1e3:,.0f}",
         "n": lambda row: row[0]["n"],
     }
 
@@ -90,7 +88,7 @@ def _seeds(rows: Iterable[tuple[Row, ...]], kept: Callable[[Row], bool], prefix:
 
 
 def _pretrained(run: Row, kept: Callable[[Row], bool], prefix: str = "smollm2") -> str:
-    full = {"base model, whole context": lambda row: f"{row[1]['exact']:.0%} of {row[1]['n']}"}
+    full = {"base model, whole context": lambda row: f"{row[1]['exact'] * row[1]['n']:.0f} of {row[1]['n']}"}
     gist = {"from gist rows": lambda row: answered(row[0])}
     pairs = zip(run["rows"], run["full_context"], strict=True)
     return columns((pair for pair in pairs if kept(pair[0])), _sizes(prefix) | gist | full)
@@ -122,7 +120,7 @@ def _leak(run: Row) -> str:
         "questions": lambda row: LANGUAGES[row["language"]],
         "tokens": "tokens",
         "n": "n",
-        "with the context in sight": lambda row: f"{seen[row['language']]['exact']:.1%}",
+        "with the context in sight": lambda row: f"{100 * seen[row['language']]['exact']:.1f}",
         "from the gist rows alone": answered,
     }
     return columns(run["rows"], cells)
@@ -139,11 +137,13 @@ def _both_caches(runs: Mapping[str, Row]) -> str:
     for name, run in runs.items():
         sides = run["side_by_side"]
         gist, full = sides["gist"], sides["full"]
-        keys = ("time_to_first_token_s", "decode_tokens_per_s", "prefill_peak_bytes", "decode_peak_bytes")
-        shares = [f"{gist[key] / full[key]:.2f}" for key in keys] + [f"{gist['total_s'][-1] / full['total_s'][-1]:.2f}"]
-        first = [f"{side['time_to_first_token_s']:.2f}" for side in (gist, full)]
-        peaks = [f"{side['prefill_peak_bytes'] / 1e6:.1f}" for side in (gist, full)]
-        lines.append([name, f"{sides['tokens']:,}", *first, shares[0], shares[1], *peaks, *shares[2:]])
-    head = ["run", "tokens", "first token, s", "full", "of full", "decoding speed, of full"]
-    head += ["peak of reading, MB", "full", "of full", "peak of decoding, of full", "8 questions, time of full"]
-    return table(head, lines)
+
+        def beside(key: str, unit: float | None = None, gist: Row = gist, full: Row = full) -> str:
+            values = f"{gist[key] / unit:.2f} / {full[key] / unit:.2f} = " if unit else ""
+            return f"{values}{gist[key] / full[key]:.2f}"
+
+        cells = [beside("time_to_first_token_s", 1), beside("decode_tokens_per_s"), beside("prefill_peak_bytes", 1e6)]
+        cells += [beside("decode_peak_bytes"), f"{gist['total_s'][-1] / full['total_s'][-1]:.2f}"]
+        lines.append([name, f"{sides['tokens']:,}", *cells])
+    head = ["run", "tokens", "first token, s", "decoding speed", "peak of reading, MB", "peak of decoding"]
+    return table([*head, "time of 8 questions"], lines)
