@@ -29,6 +29,7 @@ REASONS = {
     "needs a GPU",
     "needs several GPUs",
     "needs vLLM",
+    "needs another library",
     "needs the network",
     "takes hours",
     "takes minutes",
