@@ -56,7 +56,8 @@ class AnyPython(bdist_wheel):
 def long_description() -> str:
     """The README without pictures and links of the repository, which lead nowhere from a package index."""
     text = (ROOT / "README.md").read_text("utf-8")
-    text = re.sub(r"!\[[^]]*\]\((?!https?://)[^)]*\)\n*", "", text)
+    blocks = [block for block in text.split("\n\n") if not re.search(r"!\[[^]]*\]\((?!https?://)", block)]
+    text = "\n\n".join(blocks)
     return re.sub(r"\[([^]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
 
 

@@ -1,4 +1,4 @@
-"""Which model families are taken and which are refused: the README's table, of the rows that decide it."""
+"""Which model families are taken and which are refused: a table of the rows that decide it."""
 
 from collections import defaultdict
 
@@ -8,7 +8,7 @@ from gistkern.hf.refusals import REFUSALS
 
 
 def tables() -> dict[str, str]:
-    """What the README marks as ``families``."""
+    """What the page marks as ``families``."""
     kinds = defaultdict(list)
     for row in FAMILIES.values():
         kinds[row.attention].append(f"`{row.model_type}`" + (f" (transformers {row.since})" if row.since else ""))

@@ -36,7 +36,6 @@ def main() -> None:
 
     fill(DOCS / "internals" / "compiled.md", aot.tables(read(DOCS / "internals" / "compiled.json")))
     fill(DOCS / "reference" / "families.md", families.tables())
-    fill(DOCS.parent / "README.md", families.tables())
 
 
 if __name__ == "__main__":

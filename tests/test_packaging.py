@@ -117,7 +117,8 @@ def test_metadata(made):
     assert set(metadata.get_all("Provides-Extra")) == {"triton", "train", "flash", "cuda", "dev"}
     assert {"torch", "tqdm", "pyyaml"} <= {re.split(r"[<>=]", one)[0] for one in metadata.get_all("Requires-Dist")}
     text = metadata.get_payload()
-    assert "docs/concepts/mask.md" in text
+    assert "gistkern train --data" in text
+    assert "![" not in text
     assert not re.findall(r"\]\((?!https?://|#)", text)
 
 
