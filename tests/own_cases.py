@@ -1,9 +1,13 @@
 """A tiny base model with a tokenizer of its own, and forty rows that it learns in seconds."""
 
 import json
+import os
+import pty
 import random
 import subprocess
 import sys
+import termios
+import threading
 
 import torch
 from chat_cases import chat_tokenizer
@@ -54,7 +58,35 @@ def make_base(folder, template=None, **changes):
     return folder
 
 
-def gistkern(*words, **options):
-    """The command, in a process of its own."""
+def gistkern(*words, watched=False, **options):
+    """The command, in a process of its own; `watched` makes a terminal of its standard error."""
     command = [sys.executable, "-m", "gistkern", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    options = {"env": dict(os.environ)} | options  # without the COLUMNS that pytest's readline leaves
+    if not watched:
+        return subprocess.run(command, capture_output=True, text=True, **options)
+    ours, theirs = terminal()
+    shown = []
+    reading = threading.Thread(target=_read, args=(ours, shown))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, **options)
+    os.close(theirs)
+    reading.start()
+    said = process.communicate()[0]
+    reading.join()
+    os.close(ours)
+    text = b"".join(shown).decode(errors="replace").replace("\r", "\n")
+    return subprocess.CompletedProcess(command, process.returncode, said, text)
+
+
+def terminal():
+    """Both ends of one, as file numbers: what a process writes to the second is read from the first."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    return ours, theirs
+
+
+def _read(end, shown):
+    while True:
+        try:
+            shown.append(os.read(end, 1 << 16))
+        except OSError:  # the process has ended
+            return

@@ -73,7 +73,7 @@ def files(*patterns):
 # DESIGN section 6: a folder imports only what stands before it; those in one line do not know each other
 ORDER = [
     ("layout",),
-    ("rows", "files", "lazy"),
+    ("rows", "files", "lazy", "tables", "progress"),
     ("kernels",),
     ("backends",),
     ("ops",),

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gistkern.cli.model import add_loading_options, load_model
 from gistkern.cli.parser import at_least
+from gistkern.cli.source import look_for
+from gistkern.progress import announce, bar
+from gistkern.tables import as_text, nbytes_said
 
 if TYPE_CHECKING:
     from gistkern.cli.side_by_side import Line
@@ -40,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Load, measure, print."""
+    look_for(given.model)
+    announce("starting torch and transformers")
     from gistkern.hf.load import is_trained
 
     trained = is_trained(given.model)
@@ -51,7 +56,9 @@ def run(given: argparse.Namespace) -> None:
     segment = given.segment_length or (handle.training.segment_length if trained else _SEGMENT)
     from gistkern.cli.side_by_side import measure
 
-    lines, rows = measure(model, given.tokens, given.question, given.answer, segment, given.rounds)
+    with bar(total=given.rounds + 1, desc="measuring", unit="round") as shown:
+        sizes = given.tokens, given.question, given.answer
+        lines, rows = measure(model, *sizes, segment, given.rounds, shown.update)
     facts = _facts(given, handle.model, trained) | {"segment_length": segment, "gist_rows": rows}
     if given.json:
         print(json.dumps(facts | {"measured": [line._asdict() for line in lines]}, indent=2))
@@ -61,7 +68,7 @@ def run(given: argparse.Namespace) -> None:
         print(f"fresh gist rows, {handle.settings.num_gist_tokens} a segment: it was never trained with any")
     cut = f"segments of {segment:,}" if segment else "one segment"
     print(f"{given.tokens:,} tokens in {cut}: {rows:,} rows; {given.question} asked, {given.answer} decoded\n")
-    print("\n".join(_table(lines)))
+    print(_table(lines))
 
 
 def _facts(given: argparse.Namespace, model: Any, trained: bool) -> dict[str, Any]:
@@ -84,18 +91,16 @@ def _facts(given: argparse.Namespace, model: Any, trained: bool) -> dict[str, An
     }
 
 
-def _table(lines: list[Line]) -> list[str]:
-    rows = [("", "full cache", "gist rows", "gain")]
-    rows += [
-        (one.what, _spelled(one.full, one.unit), _spelled(one.gist, one.unit), f"{one.gain:,.2f}x") for one in lines
+def _table(lines: list[Line]) -> str:
+    rows = [
+        [one.what, *(_spelled(side, one.unit) for side in (one.full, one.gist)), f"{one.gain:,.2f}x"] for one in lines
     ]
-    return [f"{name:<36}{full:>14}{gist:>14}{gain:>12}" for name, full, gist, gain in rows]
+    return as_text(["", "full cache", "gist rows", "gain"], rows)
 
 
 def _spelled(value: float, unit: str) -> str:
     if unit == "seconds":
         return f"{value:,.2f} s" if value >= 1 else f"{value * 1e3:,.1f} ms"
     if unit == "bytes":
-        size = next((one for one in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= one[0]), (1, "B"))
-        return f"{value / size[0]:,.{0 if size[0] == 1 else 1}f} {size[1]}"
+        return nbytes_said(value)
     return f"{value:,.1f}"

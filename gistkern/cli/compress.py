@@ -18,6 +18,8 @@ from pathlib import Path
 
 from gistkern.cli.model import add_model_options, load_model
 from gistkern.cli.parser import at_least, input_path, output_path
+from gistkern.cli.source import look_for
+from gistkern.progress import announce
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,6 +55,8 @@ def run(given: argparse.Namespace) -> None:
         from gistkern.hf.plain import check_plain_folder
 
         check_plain_folder(given.plain_model, given.model, given.base)
+    look_for(given.model)
+    announce("starting torch and transformers")
     from gistkern.corpus.compress import compress_corpus
     from gistkern.corpus.plan import DocumentError
 
@@ -62,6 +66,9 @@ def run(given: argparse.Namespace) -> None:
     trained = handle.training
     overlap = trained.segment_overlap if given.segment_length is None else 0
     began = time.perf_counter()
+    announce(
+        "reading the documents"
+    )  # all of them, and the weights' fingerprint: what is wrong is said before the work
     try:
         store = compress_corpus(
             model,
@@ -83,6 +90,7 @@ def run(given: argparse.Namespace) -> None:
     if given.plain_model is not None and os.environ.get("RANK", "0") == "0":
         from gistkern.hf.plain import save_plain
 
+        announce(f"saving the plain model in {given.plain_model}")
         save_plain(model, given.plain_model, tokenizer)
     if texts.left_out:
         print(f"{texts.left_out:,} files that are no texts were left out", file=sys.stderr)

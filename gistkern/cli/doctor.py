@@ -16,6 +16,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gistkern.cli.parser import at_least
+from gistkern.cli.source import look_for
+from gistkern.progress import announce
+from gistkern.tables import as_text, nbytes_said
 
 if TYPE_CHECKING:
     from gistkern.memory import Needs, Plan
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Print one of the two reports."""
+    announce("looking at versions, devices and backends" if not given.model else f"reading what {given.model} is")
     if given.model or given.tokens:
         if not (given.model and given.tokens):
             raise ValueError("--model and --tokens go together: whose memory, and for how long a context?")
@@ -65,26 +69,30 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    print(f"gistkern {facts['gistkern']}, Python {facts['python']}, {facts['platform']}")
-    for name, version in facts["packages"].items():
-        print(f"  {name:14} {version or 'not installed'}{_range(facts['tested'].get(name))}")
-    print("devices")
-    for device in facts["devices"]:
-        print("  " + ", ".join(f"{key} {value}" for key, value in device.items()))
+    print(f"gistkern {facts['gistkern']}, Python {facts['python']}, {facts['platform']}\n")
+    packages = [
+        [name, version or "not installed", _range(facts["tested"].get(name))]
+        for name, version in facts["packages"].items()
+    ]
+    print(as_text(["package", "version", "tested"], packages, left=(0, 1, 2), wraps=(2,)))
+    backends = [
+        [row["name"], row["device"], "yes" if row["usable"] else f"no: {row['reason']}", row["what"]]
+        for row in facts["backends"]
+    ]
+    print(f"\n{as_text(['backend', 'on', 'usable', 'what'], backends, left=range(4), wraps=(2, 3))}\n")
+    devices = [
+        [key, f"{value:,}" if key == "memory" else str(value)] for one in facts["devices"] for key, value in one.items()
+    ]
     extension = facts["extension"]
     if extension["loaded"]:
         compiled = extension["cuda_archs"]
-        print(
-            f"extension {extension['file']}: CPU kernels for {extension['instruction_set']}, "
-            + (f"CUDA kernels for {compiled}" if compiled else "no CUDA kernels (built without nvcc)")
-        )
+        cuda = f"CUDA kernels for {compiled}" if compiled else "no CUDA kernels (built without nvcc)"
+        what = f"{extension['file']}: CPU kernels for {extension['instruction_set']}, {cuda}"
     else:
-        print(f"extension not loaded: {extension['reason']}")
-    print(f"tile configs {facts['tuned_configs'] or 'as shipped (GISTKERN_CONFIGS names no file)'}")
-    print("backends (float32)")
-    for row in facts["backends"]:
-        usable = "usable" if row["usable"] else f"not usable: {row['reason']}"
-        print(f"  {row['name']:10} on {row['device']:5} {usable} ({row['what']})")
+        what = f"not loaded: {extension['reason']}"
+    tiles = facts["tuned_configs"] or "as shipped (GISTKERN_CONFIGS names no file)"
+    rows = [*devices, ["extension", what], ["tile configs", tiles]]
+    print(f"{as_text(['machine', ''], rows, left=(0, 1), wraps=(1,))}\n")
 
 
 def _range(tested: dict[str, Any] | None) -> str:
@@ -92,7 +100,7 @@ def _range(tested: dict[str, Any] | None) -> str:
     if tested is None or tested["within"] is None:
         return ""
     versions = f"{tested['oldest']} to {tested['newest']}"
-    return f" (tested: {versions})" if tested["within"] else f" (NOT TESTED; the versions from {versions} are)"
+    return versions if tested["within"] else f"NOT TESTED: {versions} are"
 
 
 def _print_verdict(verdict: dict[str, Any]) -> None:
@@ -115,6 +123,7 @@ def _served(names: list[str]) -> str:
 def _memory(given: argparse.Namespace) -> None:
     if given.train and given.four_bit and not given.lora:
         raise ValueError("4-bit weights cannot be trained: with --4bit --lora is at least 1")
+    look_for(given.model)
     from transformers import AutoConfig
 
     from gistkern.memory import Plan, needs
@@ -174,9 +183,10 @@ def _print_needs(model: str, found: Needs, plan: Plan) -> None:
         what = f"LoRA of rank {plan.lora}" if plan.lora else "all weights"
         trained = f"{found.training.trainable_parameters:,} parameters"
         rows[f"peak of a training step, {what}, {trained}"] = found.training.total
-    for name, size in rows.items():
-        print(f"  {name:74} {size / 1e9:10.3f} GB")
-    print(f"fits, {RESERVE / 1e9:g} GB kept for the driver and fragments")
-    for card in CARDS:
-        fits = "  ".join(f"{name}: {'yes' if yes else 'no'}" for name, yes in found.fits(card).items())
-        print(f"  {card:4} GB   {fits}")
+    sizes = [[name, f"{size / 1e9:,.3f} GB" if size >= 1e8 else nbytes_said(size)] for name, size in rows.items()]
+    print(f"\n{as_text(['', 'calculated'], sizes)}")
+    fits = {card: found.fits(card) for card in CARDS}
+    ways = list(fits[CARDS[0]])
+    cards = [[f"{card} GB", *("yes" if fits[card][way] else "no" for way in ways)] for card in CARDS]
+    print(f"\nfits a card of, with {RESERVE / 1e9:g} GB kept for the driver and fragments:\n")
+    print(as_text(["", *ways], cards))

@@ -18,6 +18,8 @@ from typing import Any
 
 from gistkern.cli.model import add_loading_options, load_model
 from gistkern.cli.parser import at_least, input_path, output_path
+from gistkern.cli.source import look_for
+from gistkern.progress import announce, bar
 
 __all__ = ["add_arguments", "run"]
 
@@ -54,10 +56,10 @@ def run(given: argparse.Namespace) -> None:
         if not rows:
             raise ValueError("--eval-share 0 holds no rows out: leave it out to measure on all")
     rows = rows[: given.samples]
-    from tqdm import tqdm
-
+    look_for(given.model)
+    announce("starting torch and transformers")
     from gistkern.hf.chat import stop_ids
-    from gistkern.training.answering import WAYS, answered, table
+    from gistkern.training.answering import WAYS, answered, cells
     from gistkern.training.collator import GistDataCollator
 
     model, tokenizer, handle = load_model(given)
@@ -73,7 +75,7 @@ def run(given: argparse.Namespace) -> None:
     handle.model.generation_config.eos_token_id = stop_ids(handle.model, tokenizer, role is not None) or None
     collator = GistDataCollator(tokenizer, handle, trained.segment_length, trained.segment_overlap)
     ways = [way for way in WAYS if not given.only or way in given.only]
-    with tqdm(total=len(ways) * len(data.features), unit="answer", leave=False) as bar:
+    with bar(total=len(ways) * len(data.features), desc="answering", unit="answer") as shown:
         found = answered(
             model,
             tokenizer,
@@ -83,11 +85,13 @@ def run(given: argparse.Namespace) -> None:
             role=role,
             batch=given.batch,
             max_new_tokens=given.max_new_tokens,
-            progress=bar.update,
+            progress=shown.update,
         )
     if given.output is not None:
         _write(given.output, data.where, found)
-    print(table({one.way: one.summary() for one in found}, adapter=model is not handle.model))
+    from gistkern.tables import as_text
+
+    print(as_text(*cells({one.way: one.summary() for one in found}, adapter=model is not handle.model)))
 
 
 def _write(path: Path, where: list[str], found: list[Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from gistkern import __version__
 from gistkern.cli.parser import Parser, errors_as_one_line
@@ -39,8 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:  # said by the command's own parser, which knows what may have been meant
         given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        with errors_as_one_line(given.parser):
+        with errors_as_one_line(given.parser), _warnings_of_others():
             given.run(given)
     except KeyboardInterrupt as stopped:
         print(f"stopped{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _warnings_of_others() -> Iterator[None]:
+    """Without transformers' announcements of names that libraries between us still use (peft reads one at every load).
+
+    Behind whatever `-W` and PYTHONWARNINGS say; a script of the user's own sees all. A module is its path where a
+    warning is handed on.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(.*[\\/])?transformers[.\\/]", append=True)
+        yield

@@ -6,7 +6,9 @@ import argparse
 import os
 from typing import Any
 
-__all__ = ["add_loading_options", "add_model_options", "load_model"]
+from gistkern.progress import announce, is_watched
+
+__all__ = ["add_loading_options", "add_model_options", "bars_for_people_only", "load_model"]
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True, where: str = "") -> None:
@@ -25,6 +27,14 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", help="of the model: auto (default), float32, bfloat16 or float16")
     parser.add_argument("--device", help="by default this process's GPU, or the CPU")
+
+
+def bars_for_people_only() -> None:
+    """Turn transformers' bars off where nobody watches: in a file each of their steps would be a line."""
+    from transformers.utils import logging
+
+    if not is_watched():
+        logging.disable_progress_bar()
 
 
 def load_model(
@@ -49,6 +59,8 @@ def load_model(
     dtype: Any = getattr(torch, given.dtype, None)
     if given.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype {given.dtype} is none that a model computes in: pass auto, float32 or bfloat16")
+    bars_for_people_only()
+    announce(f"loading {given.model or model}{', to 4 bits' * given.four_bits}")
     options: dict[str, Any] = {"dtype": given.dtype}
     if given.four_bits:
         options["quantization_config"] = four_bits(torch.bfloat16 if given.dtype == "auto" else dtype)

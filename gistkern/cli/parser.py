@@ -22,13 +22,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**how | kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2; an unknown word is followed by the known one that it resembles."""
+        """Exit with status 2, in one line; an unknown word is followed by the known one that it resembles."""
         known = [option for action in self._actions for option in action.option_strings]
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
         for word in unknown:
             if near := difflib.get_close_matches(word, known, n=1):
                 message += f" (did you mean {near[0]}?)"
-        super().error(message)
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def at_least(least: int) -> Callable[[str], int]:

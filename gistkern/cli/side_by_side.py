@@ -30,12 +30,18 @@ class Line(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    model: Any, tokens: int, question: int, answer: int, segment_length: int | None, rounds: int
+    model: Any,
+    tokens: int,
+    question: int,
+    answer: int,
+    segment_length: int | None,
+    rounds: int,
+    progress: Callable[[], object] = lambda: None,
 ) -> tuple[list[Line], int]:
     """Measure a patched model, perhaps wrapped by peft; also returns the rows of its cache.
 
     Time to the first token with the context unread and read, tokens per second, bytes of the caches, and on a GPU the
-    peak of memory.
+    peak of memory. `progress` is called after each round, and after the one that warms up.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain, device = _unpatched(base), next(base.parameters()).device
@@ -70,6 +76,7 @@ def measure(
                 found = _with_peak(side, device)
             if number:  # the first warms up
                 sides[side].append(found)
+        progress()
     return _lines(sides[full], sides[gist]), int(sides[gist][0]["rows"])
 
 

@@ -2,7 +2,7 @@
 
     gistkern train --data mine.jsonl --model NAME --output runs/mine
     gistkern train --data mine.jsonl --model NAME --output runs/mine --4bit --segment-length 512 --ratio 50
-    gistkern train ... --resume                     # goes on from the last checkpoint
+    gistkern train ... --resume                     # goes on from the last checkpoint; more --steps make it longer
     torchrun --nproc-per-node 4 -m gistkern train ...
 
 A line of the file is {"context": "...", "question": "...", "answer": "..."}, taken as it stands unless --chat is given,
@@ -17,10 +17,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gistkern.cli.model import bars_for_people_only
 from gistkern.cli.parser import at_least, input_path, output_path
+from gistkern.cli.source import look_for
+from gistkern.progress import announce
 
 if TYPE_CHECKING:
     from gistkern.training.objectives import Objectives
@@ -82,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--warmup", type=float, default=0.03, help="steps, or below 1 a share of them (0.03)")
     training.add_argument("--seed", type=at_least(0), default=0)
     training.add_argument("--config", type=input_path, help="YAML of further transformers.TrainingArguments")
-    training.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint")
+    training.add_argument(
+        "--resume", action="store_true", help="go on from the last whole checkpoint, perhaps with more steps"
+    )
 
     watching = parser.add_argument_group("watching")
     watching.add_argument("--eval-every", type=at_least(1), help="steps; a fifth of all, at most 500")
@@ -98,17 +104,26 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError("--4bit weights cannot be trained themselves: leave --lora 0 out")
     if given.eval_data and given.eval_share:
         raise ValueError("--eval-data and --eval-share both say what to measure by: give one of them")
+    from gistkern.training.checkpoints import check_unused, to_resume
     from gistkern.training.rows import context_role, held_out, read_rows
 
+    if given.resume:
+        to_resume(given.output)
+    else:
+        check_unused(given.output)
+    look_for(given.model)
     rows = read_rows(given.data)
     if given.eval_data:
         others = read_rows(given.eval_data)
         _check_apart(rows, others)
     else:
         rows, others = held_out(rows, 0.1 if given.eval_share is None else given.eval_share)
-    objectives = _objectives(given.objectives)
     config = _config(given.config)
     # here and below: what takes seconds to load, and wrong arguments and rows are refused without
+    announce("starting torch and transformers")
+    objectives = _objectives(given.objectives)
+    bars_for_people_only()
+    warnings.filterwarnings("ignore", "the gist rows were never trained")  # the first evaluation may come so early
     from gistkern.training.base import Base, opened_tokenizer, source_of
 
     try:

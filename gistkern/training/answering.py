@@ -12,13 +12,14 @@ import torch
 
 from gistkern.hf.chat import chat_context
 from gistkern.hf.texts import context_ids, context_prefix
+from gistkern.tables import nbytes_said
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.generation import generate_answers, prompted_answers
 from gistkern.training.objectives import adapters_off
 from gistkern.training.rows import Tokenized
 from gistkern.training.scores import scores_of, wilson
 
-__all__ = ["WAYS", "Answered", "answered", "table"]
+__all__ = ["WAYS", "Answered", "answered", "cells"]
 
 WAYS = ("gist", "full", "none")
 _NO_CONTEXT = "(no context)"
@@ -185,29 +186,13 @@ _TITLES = {"gist": "gist rows", "full": "full context", "none": "no context"}
 _HEAD = ("", "n", "exact", "95 %", "contained", "F1", "rows", "ratio", "bytes", "seconds")
 
 
-def table(summaries: dict[str, dict[str, Any]], adapter: bool = True) -> str:
-    """Of `Answered.summary` by way: text of at most 100 columns."""
-    lines = [list(_HEAD)]
+def cells(summaries: dict[str, dict[str, Any]], adapter: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Of `Answered.summary` by way: the head of a table, and its rows (`gistkern.tables`)."""
+    rows = []
     for way, one in summaries.items():
         title = f"{_TITLES[way]}{', base' if way == 'full' and adapter else ''}"
-        share = [
-            f"{one['exact']:.1%}",
-            f"{100 * one['exact_low']:.0f}-{one['exact_high']:.0%}",
-            f"{one['contained']:.1%}",
-        ]
-        kept = [f"{one['rows']:,.0f}", f"{one['ratio']:.1f}x" if one["ratio"] else "-", _bytes(one["bytes"])]
-        lines.append([title, str(one["n"]), *share, f"{one['f1']:.3f}", *kept])
-        lines[-1].append(f"{one['seconds']:.1f}")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in lines
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in rows)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+        interval = f"{100 * one['exact_low']:.0f}-{one['exact_high']:.0%}"
+        share = [f"{one['exact']:.1%}", interval, f"{one['contained']:.1%}", f"{one['f1']:.3f}"]
+        kept = [f"{one['rows']:,.0f}", f"{one['ratio']:,.1f}x" if one["ratio"] else "-", nbytes_said(one["bytes"])]
+        rows.append([title, f"{one['n']:,}", *share, *kept, f"{one['seconds']:,.1f}"])
+    return list(_HEAD), rows

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gistkern import __version__
-from gistkern.training.answering import table
+from gistkern.tables import as_markdown, as_text, nbytes_said
+from gistkern.training.answering import cells
 from gistkern.training.base import Base
 from gistkern.training.curves import curves_of
 from gistkern.training.finetune import Finetuning, Outcome
@@ -63,7 +64,7 @@ def write_card(output: Path, base: Base, settings: Finetuning, outcome: Outcome,
         f"gistkern compress FOLDER --model {output} --out {output}-store",
         f'gistkern ask {output}-store NAME "question"',
     ]
-    numbers, best = _numbers(base, outcome), _best(outcome)
+    best = _best(outcome)
     curves, drawn = curves_of(output)
     facts = {
         "trained": f"{outcome.parameters:,} parameters: {what}; {best}",
@@ -82,7 +83,7 @@ def write_card(output: Path, base: Base, settings: Finetuning, outcome: Outcome,
             folder=str(output),
             question="Who signed it?",
             commands="\n".join(commands),
-            numbers=numbers,
+            numbers=_numbers(base, outcome, as_markdown),
             facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
             curves=f"![loss and accuracy by step]({curves})\n\n" if curves else "",
             versions=", ".join(f"{name} {found}" for name, found in _versions().items()),
@@ -90,9 +91,8 @@ def write_card(output: Path, base: Base, settings: Finetuning, outcome: Outcome,
         "utf-8",
     )
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    table_said = numbers.replace("```text\n", "").replace("\n```", "")
-    saved = f"saved {output}: {what}, {size / 1e6:,.1f} MB; {best}"
-    return "\n".join([saved, table_said, drawn, "next:", *map("  ".__add__, commands)])
+    said = [f"saved {output}: {what}, {nbytes_said(size)}; {best}", "", _numbers(base, outcome, as_text), "", drawn]
+    return "\n".join([*said, "next:", *map("  ".__add__, commands)])
 
 
 def _front(base: Base) -> str:
@@ -118,12 +118,12 @@ def _best(outcome: Outcome) -> str:
     return f"step {outcome.best} of {outcome.steps}, which answered best"
 
 
-def _numbers(base: Base, outcome: Outcome) -> str:
+def _numbers(base: Base, outcome: Outcome, drawn: Callable[..., str]) -> str:
     if not outcome.numbers:
         return "None: no rows were held out. `gistkern eval` measures."
     full = "the base model with the whole context" if base.lora else "the trained model with the whole context"
     return (
-        f"```text\n{table(outcome.numbers, adapter=base.lora > 0)}\n```\n"
+        f"{drawn(*cells(outcome.numbers, adapter=base.lora > 0))}\n\n"
         f"Greedy answers to held-out rows: from gist rows, by {full},\nand by the trained model without any."
     )
 

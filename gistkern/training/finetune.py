@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
+from gistkern.progress import announce, bar
 from gistkern.training.answering import WAYS, answered
+from gistkern.training.bars import TrainingBar
 from gistkern.training.base import Base
-from gistkern.training.checkpoints import newest_whole
+from gistkern.training.checkpoints import SETTINGS, check_unused, how_to_go_on, step_of, to_resume
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.generation import AnswerEvaluation
 from gistkern.training.objectives import Objectives
@@ -28,8 +29,6 @@ from gistkern.training.trainer import GistTrainer
 
 __all__ = ["Finetuning", "Outcome", "finetune"]
 
-SETTINGS = "training.json"
-_WRITTEN_FIRST = {SETTINGS, "log.jsonl", "runs"}  # by a run that has no checkpoint yet
 EVALUATIONS, _LONGEST = 5, 500
 CUE = "\n\nRepeat the text above:\n"
 # arguments of transformers that have an option here, or follow from others
@@ -163,7 +162,8 @@ def finetune(
     output : Path
         Gets checkpoints, log.jsonl, and at the end the model that answered best.
     resume : bool
-        Go on from the newest whole checkpoint.
+        Go on from the newest whole checkpoint, with as many steps as before or more: the learning rate then follows
+        the longer schedule.
     note : mapping, optional
         What else the run depends on (which data), kept beside the settings and compared when it is resumed.
 
@@ -177,14 +177,20 @@ def finetune(
     settings.check()
     state = PartialState(cpu=not torch.cuda.is_available())
     written = json.loads(json.dumps({"base": asdict(base), "run": asdict(settings), **(note or {})}))
-    checkpoint = _resumed(output, written) if resume else None
+    checkpoint = to_resume(output, written) if resume else None
     if not resume:
-        _check_unused(output)
+        check_unused(output)
+    arguments = settings.arguments(output, base, len(rows.features), evaluated is not None)
+    longer = checkpoint is not None and json.loads((output / SETTINGS).read_text("utf-8")) != written
+    if longer and checkpoint is not None and arguments.max_steps <= step_of(checkpoint):
+        raise ValueError(
+            f"{checkpoint} has made all {arguments.max_steps} steps: pass more --steps, or as many as before"
+        )
     state.wait_for_everyone()  # all have looked before the first one writes
-    if state.is_main_process and not resume:
+    if state.is_main_process and (longer or not resume):
         output.mkdir(parents=True, exist_ok=True)
         (output / SETTINGS).write_text(json.dumps(written, indent=1), "utf-8")
-    arguments = settings.arguments(output, base, len(rows.features), evaluated is not None)
+    announce(f"loading {base.name}{', to 4 bits' * base.four_bit}")
     model, handle = base.made(tokenizer, settings.role)
     handle.record(chat=settings.role or False)
     collator = GistDataCollator(
@@ -209,12 +215,12 @@ def finetune(
         answers=answers,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar())
+    trainer.add_callback(TrainingBar())
     trainer.add_callback(_EvaluateTheLast())
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(output)) from None
+        raise KeyboardInterrupt(how_to_go_on(output)) from None
     trainer.save_model(str(output))
     if state.is_main_process:
         (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says the same
@@ -231,9 +237,9 @@ def finetune(
     if evaluated is not None and not sharded:
         asked = evaluated.first(settings.eval_samples)
         how: dict[str, Any] = {"role": settings.role, "batch": arguments.per_device_eval_batch_size}
-        with tqdm(total=len(WAYS) * len(asked.features), desc="answering", unit="answer", leave=False) as bar:
+        with bar(total=len(WAYS) * len(asked.features), desc="answering", unit="answer") as shown:
             try:
-                found = answered(model, tokenizer, asked, collator, progress=bar.update, **how)
+                found = answered(model, tokenizer, asked, collator, progress=shown.update, **how)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{output} is trained and saved; `gistkern eval` measures it") from None
         numbers = {one.way: one.summary() for one in found}
@@ -242,58 +248,9 @@ def finetune(
     return Outcome(trained.global_step, step, numbers, parameters)
 
 
-def _check_unused(output: Path) -> None:
-    found = {path.name for path in output.iterdir()} if output.exists() else set()
-    if found - _WRITTEN_FIRST:
-        raise ValueError(f"{output} is in use: pass --resume to go on with its run, or another --output")
-
-
-def _resumed(output: Path, written: dict[str, Any]) -> Path:
-    checkpoint, file = newest_whole(output), output / SETTINGS
-    if checkpoint is None or not file.is_file():
-        raise ValueError(f"nothing to resume: {output} holds no whole checkpoint; leave --resume out to start")
-    found = json.loads(file.read_text("utf-8"))
-    flat, before = _flat(written), _flat(found)
-    if different := [name for name in {**before, **flat} if flat.get(name) != before.get(name)]:
-        said = ", ".join(f"{name} {before.get(name)!r}, now {flat.get(name)!r}" for name in different)
-        raise ValueError(f"{output} is a run of other settings or rows ({said}): pass the same, or another --output")
-    return checkpoint
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": one for inner, one in value.items()}
-        else:
-            found[name] = value
-    return found
-
-
-def _how_to_go_on(output: Path) -> str:
-    if (whole := newest_whole(output)) is not None:
-        return f"{whole} is whole, and the same command with --resume goes on from there"
-    return f"{output} holds no whole checkpoint yet: the same command starts again"
-
-
 class _EvaluateTheLast(TrainerCallback):
     """The last step may be the best one, also where it is no multiple of the others."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
-
-
-class _Bar(ProgressCallback):
-    """transformers' bar, with the loss behind it and a line for each evaluation."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not logs:
-            return
-        if "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
-        if "eval_loss" in logs:
-            names = ("exact", "contained", "f1", "token_accuracy")
-            found = [(name, logs.get(f"eval_generation_{name}")) for name in names]
-            said = ", ".join(f"{name} {value:.3f}" for name, value in found if value is not None)
-            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}, {said}")

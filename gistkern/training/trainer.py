@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer
 
 from gistkern.hf.handle import handle_of
+from gistkern.progress import bar
 from gistkern.training.callback import GistCallback
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.curriculum import Curriculum
@@ -257,12 +258,14 @@ class GistTrainer(Trainer):
         was_training = model.training
         model.eval()
         try:
-            for begin in range(0, len(places), size):
-                features = [data[place] for place in places[begin : begin + size]]
-                with self.accelerator.autocast():
-                    answers = generate_answers(model, collator, features, max_new_tokens)
-                said.predictions.extend(answers.predictions)
-                said.labels.extend(answers.labels)
+            with bar(self.args.disable_tqdm, total=len(places), desc="answering", unit="answer") as progress:
+                for begin in range(0, len(places), size):
+                    features = [data[place] for place in places[begin : begin + size]]
+                    with self.accelerator.autocast():
+                        answers = generate_answers(model, collator, features, max_new_tokens)
+                    said.predictions.extend(answers.predictions)
+                    said.labels.extend(answers.labels)
+                    progress.update(len(features))
         finally:
             model.train(was_training)
         if count > 1:

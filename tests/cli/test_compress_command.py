@@ -73,7 +73,7 @@ def test_every_process_takes_its_own_gpu(monkeypatch, folder):
         if rank:
             monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(ZeroDivisionError):
-            main(["compress", str(folder), "--model", "m", "--out", str(folder / "never")])
+            main(["compress", str(folder), "--model", str(folder / "model"), "--out", str(folder / "never")])
     assert taken == ["cuda:0", "cuda:3"]
 
 

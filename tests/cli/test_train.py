@@ -1,6 +1,8 @@
 """``gistkern train``: from a file of rows to a folder that loads, answers and says what it is worth."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,7 +12,7 @@ import time
 
 import pytest
 import torch
-from own_cases import PEOPLE, gistkern, make_base, rows, write
+from own_cases import PEOPLE, gistkern, make_base, rows, terminal, write
 from safetensors.torch import load_file
 
 from gistkern import ask, compress, load
@@ -50,7 +52,7 @@ def losses_of(folder):
 @pytest.fixture(scope="module")
 def trained(place):
     """A LoRA of forty rows, in a process of its own."""
-    done = gistkern(*words(place, "out", "--steps", 6, "--lora", 4, "--tensorboard"), cwd=place)
+    done = gistkern(*words(place, "out", "--steps", 6, "--lora", 4, "--tensorboard"), cwd=place, watched=True)
     assert done.returncode == 0, done.stderr
     return place / "out", done
 
@@ -60,18 +62,24 @@ def test_a_run_says_what_it_does_and_what_to_do_next(trained):
     said = done.stdout.splitlines()
     assert said[0] == "36 rows to train on, 4 held out; texts as they stand"
     saved = next(at for at, line in enumerate(said) if line.startswith("saved out: a LoRA adapter of rank 4"))
-    assert re.fullmatch(r".*MB; step \d of 6, which answered best", said[saved])
-    assert [line.split("  ")[0] for line in said[saved + 2 : saved + 5]] == [
+    assert re.fullmatch(r".* kB; step \d of 6, which answered best", said[saved])
+    assert [line.split("  ")[0] for line in said[saved + 4 : saved + 7]] == [
         "gist rows",
         "full context, base",
         "no context",
     ]
     assert said[-4:-2] == ["curves: out/curves.png", "next:"]
     assert said[-2].split()[:2] == ["gistkern", "compress"]
-    assert max(map(len, said)) <= 120
-    bar = done.stderr.replace("\r", "\n")
-    assert re.search(r"6/6 \[\d\d:\d\d<00:00", bar), "a bar, with what is left"
-    assert "loss " in bar
+    assert max(map(len, said)) <= 100
+    bars = done.stderr
+    assert re.search(r"training: 100%.* 6/6 \[\d\d:\d\d<00:00", bars), "a bar, with what is left"
+    assert "loss " in bars
+    assert re.search(r"answering: 100%.* 12/12", bars), "four questions, three ways"
+    assert re.search(r"answering: 100%.* 4/4", bars), "of an evaluation"
+    for wait in ("starting torch and transformers ...", f"loading {folder.parent / 'base'} ..."):
+        assert wait in bars.splitlines()
+    assert "Warning" not in bars
+    assert "Loading weights" in bars
     assert sum("held-out loss" in line for line in said) == 3, "a fifth of six steps is two"
     assert list(folder.glob("runs/*/events.out.tfevents*"))
 
@@ -90,7 +98,14 @@ def test_a_folder_holds_what_answers_best_and_how_to_load_it(trained, monkeypatc
     card = (folder / "README.md").read_text()
     assert "![loss and accuracy by step](curves.png)" in card
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    for part in ("base_model:", "full context, base", "gistkern train --data", "transformers 5.", "36", "held out"):
+    for part in (
+        "base_model:",
+        "\n| full context, base | 4 | ",
+        "gistkern train --data",
+        "transformers 5.",
+        "36",
+        "held out",
+    ):
         assert part in card
     monkeypatch.chdir(folder.parent)
     (folder.parent / "document.txt").write_text("The bell number 1 is with Mira.")
@@ -105,14 +120,15 @@ def test_a_folder_is_measured_and_compressed_with(trained, place, monkeypatch, c
     main(["eval", "out", "--data", "mine.jsonl", "--eval-share", "0.1", "--output", "answers.jsonl"])
     again = capsys.readouterr().out.splitlines()
     table = done.stdout.splitlines()
-    for line in again:  # but for the seconds, the numbers of the training's end
-        assert any(line.rsplit(maxsplit=1)[0] == other.rsplit(maxsplit=1)[0] for other in table if other.split())
+    assert max(map(len, again)) <= 100
+    for line in again[2:]:  # but for the seconds, the numbers of the training's end
+        assert line.split()[:-1] in [other.split()[:-1] for other in table]
     answers = lines_of(place / "answers.jsonl")
     assert len(answers) == 4
     assert all(set(one) == {"row", "right", "gist", "full", "none", "tokens", "rows"} for one in answers)
     assert {one["right"] for one in answers} <= set(PEOPLE)
     main(["eval", "out", "--data", "mine.jsonl", "--samples", "3", "--only", "gist", "--batch", "2"])
-    (_, line) = capsys.readouterr().out.splitlines()
+    (_, _, line) = capsys.readouterr().out.splitlines()
     assert line.split()[:3] == ["gist", "rows", "3"]
     model, tokenizer, _ = load("out")
     row = lines_of(place / "mine.jsonl")[0]
@@ -148,8 +164,8 @@ def test_all_weights_learn_rows_by_heart(place, tmp_path, capsys):
     assert "None: no rows were held out" in capsys.readouterr().out
     main(["eval", str(tmp_path / "out"), "--data", str(few), "--only", "gist", "full"])
     said = capsys.readouterr().out.splitlines()
-    assert said[1].split()[2:4] == ["4", "100.0%"]
-    assert said[2].startswith("full context  4"), "a whole checkpoint has no base beside it"
+    assert said[2].split()[2:4] == ["4", "100.0%"]
+    assert said[3].startswith("full context  4"), "a whole checkpoint has no base beside it"
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, tmp_path, capsys):
@@ -176,6 +192,50 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, tmp_path, capsys
         assert message in capsys.readouterr().err
 
 
+def test_a_finished_run_is_made_longer(place, tmp_path, capsys):
+    out, given = tmp_path / "out", ("--lora", 4, "--eval-share", 0, "--save-every", 2)
+    main(words(place, out, "--steps", 4, *given))
+    main(words(place, out, "--steps", 7, *given, "--resume"))
+    assert newest_whole(out).name == "checkpoint-7"
+    steps = [step for step, _ in losses_of(out)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 7
+    assert "after 7 steps" in capsys.readouterr().out
+    assert json.loads((out / "training.json").read_text())["run"]["steps"] == 7
+    with pytest.raises(SystemExit, match="2"):
+        main(words(place, out, "--steps", 6, *given, "--resume"))
+    assert "checkpoint-7 has made all 6 steps: pass more --steps" in capsys.readouterr().err
+    assert json.loads((out / "training.json").read_text())["run"]["steps"] == 7
+
+
+def test_what_stands_in_the_way_is_said_before_torch_is_loaded(place, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").touch()
+    for output, more, message in (
+        ("used", (), "is in use: pass --resume"),
+        ("new", ("--resume",), "nothing to resume"),
+        ("new", ("--model", "./nowhere"), "there is no folder './nowhere'"),
+        (
+            "new",
+            ("--step", "3"),
+            "unrecognized arguments: --step 3 (did you mean --steps?) (see gistkern train --help)",
+        ),
+    ):
+        code = f"""
+import sys
+from gistkern.cli.main import main
+try:
+    main({words(place, tmp_path / output, *more)!r})
+except SystemExit as done:
+    assert done.code == 2
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["False", "False"]
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_kill_9_and_resume(place, tmp_path):
     given = ("--steps", 12, "--save-every", 2, "--lora", 4)
@@ -197,22 +257,22 @@ def test_ctrl_c_says_only_what_works(place, tmp_path):
     """Before the first checkpoint the same command starts again; the first Ctrl-C leaves one."""
     given = ("--steps", 400, "--lora", 4, "--eval-share", 0)
     for presses, advice in ((2, "the same command starts again"), (1, "the same command with --resume goes on")):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gistkern", *words(place, tmp_path / "out", *given)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        ours, theirs = terminal()
+        command = [sys.executable, "-m", "gistkern", *words(place, tmp_path / "out", *given)]
+        process = subprocess.Popen(command, stderr=theirs)
+        os.close(theirs)
         said = ""
-        while "3/400" not in said:
-            letter = process.stderr.read(1)
-            assert letter, said
-            said += letter
+        while not re.search(r" ([3-9]|\d\d)/400", said):  # a step has begun
+            said += os.read(ours, 1).decode(errors="replace")
         for _ in range(presses):
             process.send_signal(signal.SIGINT)
             time.sleep(0.01 if presses == 1 else 0.002)
-        rest = process.communicate()[1]
-        assert process.returncode == 130
-        assert advice in rest or "is whole" in rest
+        with contextlib.suppress(OSError):  # the process has ended
+            while True:
+                said += os.read(ours, 1 << 16).decode(errors="replace")
+        os.close(ours)
+        assert process.wait() == 130
+        assert advice in said or "is whole" in said
     done = gistkern(*words(place, tmp_path / "out", *given, "--resume", "--save-every", 400))
     assert done.returncode == 2, "other settings"
 
@@ -262,7 +322,7 @@ def test_four_bits_and_every_objective(place, tmp_path, capsys):
             "float32",
         ]
     )
-    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["gist", "rows", "2"]
+    assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["gist", "rows", "2"]
 
 
 def test_a_ratio_is_tokens_for_each_gist_token(place, tmp_path, capsys):
@@ -286,7 +346,8 @@ def test_a_ratio_is_tokens_for_each_gist_token(place, tmp_path, capsys):
         (("--resume",), "nothing to resume: "),
         (("--dtype", "float16"), "overflows in training"),
         (("--eval-every", "2", "--save-every", "3"), "must be a multiple of --eval-every"),
-        (("--model", "{place}/nothing"), "the tokenizer .*nothing cannot be loaded"),
+        (("--model", "{place}/bas"), "there is no folder .*bas'.*did you mean .*/base'?"),
+        (("--model", "somebody/something"), "nothing of that name was downloaded before, and HF_HUB_OFFLINE is set"),
         (("--max-length", "3"), "rows are longer than 3 tokens"),
         (("--chat",), "no chat template"),
         (("--config", "{place}/wrong.yaml"), r"learning_rats, which is none .* \(did you mean learning_rate\?\)"),

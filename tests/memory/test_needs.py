@@ -125,9 +125,12 @@ def test_the_command(tmp_path, capsys):
     assert found["fits"]["24 GB"] == dict.fromkeys(found["peaks"], True)
     main(["doctor", "--model", str(tmp_path), "--tokens", "6000", "--train", "--lora", "0"])
     printed = capsys.readouterr().out
-    assert "full cache of 6,000 tokens                                                      0.786 GB" in printed
-    assert "gist cache, 11 rows (545x less)" in printed
-    assert "24 GB   plain prefill: yes  compress: yes  training step: no" in printed
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert "full cache of 6,000 tokens 0.786 GB" in lines
+    assert "gist cache, 11 rows (545x less) 1.4 MB" in lines
+    at = lines.index("plain prefill compress training step")
+    assert lines[at + 2] == "24 GB yes yes no"
+    assert max(map(len, printed.splitlines()[1:])) <= 100
     assert "calculated: 8,030,261,248 parameters" in printed
 
 
