@@ -127,11 +127,11 @@ class KeyValueRows:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those of the four that exist."""
+        """The tensors that are there: keys, values, and their scales if quantized."""
         return [tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> KeyValueRows:
-        """Rows of what `function` makes of keys, values and scales: it copies, moves and picks whole rows.
+        """`function` applied to keys, values and scales alike, to copy, move or pick whole rows.
 
         Of float8 elements it gets the bytes: torch has few kernels for them, and older versions none to pick rows.
         """

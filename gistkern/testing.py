@@ -21,7 +21,16 @@ BACKWARD_FACTOR = 3.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaf tensors of one call, and the gradient of its output."""
+    """Inputs of one attention call, which take gradients, and the gradient of its output.
+
+    Examples
+    --------
+    >>> from gistkern.testing import make_inputs
+    >>> layout = GistLayout.from_segments([5, 7, 3], gists=2, tail=4)
+    >>> inputs = make_inputs(layout, heads=4, kv_heads=2, head_dim=16)
+    >>> sorted(inputs.leaves()), inputs.cast(torch.float64).q.dtype
+    (['k', 'q', 'v'], torch.float64)
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -56,7 +65,16 @@ def make_inputs(
     seed: int = 0,
     learned_sinks: bool = False,
 ) -> Inputs:
-    """Normal random tensors that fit `layout`, on its device; learned sinks if they are wanted."""
+    """Normal random tensors that fit `layout`, on its device; learned sinks if they are wanted.
+
+    Examples
+    --------
+    >>> from gistkern.testing import make_inputs
+    >>> layout = GistLayout.from_segments([5, 7, 3], gists=2, tail=4)
+    >>> inputs = make_inputs(layout, heads=4, kv_heads=2, head_dim=16)
+    >>> inputs.q.shape, inputs.k.shape
+    (torch.Size([1, 4, 25, 16]), torch.Size([1, 2, 25, 16]))
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(head_count: int, rows: int) -> torch.Tensor:
@@ -96,6 +114,12 @@ def compare(inputs: Inputs, layout: GistLayout, backend: str = "auto") -> None:
     AssertionError
         If an error exceeds twice (gradients: three times) that of the plain computation in the inputs'
         precision, or a NaN appears.
+
+    Examples
+    --------
+    >>> from gistkern.testing import compare, make_inputs
+    >>> layout = GistLayout.from_segments([5, 7, 3], gists=2, tail=4)
+    >>> compare(make_inputs(layout, dtype=torch.bfloat16), layout, backend="auto")
     """
     given: dict[str, Any] = {n: getattr(inputs, n) for n in ("past_key", "past_value", "learned_sinks")}
     out, lse = gist_attention(inputs.q, inputs.k, inputs.v, layout, **given, backend=backend, return_lse=True)
@@ -155,9 +179,16 @@ def _largest_logit(inputs: Inputs, layout: GistLayout) -> float:
 def assert_within_budget(
     name: str, ours: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, factor: float, cancelled: float = 0.0
 ) -> None:
-    """Our largest error may be `factor` times the plain computation's, plus one rounding of the result.
+    """Assert that our largest error is at most `factor` times the plain computation's, plus one rounding.
 
     `cancelled` is the size of terms that cancel in the result; their fp32 rounding is allowed for once.
+
+    Examples
+    --------
+    >>> from gistkern.testing import assert_within_budget
+    >>> exact = torch.randn(8, dtype=torch.float64)
+    >>> rounded = exact.bfloat16()
+    >>> assert_within_budget("out", rounded, exact, rounded, factor=2.0)
     """
     assert not ours.isnan().any(), f"{name} holds NaN"
     empty = exact == -torch.inf

@@ -4,10 +4,17 @@ import ast
 import doctest
 import importlib
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import griffe
 import pytest
+import torch
+from own_cases import make_base
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gistkern
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs/reference"
@@ -16,6 +23,10 @@ PUBLIC = (
     "gistkern",
     *(f"gistkern.{name}" for name in ("demo", "training", "serving", "distributed", "memory", "testing")),
 )
+# a name that its module has too is named by its place, and a layout's constructors are functions of the schemes
+ELSEWHERE = {"gistkern.memory.needs.needs": "gistkern.memory.needs"}
+_SCHEMES = ("from_input_ids", "from_segments", "sliding", "hierarchical", "decode")
+CONSTRUCTORS = [*(f"gistkern.layout.schemes.{name}" for name in _SCHEMES), "gistkern.layout.sharing.shared_segments"]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "gistkern").rglob("*.py"))
@@ -23,15 +34,26 @@ MODULES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What examples call "runs/mine": two layers with gist rows, a tokenizer and its chat template."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_base(folder, template="chatml")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    gistkern.patch(model, tokenizer, num_gist_tokens=2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name, tmp_path, monkeypatch):
+def test_docstring_examples(name, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a Trainer without a folder makes one where it stands
-    import torch
-
-    import gistkern
-
-    names = {"torch": torch, **{public: getattr(gistkern, public) for public in gistkern.__all__}}
-    result = doctest.testmod(importlib.import_module(name), extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
+    shutil.copytree(trained, tmp_path / "runs/mine")
+    public = {name: getattr(gistkern, name) for name in gistkern.__all__}
+    names = {"torch": torch, "gistkern": gistkern, **public}
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    result = doctest.testmod(importlib.import_module(name), extraglobs=names, optionflags=flags)
     assert result.attempted
     assert not result.failed
 
@@ -56,10 +78,27 @@ def public_names(package):
 def test_each_public_name_stands_on_one_reference_page():
     stated = Counter()
     for page in REFERENCE.rglob("*.md"):
-        stated.update(re.findall(r"^::: (\S+)", page.read_text(), re.M))
+        stated.update(ELSEWHERE.get(name, name) for name in re.findall(r"^::: (\S+)", page.read_text(), re.M))
+    for name in CONSTRUCTORS:
+        assert stated.pop(name) == 1
+        assert hasattr(gistkern.GistLayout, name.rpartition(".")[2])
     wanted = {name for package in PUBLIC for name in public_names(package)}
     assert len(wanted) > 60
     assert stated == Counter(wanted)
+
+
+def test_each_public_name_has_an_example():
+    package = griffe.load("gistkern", search_paths=[ROOT])
+    by_page = {reference: name for name, reference in ELSEWHERE.items()}
+    names = [name for package in PUBLIC for name in public_names(package)]
+    without = []
+    for name in [*names, *CONSTRUCTORS]:
+        thing = package[by_page.get(name, name).removeprefix("gistkern.")]
+        if thing.is_attribute:  # a constant, or patch_llama, another name of patch
+            continue
+        if "\nExamples\n---" not in (thing.docstring.value if thing.docstring else ""):
+            without.append(name)
+    assert not without
 
 
 def test_every_promise_names_a_test():

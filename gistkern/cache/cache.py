@@ -35,12 +35,10 @@ __all__ = ["GistCache"]
 class GistCache(Signed, Cache):
     """A KV cache of gist rows and an uncompressed tail, for a model patched by `gistkern.patch_llama`.
 
-    `gistkern.compress` makes one; ``model.generate(question_ids, past_key_values=cache.clone())`` reads it;
-    the tokens passed to `generate` are those *after* the compressed context. An empty one streams: each
-    ``model(ids, past_key_values=cache)`` appends, and a segment's raw rows are dropped once it is ended.
-
-    Samples may own different numbers of rows (a ragged batch). The logical length (`get_seq_length`) counts
-    every token that was read; the physical length (`get_mask_sizes`, `nbytes`) the rows that are stored.
+    `gistkern.compress` makes one; ``model.generate(question_ids, past_key_values=cache.clone())`` reads it; the tokens
+    passed to `generate` are those *after* the compressed context. An empty one streams: each model call appends, and a
+    segment's raw rows are dropped once it is ended. Samples may own different numbers of rows (a ragged batch).
+    `get_seq_length` counts every token that was read, `nbytes` and `get_mask_sizes` the rows that are stored.
 
     Attributes
     ----------
@@ -56,6 +54,14 @@ class GistCache(Signed, Cache):
         Digests of the contexts that were compressed, of all samples.
     first : Tensor or None
         Of a shared cache (`shared`): int64 ``[B]``, where each sample's rows begin in the layers' pools.
+
+    Examples
+    --------
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> gistkern.compress(model, tokenizer("The bell is with Mira.", return_tensors="pt")).save("mira.safetensors")
+    >>> cache = GistCache.load("mira.safetensors", model)
+    >>> cache, cache.clone().shared().nbytes, cache.to(gist_dtype=torch.int8).nbytes
+    (GistCache(batch=1, tokens=8, gist rows=[3], tail rows=[0], 1536 bytes), 1536, 480)
     """
 
     layers: list[Any]
@@ -172,16 +178,16 @@ class GistCache(Signed, Cache):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the model that reads the cache computes in; None before the first call."""
+        """The dtype that the model computes in; None before the first call."""
         return self.layers[0].dtype if self.layers else None
 
     @property
     def gist_dtype(self) -> torch.dtype | None:
-        """What the gist rows are held in; None before the first call."""
+        """The dtype in which the gist rows are stored; None before the first call."""
         return self.layers[0].gist.key.dtype if self.layers and self.layers[0].gist is not None else None
 
     def shape(self) -> set[tuple[int, int, int]]:
-        """Layers, key/value heads and width: one of each for all layers."""
+        """(layers, key/value heads, head dimension) of the stored rows; empty before the first call."""
         rows = (layer.tail.key for layer in self.layers if layer.gist is not None)
         return {(len(self.layers), key.shape[1], key.shape[3]) for key in rows}
 
@@ -377,8 +383,7 @@ class GistCache(Signed, Cache):
     ) -> GistCache:
         """Read a cache written by `save`.
 
-        With `model` (patched) the cache goes to its device and is checked against it now, otherwise at
-        first use.
+        With `model` (patched) the cache goes to its device and is checked against it now, otherwise at first use.
 
         Raises
         ------

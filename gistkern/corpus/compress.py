@@ -93,6 +93,14 @@ def compress_corpus(
         checked before anything is computed, what comes from an iterator before its chunk is.
     RuntimeError
         If another process works on the same chunk.
+
+    Examples
+    --------
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> documents = {"one": "The bell is with Mira.", "two": "The lamp is with Jonas."}
+    >>> store = gistkern.compress_corpus(model, documents, "corpus", tokenizer, progress=False)
+    >>> print(store.totals())
+    2 documents, 12 tokens in 6 rows (2.0x), 3,072 bytes
     """
     from gistkern.cache.fingerprint import fingerprint
     from gistkern.hf.chat import chat_context

@@ -72,11 +72,16 @@ class GistStore:
 
     Examples
     --------
-    ::
-
-        store = GistStore("corpus/")
-        cache = store.batch(["a", "b", "a"], shared=True)   # ragged; samples 0 and 2 read the same rows
-        model.generate(questions, past_key_values=cache)
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> documents = {"one": "The bell is with Mira.", "two": "The lamp is with Jonas."}
+    >>> _ = gistkern.compress_corpus(model, documents, "corpus", tokenizer, progress=False)
+    >>> store = gistkern.GistStore("corpus")
+    >>> list(store), "three" in store
+    (['one', 'two'], False)
+    >>> store["one"].gist_rows
+    tensor([3])
+    >>> store.batch(["one", "two", "one"], shared=True).batch_size  # the first and the last sample read the same rows
+    3
     """
 
     def __init__(self, folder: str | os.PathLike, device: torch.device | str = "cpu") -> None:
@@ -102,11 +107,11 @@ class GistStore:
 
     @property
     def role(self) -> str | None:
-        """Whose turn its texts begin in a chat template, as questions then have to follow it; None without one."""
+        """The chat role in which its texts stand, which questions have to follow; None without a chat template."""
         return self._settings.get("chat")
 
     def totals(self) -> Totals:
-        """What it holds, from the headers of its files; ValueError if one is damaged."""
+        """Counts of documents, tokens, rows and bytes, from the headers of its files; ValueError if one is damaged."""
         chunks = (
             {chunk for chunk, _ in self._scanned.values()}
             if self._index is None

@@ -41,6 +41,19 @@ def parallel_attention(
     -------
     Tensor
         Like `q`. Gradients of k and v hold what all ranks' rows contribute.
+
+    Examples
+    --------
+    >>> import torch.distributed as dist
+    >>> from gistkern.distributed import parallel_attention, split_layout
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: one process per GPU
+    >>> layout = GistLayout.from_segments([5, 6], gists=2, tail=3)
+    >>> shard = split_layout(layout, dist.get_world_size())[dist.get_rank()]
+    >>> q, k, v = torch.randn(3, 1, 2, layout.num_rows, 16).unbind()  # of the whole context, for show
+    >>> out = parallel_attention(*(shard.take(t, 2) for t in (q, k, v)), shard, dist.group.WORLD)
+    >>> torch.allclose(out, gist_attention(q, k, v, layout), atol=1e-5)
+    True
+    >>> dist.destroy_process_group()
     """
     gist_k, gist_v = gather_compact(k, v, shard, group)
     k, v = with_halo(k, v, shard, group)

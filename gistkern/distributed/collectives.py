@@ -35,7 +35,14 @@ Group: TypeAlias = dist.ProcessGroup
 
 @dataclass(eq=False)  # nested counts are told apart by identity
 class Traffic:
-    """Bytes that this rank received, by kind: ``"gists"``, ``"halo"``, ``"logits"``, each also ``", gradients"``."""
+    """Bytes that this rank received, by kind: ``"gists"``, ``"halo"``, ``"logits"``, each also ``", gradients"``.
+
+    Examples
+    --------
+    >>> from gistkern.distributed import Traffic
+    >>> Traffic({"gists": 2048, "halo": 512}).total
+    2560
+    """
 
     received: dict[str, int] = field(default_factory=dict)
 
@@ -50,7 +57,16 @@ _counting: list[Traffic] = []
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Count what this rank receives for gist context parallelism within the block."""
+    """Count what this rank receives for gist context parallelism within the block.
+
+    Examples
+    --------
+    >>> from gistkern.distributed import count_traffic
+    >>> with count_traffic() as traffic:
+    ...     pass  # model calls of this rank, with patch(..., context_parallel=group)
+    >>> traffic.total
+    0
+    """
     traffic = Traffic()
     _counting.append(traffic)
     try:

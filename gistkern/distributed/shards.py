@@ -27,7 +27,7 @@ _ROWS = ("gist_begin", "gist_end", "is_gist", "stream_position", "gist_first_pos
 
 @dataclass(frozen=True)
 class ContextShard:
-    """What one rank does of a context.
+    """The part of a context that one rank computes: its rows, and what it exchanges with the other ranks.
 
     Parameters
     ----------
@@ -45,6 +45,16 @@ class ContextShard:
         int64 ``[B, G]``: where each compact row stands among all ranks' ``own`` rows, one rank after the other.
     work : float
         Cost of the shard's rows, as `row_work` counts it.
+
+    Examples
+    --------
+    >>> from gistkern.distributed import split_layout
+    >>> layout = GistLayout.from_segments([30, 30, 30, 30], gists=2, tail=4)
+    >>> first, second = split_layout(layout, 2)
+    >>> (first.begin, first.end), (second.begin, second.end)
+    ((0, 64), (64, 132))
+    >>> second.take(torch.zeros(1, 132, 16)).shape
+    torch.Size([1, 68, 16])
     """
 
     rank: int
@@ -63,9 +73,16 @@ class ContextShard:
 
 
 def row_work(layout: GistLayout, row_cost: float = 0.0) -> torch.Tensor:
-    """float64 ``[N]``: pairs that each row sees, over the batch, plus `row_cost` for each real row.
+    """Work of each row, float64 ``[N]``: the keys that it sees, over the batch, plus `row_cost` for each real row.
 
     `row_cost` is what everything but attention costs a row (projections, MLP), in pairs.
+
+    Examples
+    --------
+    >>> from gistkern.distributed import row_work
+    >>> layout = GistLayout.from_segments([30, 30, 30, 30], gists=2, tail=4)
+    >>> row_work(layout)[[0, 29, 32, 131]]  # of its own segment, and gist rows and sinks
+    tensor([ 1., 30.,  4., 13.], dtype=torch.float64)
     """
     own = layout.row_index() + 1 - layout.local_begin
     pairs = (layout.gist_end - layout.gist_begin).clamp(min=0) + own.clamp(min=0)
@@ -94,6 +111,13 @@ def split_layout(layout: GistLayout, parts: int, row_cost: float = 0.0) -> tuple
     -----
     UserWarning
         If the heaviest shard has more than `UNEVEN` times the mean work, which all others will wait for.
+
+    Examples
+    --------
+    >>> from gistkern.distributed import split_layout
+    >>> layout = GistLayout.from_segments([30, 30, 30, 30], gists=2, tail=4)
+    >>> [shard.work for shard in split_layout(layout, 2)]
+    [1152.0, 1486.0]
     """
     if layout.past or layout.tail:
         raise ValueError("a context is split from its first row on: this layout has past or tail rows")

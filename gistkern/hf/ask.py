@@ -67,10 +67,11 @@ def ask(
 
     Examples
     --------
-    ::
-
-        model, tokenizer, handle = gistkern.load("runs/mine")
-        gistkern.ask(model, tokenizer, text, ["Who signed it?", "When?"], max_new_tokens=20)
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> questions = ["Who has it?", "Which bell?"]
+    >>> answers = gistkern.ask(model, tokenizer, "The bell is with Mira.", questions, max_new_tokens=4)
+    >>> [type(answer).__name__ for answer in answers]
+    ['str', 'str']
     """
     handle = handle_of(model)
     check_prefix(handle.training.context_prefix, tokenizer, "the model's training")

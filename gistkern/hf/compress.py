@@ -86,6 +86,17 @@ def compress(
 
     Threads may compress with one model at the same time; a model in training is put to evaluation meanwhile. Gist rows
     that were never trained are warned of, once, and so are segments other than those of the training.
+
+    Examples
+    --------
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> context = tokenizer("The bell is with Mira. The lamp is with Jonas.", return_tensors="pt")
+    >>> cache = gistkern.compress(model, context)
+    >>> cache.gist_rows  # two gist tokens and one attention sink
+    tensor([3])
+    >>> question = tokenizer(" Who has the bell?", return_tensors="pt").input_ids
+    >>> out = model.generate(question, past_key_values=cache.clone(), max_new_tokens=4, do_sample=False)
+    >>> answer = tokenizer.decode(out[0, question.shape[1]:])
     """
     handle = handle_of(model)
     check_segmentation(segment_length, segment_overlap)

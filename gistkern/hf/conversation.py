@@ -21,7 +21,7 @@ __all__ = ["Chat"]
 
 
 class Chat:
-    """A conversation behind a compressed system prompt, or document: its rows stay, its tokens are never read again.
+    """A conversation that follows a compressed system prompt or document, which is read once and never again.
 
     Each turn is rendered by the chat template as a stateless server would render the whole conversation, and only what
     the cache has not read is computed: a template that rewrites earlier turns costs time, and changes no answer.
@@ -53,13 +53,13 @@ class Chat:
 
     Examples
     --------
-    ::
-
-        model, tokenizer, handle = gistkern.load("runs/mine")
-        chat = gistkern.Chat(model, tokenizer, open("ten_rules.txt").read())
-        print(chat.say("May I feed the lions?"))
-        print(chat.say("And the penguins?"))
-        other = chat.again()   # another conversation under the same rules
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> chat = gistkern.Chat(model, tokenizer, "You keep the list of who has which bell.")
+    >>> answer = chat.say("Who has it?", max_new_tokens=4)
+    >>> [turn["role"] for turn in chat.messages]
+    ['user', 'assistant']
+    >>> chat.again().messages  # another conversation behind the same compressed prompt
+    []
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Chat:
         return Chat(self.model, self.tokenizer, self.context, role=self.role, cache=self._fresh)
 
     def say(self, text: str, **generate: Any) -> str:
-        """The assistant's answer to a user turn, and both become part of the conversation.
+        """Answer a user's turn. Question and answer become part of the conversation.
 
         Parameters
         ----------
@@ -108,6 +108,14 @@ class Chat:
         ValueError
             If the text is empty or holds gist tokens, several answers are asked for, the weights have changed since the
             context was compressed, or the chat template refuses the conversation. The conversation is then as it was.
+
+        Examples
+        --------
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> chat = gistkern.Chat(model, tokenizer, "You keep the list of who has which bell.")
+        >>> answer = chat.say("Who has it?", max_new_tokens=4)
+        >>> answer == chat.messages[-1]["content"]
+        True
         """
         if not text.strip():
             raise ValueError("there is nothing to answer: the turn is empty")

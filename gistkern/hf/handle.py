@@ -42,7 +42,7 @@ _NOWHERE = "the model's weights are on the meta device, where nothing can be com
 
 
 class GistHandle:
-    """A patched model's gist settings, and the way back. Made by `patch_llama`.
+    """The gist settings of a patched model, and the way to take the patch off. `gistkern.patch` returns one.
 
     Attributes
     ----------
@@ -54,6 +54,13 @@ class GistHandle:
         Ranks that share each context.
     adapter : str or None
         Folder or name of the adapter that `gistkern.load` put on the model.
+
+    Examples
+    --------
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> handle.gist_token_ids, handle.positions, handle.sink_tokens
+    ([384, 385], 'absolute', 1)
+    >>> handle.unpatch()
     """
 
     def __init__(
@@ -127,17 +134,30 @@ class GistHandle:
         self.model.config.gistkern = block | found.stated()
 
     def arguments(self) -> dict[str, Any]:
-        """What to give `gistkern.patch` beside a fresh base model (gistkern.json)."""
+        """The arguments that `gistkern.patch` needs to patch a fresh base model alike (what gistkern.json holds).
+
+        Examples
+        --------
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> handle.arguments()["num_gist_tokens"]
+        2
+        """
         return asdict(self.settings) | self.training.stated()
 
     def is_gist(self, ids: torch.Tensor) -> torch.Tensor:
-        """bool, like `ids`: which are gist tokens."""
+        """Which of `ids` are gist tokens: bool, of the same shape."""
         return (ids >= self.first_id) & (ids < self.first_id + self.num_ids)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that the patch added: the gist rows (the active adapter's copy, under peft).
 
         They take gradients from then on, also where the whole model was frozen before.
+
+        Examples
+        --------
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> [tuple(parameter.shape) for parameter in handle.trainable_parameters()]
+        [(2, 64)]
         """
         rows = rows_in_use(self.inner.gist_embeddings).requires_grad_()
         return list(rows.parameters())
@@ -152,10 +172,8 @@ class GistHandle:
 
         Examples
         --------
-        ::
-
-            handle = gistkern.patch(model)
-            optimizer = torch.optim.AdamW(handle.freeze_base(), lr=1e-2)
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> optimizer = torch.optim.AdamW(handle.freeze_base(), lr=1e-2)
         """
         kept = adapter_parameters(self.model)
         for name, parameter in self.model.named_parameters():
@@ -169,11 +187,11 @@ class GistHandle:
         return fingerprint(self.inner)
 
     def weights_in_use(self) -> tuple[int, Hashable]:
-        """What changes when the weights are trained, or another adapter is taken."""
+        """A value that changes when the weights are trained, or another adapter is activated."""
         return weights_in_use(self.inner)
 
     def adapters_in_use(self) -> Hashable:
-        """What changes when another adapter is taken."""
+        """A value that changes when another adapter is activated."""
         return adapters_in_use(self.inner)
 
     def embed_words(self, ids: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "voc
 def load(
     folder: str | os.PathLike, base: str | os.PathLike | None = None, **from_pretrained: Any
 ) -> tuple[Any, Any, GistHandle]:
-    """A model with trained gist rows, ready to compress and to answer.
+    """Load what training saved: the model, patched and ready to answer, with its tokenizer.
 
     Parameters
     ----------
@@ -63,10 +63,9 @@ def load(
 
     Examples
     --------
-    ::
-
-        model, tokenizer, handle = gistkern.load("runs/mine")
-        print(gistkern.ask(model, tokenizer, open("report.txt").read(), "Who signed it?"))
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> type(model).__name__, len(handle.gist_token_ids), handle.training.segment_length
+    ('LlamaForCausalLM', 2, None)
     """
     source = os.path.expanduser(os.fspath(folder))
     base = None if base is None else os.path.expanduser(os.fspath(base))

@@ -53,7 +53,7 @@ def patch(
     segment_overlap: int = 0,
     chat: bool | None = None,
 ) -> GistHandle:
-    """Teach a model gist tokens, in place. `patch_llama` is the same function by its first name.
+    """Give a transformers model gist tokens, in place. `patch_llama` is the same function by its first name.
 
     From then on ``model(input_ids)`` with gist tokens in it *is* gist-masked, with padding on either side;
     without gist tokens the model computes what it did before. Gist tokens get embeddings of their own (the

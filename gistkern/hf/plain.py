@@ -43,6 +43,15 @@ def save_plain(model: Any, folder: str | os.PathLike, tokenizer: Any = None) -> 
         If the model is not patched, only its inner model is, its adapters are outside of what is given, or its weights
         are quantized: merging would round the adapter away. If the folder is the one that the model, its adapter or its
         base was loaded from.
+
+    Examples
+    --------
+    >>> from gistkern.serving import save_plain
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> save_plain(model, "plain", tokenizer)
+    >>> from transformers import AutoModelForCausalLM
+    >>> hasattr(AutoModelForCausalLM.from_pretrained("plain").config, "gistkern")
+    False
     """
     handle = handle_of(model)
     base = handle.model

@@ -59,12 +59,14 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
 
     Examples
     --------
-    ::
-
-        prefix = gistkern.plain_prefix(store["a"], plain.config)
-        placeholders = torch.zeros(1, prefix.get_seq_length(), dtype=torch.long)    # counted, never read
-        ids = torch.cat([placeholders, question], 1)
-        plain.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=prefix)
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> cache = gistkern.compress(model, tokenizer("The bell is with Mira.", return_tensors="pt"))
+    >>> prefix = gistkern.plain_prefix(cache, model.config)
+    >>> handle.unpatch()  # what follows needs a plain model only
+    >>> question = tokenizer(" Who has it?", return_tensors="pt").input_ids
+    >>> placeholders = torch.zeros(1, prefix.get_seq_length(), dtype=torch.long)  # counted, never read
+    >>> ids = torch.cat([placeholders, question], 1)
+    >>> out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=prefix, max_new_tokens=4)
     """
     state = cache.without_tail("make the prefix before asking, from a clone")
     family = _family(config)

@@ -52,7 +52,7 @@ def _constructor(scheme: Callable[Arguments, LayoutFields]) -> Callable[Argument
 
 @dataclass(frozen=True, eq=False)
 class GistLayout(LayoutFields):
-    """Visibility of every row of a batch of token streams, as two intervals per row.
+    """Which keys each token of a batch may attend to, as two intervals per token (per row of the stream).
 
     Build one with a constructor (`from_input_ids`, `from_segments`, `sliding`, `hierarchical`, `shared_segments`,
     `decode`) and combine them with `pack` (several documents in one row of the batch) and `stack` (a ragged batch).
@@ -113,18 +113,39 @@ class GistLayout(LayoutFields):
 
     @staticmethod
     def pack(layouts: Sequence[GistLayout]) -> GistLayout:
-        """Concatenate documents along N (varlen packing). No interval crosses a document."""
+        """Concatenate documents along N (varlen packing). No interval crosses a document.
+
+        Examples
+        --------
+        >>> documents = [GistLayout.from_segments([3], gists=1, tail=2), GistLayout.from_segments([2], gists=1, tail=1)]
+        >>> GistLayout.pack(documents).num_rows
+        10
+        """
         return layout_of(compose.pack(layouts), *layouts)
 
     @staticmethod
     def stack(layouts: Sequence[GistLayout], padding_side: str = "left") -> GistLayout:
-        """Stack layouts along the batch, padding the shorter ones on `padding_side`."""
+        """Stack layouts along the batch, padding the shorter ones on `padding_side`.
+
+        Examples
+        --------
+        >>> documents = [GistLayout.from_segments([3], gists=1, tail=2), GistLayout.from_segments([2], gists=1, tail=1)]
+        >>> GistLayout.stack(documents).is_real().tolist()
+        [[True, True, True, True, True, True], [False, False, True, True, True, True]]
+        """
         return layout_of(compose.stack(layouts, padding_side), *layouts)
 
     # ---- derived facts
 
     def positions(self, scheme: str) -> torch.Tensor:
-        """int64 ``[B, N]`` positions, counted from the start of the call; padding rows have 0."""
+        """int64 ``[B, N]`` positions, counted from the start of the call; padding rows have 0.
+
+        Examples
+        --------
+        >>> layout = GistLayout.from_segments([3], gists=2, tail=2, sink_tokens=0)
+        >>> layout.positions("absolute").tolist(), layout.positions("gist_first").tolist()
+        ([[0, 1, 2, 3, 4, 5, 6]], [[2, 3, 4, 0, 1, 2, 3]])
+        """
         check_scheme(scheme)
         return self.stream_position if scheme == "absolute" else self.gist_first_position
 
@@ -142,6 +163,12 @@ class GistLayout(LayoutFields):
         """bool ``[B, N, M]``: ``[b, i, j]`` is true iff row i sees local row j, directly or as a gathered gist.
 
         Without a tail that is ``[B, N, N]`` in token coordinates. Past rows are not tokens of the call.
+
+        Examples
+        --------
+        >>> layout = GistLayout.from_segments([2], gists=1, tail=1, sink_tokens=0)
+        >>> layout.token_mask()[0, -1].tolist()  # the last row sees the gist token and itself
+        [False, False, True, True]
         """
         dense = self.dense()
         mask = dense[..., self.num_compact :].clone()
@@ -154,6 +181,16 @@ class GistLayout(LayoutFields):
         """The token mask of one sample as text, ``g`` above marking gist tokens.
 
         `gistkern.layout.picture.save_png` draws it; ValueError where it is too wide for a terminal.
+
+        Examples
+        --------
+        >>> print(GistLayout.from_segments([2], gists=1, tail=2, sink_tokens=0).picture())
+          g
+        █····
+        ██···
+        ███··
+        ··██·
+        ··███
         """
         if self.num_local > _PICTURE_ROWS:
             raise ValueError(
@@ -170,7 +207,14 @@ class GistLayout(LayoutFields):
         return layout_of(self.on(device), self)
 
     def last_rows(self, count: int) -> GistLayout:
-        """The layout of the last `count` rows alone; the rows before them become tail rows."""
+        """The layout of the last `count` rows alone; the rows before them become tail rows.
+
+        Examples
+        --------
+        >>> layout = GistLayout.from_segments([2], gists=1, tail=3)
+        >>> layout.last_rows(2).num_rows, layout.last_rows(2).tail
+        (2, 4)
+        """
         if not isinstance(count, int) or not 0 < count <= self.num_rows:
             raise ValueError(f"count must lie in 1..{self.num_rows} (the rows of the layout), got {count!r}")
         cut = (*_ROW_FIELDS, "is_gist", "stream_position", "gist_first_position")
@@ -182,6 +226,8 @@ class GistLayout(LayoutFields):
 
         It counts itself, as transformers does. Compact rows stay visible, and what a cache keeps stays the same.
 
+        Examples
+        --------
         >>> layout = GistLayout.from_segments([2], gists=1, tail=3, sink_tokens=0)
         >>> print(layout.windowed(2).token_mask()[0].int())
         tensor([[1, 0, 0, 0, 0, 0],

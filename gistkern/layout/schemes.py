@@ -170,6 +170,18 @@ def from_segments(
     """One document of explicit segments: ``lengths[s]`` raw tokens, then ``gists`` (or ``gists[s]``) gists.
 
     `tail` raw tokens (the question and answer) follow the last segment. Batch size 1.
+
+    Examples
+    --------
+    >>> from gistkern import GistLayout
+    >>> print(GistLayout.from_segments([2, 1], gists=1, tail=1, sink_tokens=0).picture())
+      g g
+    █·····
+    ██····
+    ███···
+    ··██··
+    ··███·
+    ··█·██
     """
     lengths = ints("lengths", lengths)
     counts = [gists] * len(lengths) if isinstance(gists, int) else ints("gists", gists)
@@ -218,6 +230,18 @@ def sliding(
 
     A row sees the last `window` rows, itself included, and the gists (and sinks) older than that.
     Batch size 1.
+
+    Examples
+    --------
+    >>> from gistkern import GistLayout
+    >>> print(GistLayout.sliding(6, window=2, stride=2, gists=1, sink_tokens=0).picture())
+      g  g
+    █·····
+    ██····
+    ·██···
+    ··██··
+    ··███·
+    ··█·██
     """
     for name, value in (("n", n), ("window", window), ("stride", stride), ("gists", gists)):
         check_count(name, value, least=1)
@@ -257,6 +281,20 @@ def hierarchical(
 
     The `tail` rows, and every later call, see the sinks and the summary gists only. Segments see
     nothing outside themselves, or the earlier segments' gists with `see_earlier_gists`. Batch size 1.
+
+    Examples
+    --------
+    >>> from gistkern import GistLayout
+    >>> print(GistLayout.hierarchical([2, 2], 1, 1, tail=1, sink_tokens=0).picture())
+      g  gg
+    █·······
+    ██······
+    ███·····
+    ···█····
+    ···██···
+    ···███··
+    ··█··██·
+    ······██
     """
     lengths = ints("lengths", lengths)
     check_segments(lengths, [segment_gists] * len(lengths))
@@ -311,6 +349,12 @@ def decode(
     """`rows` new raw rows that see all past rows and the tail: the layout of a decoding step.
 
     `past` and `tail` are int, or int ``[B]`` tensors of per-sample counts, right-aligned.
+
+    Examples
+    --------
+    >>> from gistkern import GistLayout
+    >>> GistLayout.decode(past=10, tail=5).dense().shape  # one new row over ten gist rows and a tail of five
+    torch.Size([1, 1, 16])
     """
     check_count("rows", rows, least=1)
     for name, value in (("past", past), ("tail", tail)):

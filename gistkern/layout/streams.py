@@ -64,7 +64,7 @@ def segments_of(ids: Ids, segment_length: int, segment_overlap: int = 0) -> list
 
 
 def left_padded(rows: Sequence[torch.Tensor], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of any lengths as one batch that ends together, as `generate` and a cache want their questions.
+    """Put token ids of different lengths into one batch, padded on the left, as `generate` wants its prompts.
 
     Parameters
     ----------

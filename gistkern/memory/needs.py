@@ -21,7 +21,14 @@ CALL_TOKENS = 4096  # raw tokens of a call of `compress` on a GPU (gistkern/hf/c
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked about: contexts of `tokens` tokens, and how they are compressed and trained on."""
+    """What `needs` is asked about: contexts of `tokens` tokens, and how they are compressed and trained on.
+
+    Examples
+    --------
+    >>> from gistkern.memory import Plan
+    >>> Plan(tokens=8000, gists=10, segment_length=512, four_bit=True).batch
+    1
+    """
 
     tokens: int
     gists: int = 10
@@ -36,7 +43,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes, in bfloat16 where nothing else is said."""
+    """What `needs` found: bytes of weights, caches and peaks, in bfloat16 unless said otherwise.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> from gistkern.memory import Plan, needs
+    >>> shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    >>> found = needs(LlamaConfig(**shape, num_hidden_layers=2), Plan(tokens=1000))
+    >>> found.fits(24)
+    {'plain prefill': True, 'compress': True}
+    """
 
     parameters: int
     weights: int
@@ -49,7 +66,7 @@ class Needs:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """By what is done, without the reserve."""
+        """Peak bytes of a plain prefill, of `compress` and of a training step, without the reserve."""
         found = {"plain prefill": self.prefill_peak, "compress": self.compress_peak}
         return found | ({"training step": self.training.total} if self.training else {})
 
@@ -59,7 +76,7 @@ class Needs:
 
 
 def needs(config: Any, plan: Plan, training: bool = False) -> Needs:
-    """What `plan` takes with the model of a transformers configuration.
+    """Bytes of memory that a plan takes with the model of a transformers configuration.
 
     Parameters
     ----------

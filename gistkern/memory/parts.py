@@ -12,7 +12,14 @@ __all__ = ["Linear", "Parts", "parts_of"]
 
 
 class Linear(NamedTuple):
-    """A linear map inside of a layer: 4-bit loading quantizes it, and LoRA may stand beside it."""
+    """A linear map inside of a layer: 4-bit loading quantizes it, and LoRA may stand beside it.
+
+    Examples
+    --------
+    >>> from gistkern.memory import Linear
+    >>> Linear("q_proj", outputs=4096, inputs=4096).elements
+    16777216
+    """
 
     name: str  # without the path: q_proj
     outputs: int
@@ -20,13 +27,23 @@ class Linear(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of the weight, the bias aside."""
+        """Number of elements of the weight, without the bias."""
         return self.outputs * self.inputs
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Widths and tensors of a decoder model."""
+    """Widths and tensors of a decoder model.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> from gistkern.memory import parts_of
+    >>> shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    >>> parts = parts_of(LlamaConfig(**shape, num_hidden_layers=2))
+    >>> parts.layers, parts.keys, parts.windows
+    (2, 64, (None, None))
+    """
 
     layers: int
     hidden: int
@@ -43,7 +60,7 @@ class Parts:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Number of parameters of the model."""
         return self.embedding + self.head + sum(self.others) + sum(linear.elements for linear in self.linears)
 
 

@@ -28,9 +28,15 @@ class Trained(NamedTuple):
 
 
 class Precision:
-    """Bytes of an element by where it is, for base weights of one kind, with or without bf16 autocast.
+    """Bytes per element of weights and activations, for base weights of one kind, with or without bf16 autocast.
 
     `prepared` says whether `prepare_model_for_kbit_training` made fp32 of what 4-bit loading leaves in bf16.
+
+    Examples
+    --------
+    >>> from gistkern.memory import Precision
+    >>> Precision("float32", autocast=True).base, Precision("bfloat16", autocast=True).base
+    (4, 2)
     """
 
     def __init__(self, weights: str, autocast: bool, prepared: bool = True) -> None:
@@ -42,7 +48,17 @@ class Precision:
 
 
 def weight_bytes(parts: Parts, precision: Precision, double_quant: bool = True) -> int:
-    """The model's own weights."""
+    """Bytes of the model's own weights.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> from gistkern.memory import Precision, parts_of, weight_bytes
+    >>> shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    >>> parts = parts_of(LlamaConfig(**shape, num_hidden_layers=2))
+    >>> weight_bytes(parts, Precision("bfloat16", autocast=False))
+    190080
+    """
     rest = parts.embedding + parts.head + sum(parts.others)
     if precision.weights == "nf4":
         return rest * precision.base + sum(_nf4_bytes(linear.elements, double_quant) for linear in parts.linears)

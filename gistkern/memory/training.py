@@ -24,7 +24,15 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What the memory of a training step depends on, besides the model; ValueError for settings nobody knows."""
+    """What the memory of a training step depends on, besides the model; ValueError for settings nobody knows.
+
+    Examples
+    --------
+    >>> from peft import LoraConfig
+    >>> from gistkern.memory import TrainingSetup
+    >>> TrainingSetup(tokens=2048, weights="bfloat16", lora=LoraConfig(r=16)).optimizer
+    'paged_adamw_8bit'
+    """
 
     tokens: int  # of one sample: context, gist tokens and tail
     batch_size: int = 1  # samples of one forward; accumulating changes nothing: gradients stay allocated in any case
@@ -55,6 +63,14 @@ class MemoryEstimate(NamedTuple):
 
     `logits` and `working` are not needed at the same time, so the larger one counts. `paged` bytes of `optimizer` move
     to the host when the card is full, and back for every step.
+
+    Examples
+    --------
+    >>> from gistkern.memory import MemoryEstimate
+    >>> step = MemoryEstimate(weights=16, trainable=1, gradients=1, optimizer=2, activations=5, logits=3, working=1,
+    ...                       paged=0, kv_gist=1, kv_full=9, trainable_parameters=1)
+    >>> step.resident, step.total
+    (20, 28)
     """
 
     weights: int
@@ -71,12 +87,12 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """What stays between steps."""
+        """Bytes that stay allocated between steps."""
         return self.weights + self.trainable + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """Peak of a step."""
+        """Peak of a step, in bytes."""
         return self.resident + self.activations + max(self.logits, self.working)
 
     def fits(self, card: int, reserve: int = 10**9, paging: bool = False) -> bool:
@@ -104,10 +120,20 @@ ROWS = {
 
 
 def estimate(parts: Parts, setup: TrainingSetup) -> MemoryEstimate:
-    """Bytes of a training step of the model that `gistkern.memory.parts_of` describes.
+    """Bytes of one training step of the model that `gistkern.memory.parts_of` describes.
 
     The layer is taken for Llama's: gate, activation and factor in the MLP, RMSNorm twice. Not in it: the driver's own
     memory, fragments, and the temporaries of optimizers that are not fused.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> from gistkern.memory import TrainingSetup, estimate, parts_of
+    >>> shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    >>> parts = parts_of(LlamaConfig(**shape, num_hidden_layers=2))
+    >>> step = estimate(parts, TrainingSetup(tokens=512, weights="float32", optimizer="adamw_torch_fused"))
+    >>> step.gradients == 4 * step.trainable_parameters, step.fits(24 * 10**9)
+    (True, True)
     """
     precision = Precision(setup.weights, setup.autocast, setup.prepared)
     gists = setup.num_gist_tokens

@@ -55,6 +55,12 @@ def transfer_config(store: str | Path) -> KVTransferConfig:
     -------
     vllm.config.KVTransferConfig
         For ``kv_transfer_config``. A document that cannot be loaded fails its request, and no other.
+
+    Examples
+    --------
+    ```python
+    llm = vllm.LLM("plain/", kv_transfer_config=transfer_config("corpus/"))
+    ```
     """
     return KVTransferConfig(
         kv_connector="GistConnector",
@@ -97,6 +103,14 @@ def request_for(
     ------
     KeyError, ValueError
         If the store has no such document, or it is damaged; if the question is empty.
+
+    Examples
+    --------
+    ```python
+    question = tokenizer("Who signed it?").input_ids
+    prompt, sampling = request_for(GistStore("corpus/"), "report-17", question, max_tokens=32)
+    answer = llm.generate([prompt], [sampling])[0].outputs[0].text
+    ```
     """
     if not question_ids:
         raise ValueError("the question is empty: give at least one token")
@@ -166,6 +180,20 @@ class GistConnector(KVConnectorBase_V1, SupportsHMA):
     """Tells the scheduler that a document's rows are there already, and writes them into the request's blocks.
 
     A request whose document cannot be read, or whose parameters make no sense, fails by itself.
+
+    Examples
+    --------
+    ```python
+    from vllm.config import KVTransferConfig
+
+    config = KVTransferConfig(  # what transfer_config("corpus/") makes
+        kv_connector="GistConnector",
+        kv_connector_module_path="gistkern.serving.vllm",
+        kv_role="kv_consumer",
+        kv_load_failure_policy="fail",
+        kv_connector_extra_config={"store": "corpus/"},
+    )
+    ```
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:

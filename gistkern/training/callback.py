@@ -41,6 +41,13 @@ class GistCallback(TrainerCallback, ExportableState):
         Set by the trainer: asked after every step whether to save and end.
     saved_at_interrupt : str or None
         The checkpoint that an interrupt left; None if there was none, or training was over with that step.
+
+    Examples
+    --------
+    >>> from gistkern.training import Curriculum, GistCallback, Stage
+    >>> callback = GistCallback(Curriculum([Stage(steps=100, tokens=(50, 60))]))
+    >>> callback.state()["attributes"]["curriculum"]["step"]  # goes into every checkpoint
+    0
     """
 
     def __init__(self, curriculum: Curriculum | None = None, log_file: str | None = "log.jsonl") -> None:

@@ -21,7 +21,7 @@ _PARTS = ("context", "question", "answer")
 
 
 class GistDataCollator:
-    """Batches whose masked forward computes what `gistkern.compress` and decoding from its cache will.
+    """Collate contexts, questions and answers into batches that train what `compress` and decoding compute later.
 
     A feature holds `context_ids`, `question_ids` and `answer_ids` (token ids), or with a tokenizer their texts
     `context`, `question` and `answer`. A context begins with the special tokens that the tokenizer puts in front of a

@@ -44,6 +44,12 @@ class Stage:
     ------
     ValueError
         If a range is empty or out of bounds, or if not exactly one of `tokens` and `segments` is given.
+
+    Examples
+    --------
+    >>> from gistkern.training import Stage
+    >>> Stage(steps=100, gate=0.9, segments=(1, 4), segment_length=512).segments
+    (1, 4)
     """
 
     steps: int
@@ -77,7 +83,7 @@ class Stage:
 
 
 class Curriculum:
-    """Where a training stands among its stages; told the accuracy of every step, it says when to move on.
+    """Stages of growing difficulty: told the accuracy of every step, it says when to move to the next one.
 
     A stage ends once it has run its `steps` and the running accuracy (an exponential mean of what `update` gets)
     has reached its `gate`; without that after ``patience * steps``, so that a run always ends. The last stage ends

@@ -122,7 +122,7 @@ def generation_metrics(generated: Generated) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class AnswerEvaluation:
-    """What `GistTrainer` generates in each evaluation, beside the loss.
+    """Which answers `GistTrainer` generates in each evaluation, and how they are measured.
 
     Parameters
     ----------
@@ -135,6 +135,14 @@ class AnswerEvaluation:
     best : str
         One of them: `generation_best` repeats it, and of equal ones is greater where the loss is lower. So
         ``metric_for_best_model="generation_best"`` keeps no early checkpoint that answers no better than the last.
+
+    Examples
+    --------
+    >>> from gistkern.training import AnswerEvaluation
+    >>> from gistkern.training.generation import Generated
+    >>> evaluation = AnswerEvaluation(samples=50, max_new_tokens=8, best="contained")
+    >>> evaluation.measured(Generated([[1, 2], [9, 3, 4]], [[1, 2], [3, 4]]), loss=None)
+    {'exact': 0.5, 'contained': 1.0, 'token_accuracy': 0.5, 'best': 1.0}
     """
 
     samples: int = 100

@@ -75,7 +75,7 @@ def reconstruction_loss(
     segment_overlap: int = 0,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Autoencoding: the model is to say the context, or a span of it, from the gist rows alone.
+    """Autoencoding: the loss of repeating the context, or a span of it, from the gist rows alone.
 
     The stream is the context, its gist tokens, the cue, then the span, whose tokens are the labels. Source: Ge et
     al. 2023, "In-context Autoencoder for Context Compression in a Large Language Model", pretraining by
@@ -101,6 +101,15 @@ def reconstruction_loss(
     ValueError
         If the cue, a context or a span is empty or holds gist tokens, or `gistkern.compress` would refuse the
         segments.
+
+    Examples
+    --------
+    >>> from gistkern.training import reconstruction_loss
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> context = tokenizer("The bell is with Mira.", return_tensors="pt").input_ids[0]
+    >>> cue = tokenizer("Say it again:").input_ids
+    >>> reconstruction_loss(model, [context], cue_ids=cue).item() > 0
+    True
     """
     handle = handle_of(bare(model))
     streams = Streams.of(handle, segment_length, segment_overlap)
@@ -124,7 +133,7 @@ def distillation_loss(
     temperature: float = 1.0,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Forward KL from what the model says with the context in sight to what it says from the gist rows.
+    """Distillation: KL divergence from predictions with the whole context in sight to those from the gist rows.
 
     The teacher is the model itself with its adapters off, reading context, question and answer without gist
     tokens, which a patched model does under the plain causal mask; no gradient reaches it. Distilling a context
@@ -148,6 +157,15 @@ def distillation_loss(
     ------
     ValueError
         If the teacher's stream holds gist tokens, the labels of the two differ, or the temperature is not positive.
+
+    Examples
+    --------
+    >>> from gistkern.training import GistDataCollator, distillation_loss
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> rows = [{"context": "The bell is with Mira.", "question": " Who has it?", "answer": " Mira"}]
+    >>> batch = GistDataCollator(tokenizer, handle, teacher=True)(rows)
+    >>> distillation_loss(model, batch, batch["teacher"], temperature=2.0).item() > 0
+    True
     """
     _check_temperature(temperature)
     taught = _teacher_tail(model, teacher)  # first, while the student's graph does not fill memory yet
@@ -203,7 +221,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Objectives:
-    """A weighted sum of the objectives; one that weighs 0 is not computed.
+    """The training loss: a weighted sum of answering, distillation and reconstruction. What weighs 0 is not computed.
 
     Called with a model and a batch of `GistDataCollator`, it returns `Losses`.
 
@@ -219,6 +237,16 @@ class Objectives:
     ValueError
         For negative weights, if neither answer nor distillation weighs anything (to autoencode alone, make the
         cue the question and the context the answer), or if the batch lacks what a weight needs.
+
+    Examples
+    --------
+    >>> from gistkern.training import GistDataCollator, Objectives
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> rows = [{"context": "The bell is with Mira.", "question": " Who has it?", "answer": " Mira"}]
+    >>> batch = GistDataCollator(tokenizer, handle, teacher=True)(rows)
+    >>> losses = Objectives(answer=1.0, distillation=0.5)(model, batch)
+    >>> sorted(losses.parts), losses.total.requires_grad
+    (['answer', 'distillation'], True)
     """
 
     answer: float = 1.0

@@ -17,7 +17,7 @@ __all__ = ["Share", "StepDataset", "unlabeled"]
 
 @dataclass(frozen=True)
 class Share:
-    """Every `count`-th sample of a step, from the one at `index` on: what one process reads in one micro-batch.
+    """The samples of a step that one process reads in one micro-batch: every `count`-th, from `index` on.
 
     Examples
     --------
@@ -69,6 +69,13 @@ class StepDataset(Dataset):
 
 
 def unlabeled(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of `GistDataCollator` without labels, in its teacher's stream and its reconstruction too."""
+    """A batch of `GistDataCollator` without labels, in its teacher's stream and its reconstruction too.
+
+    Examples
+    --------
+    >>> from gistkern.training import unlabeled
+    >>> unlabeled({"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[-100, 6]])})["labels"]
+    tensor([[-100, -100]])
+    """
     found = {name: unlabeled(value) if isinstance(value, Mapping) else value for name, value in batch.items()}
     return {**found, "labels": torch.full_like(batch["labels"], IGNORED)}

@@ -28,7 +28,7 @@ __all__ = ["GistTrainer", "answer_metrics"]
 
 
 class GistTrainer(Trainer):
-    """A Trainer for a patched model and a `GistDataCollator`; takes all that transformers' Trainer takes.
+    """transformers' Trainer for a patched model and a `GistDataCollator`; takes all that a Trainer takes.
 
     - Losses: the weighted `objectives`; logits of the answer only. Sums over tokens are divided by the number of
       tokens of the whole step, all micro-batches and processes together, as the Trainer does for its own loss.
@@ -65,6 +65,23 @@ class GistTrainer(Trainer):
         this trainer would ignore (`compute_loss_func`, `label_smoothing_factor`) or cannot serve (DataParallel,
         data workers that would not see the curriculum move, dispatched batches,
         `restore_callback_states_from_checkpoint`).
+
+    Examples
+    --------
+    >>> from transformers import TrainingArguments
+    >>> from gistkern.training import GistDataCollator, GistTrainer
+    >>> model, tokenizer, handle = gistkern.load("runs/mine")
+    >>> rows = [{"context": "The bell is with Mira.", "question": " Who has it?", "answer": " Mira"}] * 4
+    >>> trainer = GistTrainer(
+    ...     model,
+    ...     TrainingArguments("out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no"),
+    ...     GistDataCollator(tokenizer, handle),
+    ...     train_dataset=rows,
+    ... )
+    >>> output = trainer.train()
+    {'train_runtime': ...}
+    >>> output.global_step
+    2
     """
 
     def __init__(
