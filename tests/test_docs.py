@@ -15,6 +15,8 @@ from own_cases import make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gistkern
+from gistkern.cli.main import COMMANDS
+from gistkern.cli.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs/reference"
@@ -99,6 +101,47 @@ def test_each_public_name_has_an_example():
         if "\nExamples\n---" not in (thing.docstring.value if thing.docstring else ""):
             without.append(name)
     assert not without
+
+
+def test_each_quoted_message_is_one_of_the_source():
+    """The page writes … for what differs from case to case."""
+    said = []
+    for path in (ROOT / "gistkern").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                said.append("".join(one.value if isinstance(one, ast.Constant) else "…" for one in node.values))
+    quoted = re.findall(r"^\| `([^`]+)` \|", (REFERENCE / "errors.md").read_text(), re.M)
+    assert len(quoted) >= 40
+    assert not [message for message in quoted if not any(one.startswith(message) for one in said)]
+
+
+def test_the_commands_options_are_those_of_the_page():
+    sections = re.split(r"^## ", (REFERENCE / "commands.md").read_text(), flags=re.M)
+    told = {
+        title.split("\n")[0].removeprefix("gistkern "): set(
+            re.findall(r"`(-*\w[\w-]*)[^`]*`", " ".join(re.findall(r"^\| (`.*?) \|", title, re.M)))
+        )
+        for title in sections
+        if title.startswith("gistkern ")
+    }
+    for name, (module, _) in COMMANDS.items():
+        parser = Parser(prog=name, add_help=False)
+        importlib.import_module(module).add_arguments(parser)
+        assert told.pop(name) == {word for action in parser._actions for word in action.option_strings or [action.dest]}
+    assert not told
+
+
+def test_no_environment_variable_is_missing_in_the_configuration():
+    page = (REFERENCE / "configuration.md").read_text()
+    read = set()
+    for folder in ("gistkern", "kernels", "csrc"):
+        for path in [one for end in ("py", "cpp", "h", "inc") for one in (ROOT / folder).rglob(f"*.{end}")]:
+            read |= set(re.findall(r"""["'](GISTKERN_[A-Z_]+)["']""", path.read_text()))
+    told = set(re.findall(r"^\| `(GISTKERN_[A-Z_]+)`", page, re.M))
+    assert len(read) > 5
+    assert told == read
 
 
 def test_every_promise_names_a_test():
