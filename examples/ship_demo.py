@@ -49,7 +49,7 @@ library_name: gistkern
 ```python
 import gistkern
 
-model, tokenizer, handle = gistkern.demo.load({name!r})
+model, tokenizer, handle = gistkern.demo.load("{name}")
 ```
 
 Made by
@@ -114,6 +114,7 @@ def _write_adapter(trained: Trained, folder: Path) -> None:
     save_file(halves, folder / "adapter_model.safetensors", {"format": "pt"})
     config = json.loads((trained.checkpoint / "adapter_config.json").read_text("utf-8"))
     config["base_model_name_or_path"] = BASE
+    config = {name: value for name, value in config.items() if value}  # older versions of peft know less that is empty
     for file, what in (("adapter_config.json", config), ("gistkern.json", trained.handle.arguments())):
         (folder / file).write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
 
