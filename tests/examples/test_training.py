@@ -46,6 +46,8 @@ def test_it_writes_log_checkpoint_and_report(finished):
     assert report["training"]["cpu_seconds"] >= 0
     assert report["swap"]["n"] == 20
     assert "95 % interval" in done.stdout
+    assert f"curves: {folder / 'curves.png'}" in done.stdout
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "token_accuracy 0." in done.stderr, "the progress bar shows what the gates are about"
 
 
