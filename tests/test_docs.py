@@ -103,6 +103,24 @@ def test_each_public_name_has_an_example():
     assert not without
 
 
+def test_the_house_names_every_folder_in_the_order_of_imports():
+    from test_imports import ORDER
+
+    table = (ROOT / "docs/internals/house.md").read_text().split("## Beside the package")[0]
+    rows = [re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1]) for row in table.splitlines() if row.startswith("| `")]
+    told = [name for row in rows for name in row]
+    rank = {name: place for place, names in enumerate(ORDER) for name in names}
+    assert sorted(told) == sorted(rank)
+    assert [rank[name] for name in told] == sorted(rank.values())
+
+
+def test_pages_that_the_package_names_are_there():
+    text = "\n".join(path.read_text() for path in (ROOT / "gistkern").rglob("*.py"))
+    named = set(re.findall(r"docs/[a-z0-9/-]+\.md", text))
+    assert len(named) > 10
+    assert not [page for page in named if not (ROOT / page).is_file()]
+
+
 def test_each_quoted_message_is_one_of_the_source():
     """The page writes … for what differs from case to case."""
     said = []

@@ -33,7 +33,7 @@ def backward(
     arguments = arguments.readable()
     saved = out.contiguous(), lse.contiguous()
     if _decodes(arguments):
-        # probabilities are exp(score - lse): both must come from the same order of summation (numerics.md)
+        # probabilities are exp(score - lse): both must come from one order of summation (docs/concepts/numerics.md)
         again, sums = native.operators().cpu_attention(*arguments)
         # what the LSE holds beside the rows' scores: a learned sink, or 0
         sink = (lse - native.decode_rows(arguments)[1]).nan_to_num(0.0)

@@ -269,7 +269,7 @@ class GistCache(Signed, Cache):
             That of the model which reads the cache. ValueError for one that no model computes in.
         gist_dtype : torch.dtype, optional
             What gist rows are held in: int8 or float8_e4m3fn, with an fp32 scale for each row and head
-            (docs/concepts/cache.md), or the model's dtype. Quantized rows stay so unless another type is asked for.
+            (docs/guides/corpora.md), or the model's dtype. Quantized rows stay so unless another type is asked for.
         """
         place = None if device is None else torch.empty(0, device=device).device  # of "cuda": its current one
         if dtype is not None and dtype not in FLOATS:
@@ -290,9 +290,9 @@ class GistCache(Signed, Cache):
     def shared(self) -> GistCache:
         """A copy whose gist rows stand once in memory, however many questions, answers or beams read them.
 
-        Samples that are repeated or selected, and clones, bring tails of their own and no rows (cache.md). The
-        rows stay as they are: gist tokens after the context, `reset` and `save` are for a cache of its own. ValueError
-        if the cache is empty or has a tail.
+        Samples that are repeated or selected, and clones, bring tails of their own and no rows
+        (docs/guides/corpora.md). The rows stay as they are: gist tokens after the context, `reset` and `save` are for
+        a cache of its own. ValueError if the cache is empty or has a tail.
         """
         if self.first is not None:
             return self.clone()
@@ -308,8 +308,8 @@ class GistCache(Signed, Cache):
     def fixed(self, room: int) -> FixedGistCache:
         """A copy with room for `room` tokens per sample behind the context, in buffers that never move or grow.
 
-        For decoding under `torch.compile` and CUDA graphs (cache.md): it is to this cache what transformers'
-        StaticCache is to a DynamicCache. Gist rows are copied as `shared` does; those of a shared cache are the same.
+        For decoding under `torch.compile` and CUDA graphs (docs/guides/compiled-decoding.md), as a StaticCache is. Gist
+        rows are copied as `shared` does; those of a shared cache are the same.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""`FixedGistCache`: gist rows and a tail of fixed size, for decoding that compiles (docs/concepts/cache.md)."""
+"""`FixedGistCache`: gist rows and a tail of fixed size, to compile (docs/guides/compiled-decoding.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora of compressed documents: `compress_corpus` writes a folder, `GistStore` reads it (many-gpus.md)."""
+"""Corpora of compressed documents: `compress_corpus` writes a folder, `GistStore` reads it (docs/guides/corpora.md)."""
 
 from __future__ import annotations
 

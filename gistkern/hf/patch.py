@@ -70,7 +70,7 @@ def patch(
     num_gist_tokens : int
         Gist tokens that close a context (or a segment).
     positions : str
-        ``"absolute"`` or ``"gist_first"`` (docs/concepts/mask.md).
+        ``"absolute"`` or ``"gist_first"`` (docs/concepts/positions.md).
     sink_tokens : int
         First tokens of a document that stay visible.
     backend : str

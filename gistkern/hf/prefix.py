@@ -29,7 +29,8 @@ def plain_prefix(cache: GistCache, config: PreTrainedConfig) -> DynamicCache:
     Rotary position embeddings (Su et al. 2021, "RoFormer") make scores depend on differences of positions only. So the
     keys are turned back by as much as the tail's first position exceeds the number of rows: what follows then begins
     right behind the rows, as behind any prefix of so many tokens, whatever the position scheme, sinks and summaries.
-    Each family turns them its own way (families.md): part of a head, halves or neighbors, some layers not at all.
+    Each family turns them its own way (docs/reference/families.md): part of a head, halves or neighbors, some layers
+    not at all.
 
     Parameters
     ----------

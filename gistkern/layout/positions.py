@@ -1,4 +1,4 @@
-"""The two position schemes (docs/concepts/mask.md, "Positions").
+"""The two position schemes (docs/concepts/positions.md).
 
 `absolute`: a token keeps its place in the stream. `gist_first`: in each segment the gists stand before the
 raw tokens, and a segment starts right after the largest position among the gists that it sees, so positions

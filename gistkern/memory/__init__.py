@@ -1,4 +1,4 @@
-"""How much memory a model, its caches and a training step take, calculated from a configuration (memory.md)."""
+"""Memory of a model, its caches and a training step, calculated from a configuration (docs/guides/memory.md)."""
 
 from gistkern.memory.inference import cache_bytes, gist_rows, reading_bytes, tokens_per_call
 from gistkern.memory.needs import CARDS, RESERVE, Needs, Plan, needs

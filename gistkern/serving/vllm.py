@@ -1,7 +1,7 @@
 """A vLLM connector that reads compressed documents from a `GistStore`: each request is answered from gist rows.
 
-Run with vLLM 0.32 on CPU (vllm.md). vLLM needs no patch and no knowledge of gist tokens: a document is a prefix
-whose keys and values happen to be known (`gistkern.plain_prefix`).
+Run with vLLM 0.32 on CPU (docs/guides/vllm.md). vLLM needs no patch and no knowledge of gist tokens: a document is a
+prefix whose keys and values happen to be known (`gistkern.plain_prefix`).
 
     from gistkern.serving import request_for, transfer_config
 

@@ -1,4 +1,4 @@
-"""What gist tokens are trained for: the answer, the context itself, the teacher that sees all (trainers.md)."""
+"""What gist tokens are trained for: the answer, the context, the teacher that sees all (docs/guides/objectives.md)."""
 
 from __future__ import annotations
 
