@@ -58,7 +58,7 @@ def test_case(benchmark, section, place, name):
     case = case_of(section, place)
     if name not in case.calls:
         pytest.skip(f"not measured: {case.not_measured[name]}")
-    benchmark.group = f"{section}: {', '.join(map(str, place))}"
+    benchmark.group, benchmark.name = f"{section}: {', '.join(map(str, place))}", name
     benchmark.pedantic(finished(case.calls[name], DEVICE), rounds=3, warmup_rounds=1)
 
 
@@ -67,5 +67,5 @@ def test_case(benchmark, section, place, name):
 def test_memory(benchmark, passes, name):
     """The peak is in the benchmark's extra information; its time is a process's and means nothing."""
     case = "attention", "512/8", ROWS, SMOLLM2, passes, DEVICE
-    benchmark.group = f"peak memory, {passes}, 512/8, {ROWS} rows"
+    benchmark.group, benchmark.name = f"peak memory, {passes}, 512/8, {ROWS} rows", name
     benchmark.extra_info["peak bytes"] = benchmark.pedantic(peak_bytes, (case, name), rounds=1)

@@ -51,7 +51,9 @@ def answer_samples(
     if len(samples) < sum(map(len, datasets)):
         raise ValueError("the samples hold the same question twice: give each row once")
     file = AnswerFile(stream, reader.digest, samples, overwrite)
-    with tqdm(total=len(samples), initial=len(file.done), desc=show, disable=not show, unit="sample") as bar:
+    with tqdm(
+        total=len(samples), initial=len(file.done), desc=show, disable=None if show else True, unit="sample"
+    ) as bar:
         for dataset in datasets:
             missing = [sample for sample in dataset if sample.digest not in file.done]
             for begin in range(0, len(missing), batch):
@@ -65,7 +67,8 @@ def answer_samples(
 def swap_test(reader: Reader, samples: Sequence[Sample]) -> dict[str, Any]:
     """Give each question the cache of the next sample: the answer must be that sample's key, not its own."""
     swapped = own = n = 0
-    for begin in range(0, len(samples) - 1, BATCH):  # a last one alone would have its own
+    begins = range(0, len(samples) - 1, BATCH)  # a last one alone would have its own
+    for begin in tqdm(begins, desc="caches swapped", disable=None, leave=False):
         batch = samples[begin : begin + BATCH]
         others = [*batch[1:], batch[0]]
         cache = reader.compress(batch)

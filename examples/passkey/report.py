@@ -9,8 +9,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 __all__ = ["command_line", "environment", "read_json", "show", "write_json", "write_report"]
 
@@ -19,6 +24,7 @@ CELLS = (
     "|{digit:.1%}|{hallucinated:.1%}|{abstained:.1%}"
 )
 HEAD = ["questions", "tokens", "rows", "ratio", "n", "exact", "95 % interval", "digits", "hallucinated", "abstained"]
+WIDEST = 100  # columns of a terminal
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -36,10 +42,16 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table for a terminal."""
-    lines = [HEAD, *([_label(row), *CELLS.format(**row).split("|")] for row in rows)]
-    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines)
+    """The rows as a table for a terminal, of at most 100 columns: what has no room goes on in the next line."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in HEAD:
+        first = name == HEAD[0]
+        table.add_column(name, justify="left" if first else "right", no_wrap=not first)
+    for row in rows:
+        table.add_row(_label(row), *CELLS.format(**row).split("|"))
+    page = StringIO()
+    Console(file=page, width=WIDEST, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in page.getvalue().rstrip("\n").split("\n"))
 
 
 def _label(row: Mapping[str, Any]) -> str:

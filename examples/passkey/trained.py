@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -79,7 +80,8 @@ class Trained:
         """Held-out questions, row by row: those of the settings, or others."""
         asked = {"seed": seed, "asked_by": self.settings.data.asked_by}
         backend = self.tokenizer.backend_tokenizer
-        return [list(dataset(backend, **asdict(row), **asked)) for row in rows or self.settings.evaluation]
+        rows = tqdm(rows or self.settings.evaluation, desc="making questions", disable=None, leave=False)
+        return [list(dataset(backend, **asdict(row), **asked)) for row in rows]
 
 
 def open_trained(path: str | Path, source: str | None = None) -> Trained:
