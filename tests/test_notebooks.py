@@ -38,11 +38,13 @@ def test_what_is_committed_was_executed_and_is_small(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_prints_what_it_shows(name, tmp_path):
+def test_a_notebook_prints_what_it_shows(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the kernel's sockets are
     committed = nbformat.read(FOLDER / name, as_version=4)
     fresh = nbformat.read(FOLDER / name, as_version=4)
     kernel = KernelManager(kernel_name="python3", transport="ipc")  # by TCP two kernels can pick one port
-    NotebookClient(fresh, kernel, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    patience = {"timeout": 240, "startup_timeout": 240}
+    NotebookClient(fresh, kernel, **patience, resources={"metadata": {"path": str(tmp_path)}}).execute()
     if name == "quickstart.ipynb":
         assert printed(fresh)[:-1] == printed(committed)[:-1], "the last cell's guess may differ"
     assert [bool(text) for text in printed(fresh)] == [bool(text) for text in printed(committed)]
