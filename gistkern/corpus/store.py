@@ -159,6 +159,14 @@ class GistStore:
         ValueError
             If one string is given instead of several, a file is torn or foreign, a document damaged, or no name is
             given; the message names file and document.
+
+        Examples
+        --------
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> documents = {"one": "The bell is with Mira.", "two": "The lamp is with Jonas."}
+        >>> store = gistkern.compress_corpus(model, documents, "corpus", tokenizer, progress=False)
+        >>> store.batch(["two", "one"]).gist_rows
+        tensor([3, 3])
         """
         if isinstance(names, str | bytes):
             raise ValueError(f"names is one string: pass [{names!r}]")

@@ -128,6 +128,13 @@ class GistHandle:
         ------
         TypeError, ValueError
             For a field that there is not, or a value that it cannot have.
+
+        Examples
+        --------
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> handle.record(segment_length=512, segment_overlap=32)
+        >>> handle.training.segment_length
+        512
         """
         found = replace(self.training, **copy.deepcopy(known))
         block = {name: value for name, value in self.model.config.gistkern.items() if name not in vars(found)}
@@ -320,7 +327,18 @@ class GistHandle:
             )
 
     def unpatch(self) -> None:
-        """Take everything back: the model is bit for bit what it was. Calling it again does nothing."""
+        """Take everything back: the model is bit for bit what it was. Calling it again does nothing.
+
+        Examples
+        --------
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        ...                                      num_attention_heads=2, vocab_size=100))
+        >>> with gistkern.patch(model, num_gist_tokens=2) as handle:  # the end of the block unpatches too
+        ...     cache = gistkern.compress(model, torch.tensor([[5, 6, 7]]))
+        >>> hasattr(model, "gistkern_handle")
+        False
+        """
         if getattr(self.model, ATTRIBUTE, None) is not self:
             return
         for hook in self.hooks:

@@ -150,7 +150,14 @@ class GistLayout(LayoutFields):
         return self.stream_position if scheme == "absolute" else self.gist_first_position
 
     def dense(self) -> torch.Tensor:
-        """bool ``[B, N, G + M]``: compact columns, then local ones. For tests and pictures only."""
+        """bool ``[B, N, G + M]``: compact columns, then local ones. For tests and pictures only.
+
+        Examples
+        --------
+        >>> layout = GistLayout.from_segments([2], gists=1, tail=1, sink_tokens=0)
+        >>> layout.dense()[0].int().tolist()  # one compact column, then the four tokens
+        [[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [1, 0, 0, 0, 1]]
+        """
         check_now(self)
         compact = torch.arange(self.num_compact, device=self.device)
         local = torch.arange(self.num_local, device=self.device)
