@@ -40,7 +40,21 @@ def fill(page: Path, tables: Mapping[str, str]) -> None:
 
 def named(report: Path, tables: Mapping[str, str]) -> dict[str, str]:
     """Tables by the names of their places on the page of all results, where each report has its own."""
-    return {f"{name}, {report.stem}": table for name, table in tables.items()}
+    return {f"{name}, {report.stem}": linked(table, f"{name}-{report.stem}") for name, table in tables.items()}
+
+
+def linked(table: str, name: str) -> str:
+    """A table whose rows can be linked: by its name and a row's first cells, as many as tell the rows apart."""
+    head, *others = table.splitlines()
+    if len(others) < 2 or not others[0].startswith("| ---"):
+        return table
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in others[1:]]
+    count = max(1, others[0].split(" | ---:")[0].count("---"))
+    while len({tuple(row[:count]) for row in rows}) < len(rows):
+        count += 1
+    anchors = [re.sub("[^a-z0-9]+", "-", " ".join([name, *row[:count]]).lower()).strip("-") for row in rows]
+    lines = [f'<a id="{anchor}"></a>'.join(["| ", line[2:]]) for anchor, line in zip(anchors, others[1:], strict=True)]
+    return "\n".join([head, others[0], *lines])
 
 
 def fill_results(report: Path, tables: Mapping[str, str]) -> None:
