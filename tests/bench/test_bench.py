@@ -291,7 +291,11 @@ def _small_report(monkeypatch):
 def test_a_report_fills_a_page(small_report, tmp_path):
     path, page = tmp_path / "docs" / "results" / "cpu.json", tmp_path / "docs" / "results.md"
     report.write(small_report, path)
-    text = page.read_text()
+    written = page.read_text()
+    anchors = re.findall(r'<a id="([^"]+)">', written)
+    assert "attention-cpu-512-8-600-2-heads-d-64-forward" in anchors
+    assert len(set(anchors)) == len(anchors)
+    text = re.sub(r'<a id="[^"]+"></a>', "", written)
     row = json.loads(path.read_text())["attention"][0]
     cells = [row["slower_than_ours"][name]["median"] for name in ("sdpa dense", "sdpa per segment")]
     assert f"| 512/8 | 600 | 2 heads, D 64 | forward | {row['of_limit'][OURS]['median']:.2f} |" in text
@@ -303,7 +307,7 @@ def test_a_report_fills_a_page(small_report, tmp_path):
     assert "| 64/4, 300, 2 heads, D 64, both | ours | 5 | 1.0 |" in text
     # what whoever measured writes around the tables stays, and so do the tables of another device
     other = "<!-- table: attention, gpu -->\nfaster\n<!-- end -->\n"
-    mine = "Mine.\n\n" + text.replace("## growth, cpu", "## Growing") + other
+    mine = "Mine.\n\n" + written.replace("## growth, cpu", "## Growing") + other
     page.write_text(mine)
     report.write(small_report, path)
     assert page.read_text() == mine
