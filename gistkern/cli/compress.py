@@ -19,7 +19,7 @@ from pathlib import Path
 from gistkern.cli.model import add_model_options, load_model
 from gistkern.cli.parser import at_least, input_path, output_path
 from gistkern.cli.source import look_for
-from gistkern.progress import announce
+from gistkern.progress import announce, is_watched
 
 __all__ = ["add_arguments", "run"]
 
@@ -66,9 +66,8 @@ def run(given: argparse.Namespace) -> None:
     trained = handle.training
     overlap = trained.segment_overlap if given.segment_length is None else 0
     began = time.perf_counter()
-    announce(
-        "reading the documents"
-    )  # all of them, and the weights' fingerprint: what is wrong is said before the work
+    # all of them, and the weights' fingerprint: what is wrong is said before the work
+    announce("reading the documents")
     try:
         store = compress_corpus(
             model,
@@ -81,6 +80,7 @@ def run(given: argparse.Namespace) -> None:
             batch_tokens=given.batch_tokens,
             chunk_documents=given.chunk_documents,
             chunk_length=given.chunk_length,
+            progress=is_watched(),
         )
     except DocumentError as error:
         raise ValueError(f"{texts.where(error.name)}: {error}") from error

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,5 +74,7 @@ def errors_as_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Turn what is wrong with a user's files, names, settings and installation into one line and exit status 2."""
     try:
         yield
+    except BrokenPipeError:  # `gistkern doctor | head`: who read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")

@@ -78,7 +78,7 @@ def compress_corpus(
     rank, ranks : int, optional
         This process and how many there are; by default those of torchrun, or one alone.
     progress : bool
-        Show a bar, at a terminal.
+        Show a bar.
 
     Returns
     -------
@@ -153,7 +153,7 @@ def compress_corpus(
         tqdm(
             total=total,
             unit="document",
-            disable=None if progress else True,  # None: only at a terminal
+            disable=not progress,
             desc="compress" if ranks == 1 else f"rank {rank} of {ranks}",
         ) as bar,
     ):

@@ -208,7 +208,7 @@ def test_freezing_leaves_what_adapters_train():
 
 def test_public_names_are_what_dir_shows():
     shown = dir(gistkern)
-    assert shown == sorted([*gistkern.__all__, "backends", "serving", "testing", "training"])
+    assert shown == sorted([*gistkern.__all__, "backends", "demo", "serving", "testing", "training"])
     assert all(getattr(gistkern, name) is not None for name in shown if name != "serving")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         gistkern.lode  # noqa: B018

@@ -6,7 +6,8 @@ import pytest
 from training_cases import make_features, patched
 
 from gistkern.hf.compress import compress
-from gistkern.training.answering import Answered, answered, table
+from gistkern.tables import as_text
+from gistkern.training.answering import Answered, answered, cells
 from gistkern.training.collator import GistDataCollator
 from gistkern.training.rows import Tokenized
 from gistkern.training.scores import mean_scores, scores_of, token_f1, wilson
@@ -90,8 +91,8 @@ def test_every_way_says_what_one_row_alone_says():
     layers, heads, head_dim = 2, 1, 16
     assert found["gist"].row_bytes == found["full"].row_bytes == 2 * layers * heads * head_dim * 8
     assert found["full"].rows == found["full"].tokens == [len(one["context_ids"]) for one in features]
-    said = table({way: one.summary() for way, one in found.items()})
-    assert len(said.splitlines()) == 4
+    said = as_text(*cells({way: one.summary() for way, one in found.items()}))
+    assert len(said.splitlines()) == 2 + len(found)
     assert max(map(len, said.splitlines())) <= 100
 
 
@@ -99,7 +100,9 @@ def test_the_widest_table_has_a_hundred_columns():
     wide = Answered("full", ["a"] * 99_999, ["a"] * 99_999, [131_072] * 99_999, [131_072] * 99_999, 131_072.0, 86_400.0)
     summary = wide.summary()
     assert (summary["exact"], summary["ratio"], summary["bytes"]) == (1.0, 1.0, 131_072**2)
-    lines = table({"gist": summary, "full": summary, "none": {**summary, "rows": 0, "ratio": None}}).splitlines()
+    lines = as_text(
+        *cells({"gist": summary, "full": summary, "none": {**summary, "rows": 0, "ratio": None}})
+    ).splitlines()
     assert max(map(len, lines)) <= 100
     assert "17.2 GB" in lines[2]
 
