@@ -94,7 +94,7 @@ def compress(
     >>> cache = gistkern.compress(model, context)
     >>> cache.gist_rows  # two gist tokens and one attention sink
     tensor([3])
-    >>> question = tokenizer(" Who has the bell?", return_tensors="pt").input_ids
+    >>> question = tokenizer(" Who has the bell?", add_special_tokens=False, return_tensors="pt").input_ids
     >>> out = model.generate(question, past_key_values=cache.clone(), max_new_tokens=4, do_sample=False)
     >>> answer = tokenizer.decode(out[0, question.shape[1]:])
     """

@@ -63,15 +63,15 @@ def segments_of(ids: Ids, segment_length: int, segment_overlap: int = 0) -> list
     return [ids[begin : begin + segment_length] for begin in range(0, last, segment_length - segment_overlap)]
 
 
-def left_padded(rows: Sequence[torch.Tensor], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: Sequence[torch.Tensor], pad_id: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Put token ids of different lengths into one batch, padded on the left, as `generate` wants its prompts.
 
     Parameters
     ----------
     rows : sequence of Tensor
         Token ids ``[tokens]`` each, of one dtype on one device.
-    pad_id : int
-        Stands in front of the shorter ones.
+    pad_id : int, optional
+        Stands in front of the shorter ones; 0 if None, as of tokenizers without a padding token. The mask hides it.
 
     Returns
     -------
@@ -95,6 +95,6 @@ def left_padded(rows: Sequence[torch.Tensor], pad_id: int = 0) -> tuple[torch.Te
     """
     if not len(rows):
         raise ValueError("no rows to pad: give at least one")
-    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id, padding_side="left")
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id or 0, padding_side="left")
     count = torch.tensor([len(row) for row in rows], device=ids.device)
     return ids, torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - count[:, None]
