@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gistkern import demo
+from gistkern.tables import WIDEST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["show"]
 
-_WIDTH = 100
 _MODELS = {
     "smollm2": "SmolLM2-135M-Instruct, with an adapter and ten gist rows",
     "tiny": "tiny: 231,104 parameters, trained for this one task",
@@ -49,13 +49,12 @@ def show(name: str | None, device: str | None) -> None:
     check_device(device)
     logging.disable_progress_bar()
     key = demo.key()
-    console = Console(width=min(_WIDTH, Console().width), highlight=False)
+    console = Console(width=min(WIDEST, Console().width), highlight=False)
     before, needle, after = _around(key)
     console.print("In the middle of a page of prose stands a key that was drawn just now:\n")
     excerpt = Text.assemble(f"... {before} ", (needle, "bold"), f" {after} ...")
     console.print(Padding(excerpt, (0, 4)), "")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", ".*past_key_values. is deprecated", FutureWarning)
         ways, tokens = three_ways(name, key, device, _said)
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu(torch.get_num_threads())
