@@ -97,7 +97,9 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _backend(row: backends.Backend, device: str) -> dict[str, Any]:
-    reason = row.reason(torch.empty(0, device=device))
+    # each serves some dtype and some layout, or says of the first why not
+    tried = [row.reason(torch.empty(0, device=device, dtype=t), plain=True) for t in (torch.float32, torch.bfloat16)]
+    reason = tried[0] if all(tried) else None
     return {"name": row.name, "device": device, "usable": reason is None, "reason": reason, "what": row.what}
 
 
@@ -114,7 +116,8 @@ def _verdict(facts: dict[str, Any]) -> dict[str, Any]:
     broken = [f"{found}: gistkern needs a newer one" for found in older]
     if native.is_broken():
         broken.append(f"the compiled extension: gistkern {native.missing()}")
-    if gpu and not serving["cuda"]:
+    some_layouts = {row.name for row in backends.BACKENDS if row.plain_only}
+    if gpu and some_layouts.issuperset(serving["cuda"]):
         broken.append("no backend serves calls on this GPU; the reasons stand above")
     return {
         "usable": not broken,

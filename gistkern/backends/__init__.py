@@ -1,10 +1,12 @@
 """The backend table: each row says what serves a call, and why it cannot where it cannot.
 
-Adding a backend is one row here and one module with `forward`, `backward`, `compact` and `compact_backward`.
+Adding a backend is one row here and one module with `forward`, `backward`, `compact` and `compact_backward`; one that
+serves only layouts which hide nothing (`plain_only`) has `attend` instead.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from types import ModuleType
 import torch
 
 from gistkern.backends import native
-from gistkern.kernels.device import emulated
+from gistkern.kernels.device import emulated, facts_of
 from gistkern.kernels.schedule import DECODE_ROWS
 
 __all__ = ["BACKENDS", "Backend", "choose", "get"]
@@ -47,6 +49,33 @@ def _needs_cuda(q: torch.Tensor) -> str | None:
     if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"needs compute capability 8.0 or newer, {q.device} has {torch.cuda.get_device_capability(q.device)}"
     return None
+
+
+# head dimensions up to which torch's flash kernel has a backward on every chip; without it torch forms an N x N tensor
+_TORCH_HEAD_DIM = 192
+
+
+def _needs_torch_kernels(q: torch.Tensor) -> str | None:
+    if not q.is_cuda:
+        return f"serves CUDA and ROCm tensors, got {q.device}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"computes float16 and bfloat16, not {q.dtype}: take backend='triton'"
+    if q.dim() == 4 and q.shape[-1] > _TORCH_HEAD_DIM:
+        return f"serves head dimensions up to {_TORCH_HEAD_DIM}, got {q.shape[-1]}: take backend='triton'"
+    if torch.are_deterministic_algorithms_enabled():
+        return "may differ from run to run, and torch.use_deterministic_algorithms is on: take backend='triton'"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "needs torch's flash kernel, which torch.backends.cuda or sdpa_kernel has turned off"
+    if not _has_flash(q.device):
+        return f"needs a chip that torch's flash kernel runs on, which {q.device} is not"
+    return None
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return facts_of(device).arch in ("gfx90a", "gfx942")
 
 
 def _needs_half_or_single(q: torch.Tensor) -> str | None:
@@ -99,6 +128,8 @@ class Backend:
         Why it cannot serve this query tensor, or None.
     differentiable : bool
         Whether it has a `backward`.
+    plain_only : bool
+        Whether it serves only layouts that hide nothing (`GistLayout.plain`), and hands back no LSE.
     """
 
     name: str
@@ -108,9 +139,19 @@ class Backend:
     missing: Callable[[], str | None]
     refuses: Callable[[torch.Tensor], str | None]
     differentiable: bool = True
+    plain_only: bool = False
 
-    def reason(self, q: torch.Tensor, gradient: bool = False) -> str | None:
-        """Why this backend cannot serve `q`, and its gradients if wanted; None if it can."""
+    def reason(
+        self, q: torch.Tensor, gradient: bool = False, *, plain: bool = False, lse: bool = False, sinks: bool = False
+    ) -> str | None:
+        """Why this backend cannot serve `q`, and what else the call wants (see `choose`); None if it can."""
+        if self.plain_only:  # asked at every layer, most of which it does not serve: the cheapest questions first
+            if not plain:
+                return "serves layouts that hide nothing (GistLayout.plain), which this one is not known to be"
+            if lse:
+                return "hands back no log-sum-exp (return_lse)"
+            if sinks:
+                return "takes no learned sinks"
         if (reason := self.missing() or self.refuses(q)) or self.differentiable or not gradient:
             return reason
         return "has no backward: call it under torch.no_grad(), or use backend='triton'"
@@ -121,6 +162,15 @@ class Backend:
 
 
 BACKENDS = (
+    Backend(
+        name="torch",
+        module="gistkern.backends.plain",
+        automatic=True,
+        what="torch's own causal attention (cuDNN or flash), where the layout hides nothing; not bit-reproducible",
+        missing=_always,
+        refuses=_needs_torch_kernels,
+        plain_only=True,
+    ),
     Backend(
         name="cuda",
         module="gistkern.backends.cuda",
@@ -173,8 +223,13 @@ def get(name: str) -> Backend:
     raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(b.name for b in BACKENDS)}")
 
 
-def choose(name: str, q: torch.Tensor, gradient: bool = False) -> str:
+def choose(
+    name: str, q: torch.Tensor, gradient: bool = False, *, plain: bool = False, lse: bool = False, sinks: bool = False
+) -> str:
     """Name of the backend that serves `q`; with `gradient` also its backward.
+
+    `plain`: the layout hides nothing (`GistLayout.plain`). `lse`, `sinks`: the log-sum-exp is wanted, learned sinks are
+    given.
 
     Raises
     ------
@@ -187,14 +242,14 @@ def choose(name: str, q: torch.Tensor, gradient: bool = False) -> str:
         raise ValueError(f"gist_attention takes float16, bfloat16, float32 or float64, got {q.dtype}")
     if name != "auto":
         backend = get(name)
-        if reason := backend.reason(q, gradient):
+        if reason := backend.reason(q, gradient, plain=plain, lse=lse, sinks=sinks):
             raise RuntimeError(f"backend {name!r} {reason}")
         return name
     reasons = []
     for backend in BACKENDS:
         if not backend.automatic:
             continue
-        reason = backend.reason(q, gradient)
+        reason = backend.reason(q, gradient, plain=plain, lse=lse, sinks=sinks)
         if reason is None:
             return backend.name
         reasons.append(f"{backend.name} {reason}")

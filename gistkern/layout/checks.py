@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gistkern.layout.fields import LayoutFields
+from gistkern.layout.plain import is_plain
 
 __all__ = [
     "check_bounds",
@@ -91,6 +92,10 @@ def check_intervals(layout: LayoutFields) -> None:
     check_gather(gather, layout.num_local)
     for name, vector in (("gist_begin", begin), ("gist_end", end), ("local_begin", start)):
         _require((vector[:, 1:] >= vector[:, :-1]).all(), f"{name} must not decrease along a row of the batch")
+    _require(
+        not is_plain(layout) or ((begin == end).all() and not start.any()),
+        "it was made as one that hides nothing (plain), and its vectors were written since, past torch",
+    )
     _require(
         ((start <= row) | (begin == end)).all(),
         "a row that does not see itself is padding and must see no gist rows either",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gistkern.layout.fields import LayoutFields
+from gistkern.layout.plain import is_plain, marked
 
 __all__ = ["pack", "stack"]
 
@@ -38,7 +39,8 @@ def pack(layouts: Sequence[LayoutFields]) -> LayoutFields:
         compact_offset += layout.num_compact
         local_offset += layout.num_rows
     joined: dict[str, Any] = {name: torch.cat(tensors, 1) for name, tensors in parts.items()}
-    return LayoutFields(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
+    fields = LayoutFields(**joined, keep_begin=keep_begin, keep_end=keep_end, keep_local=keep_local)
+    return marked(fields, len(layouts) == 1 and is_plain(layouts[0]))
 
 
 def stack(layouts: Sequence[LayoutFields], padding_side: str) -> LayoutFields:
@@ -50,7 +52,8 @@ def stack(layouts: Sequence[LayoutFields], padding_side: str) -> LayoutFields:
     width = max(layout.gather.shape[1] for layout in layouts)
     padded = [_padded(layout, rows, width, padding_side) for layout in layouts]
     joined: dict[str, Any] = {name: torch.cat([p[name] for p in padded]) for name in padded[0]}
-    return LayoutFields(**joined)
+    unpadded = all(layout.num_rows == rows for layout in layouts)
+    return marked(LayoutFields(**joined), unpadded and all(map(is_plain, layouts)))
 
 
 def _padded(layout: LayoutFields, rows: int, width: int, side: str) -> dict[str, torch.Tensor]:

@@ -27,6 +27,10 @@ class LayoutFields:
     past: int = 0
     tail: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the fields alone: what was found out of these tensors need not hold of others."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def batch_size(self) -> int:
         """B: samples."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec
 
 import torch
@@ -23,6 +23,7 @@ from gistkern.layout import compose, schemes, sharing
 from gistkern.layout.arguments import check_count
 from gistkern.layout.checks import check_now, check_once, check_shapes, trusted
 from gistkern.layout.fields import LayoutFields
+from gistkern.layout.plain import is_plain, marked
 from gistkern.layout.positions import check_scheme
 
 __all__ = ["GistLayout", "layout_of"]
@@ -33,9 +34,10 @@ _PICTURE_ROWS = 120  # a wider picture tells nothing in a terminal
 Arguments = ParamSpec("Arguments")
 
 
-def layout_of(fields: LayoutFields, *sources: GistLayout) -> GistLayout:
+def layout_of(made: LayoutFields, *sources: GistLayout) -> GistLayout:
     """The layout of what a scheme returned, whose values hold by construction: made of other layouts, if theirs do."""
-    return trusted(GistLayout(**vars(fields)), *sources)
+    layout = GistLayout(**{field.name: getattr(made, field.name) for field in fields(made)})
+    return trusted(marked(layout, is_plain(made)), *sources)
 
 
 def _constructor(scheme: Callable[Arguments, LayoutFields]) -> Callable[Arguments, GistLayout]:
@@ -137,6 +139,21 @@ class GistLayout(LayoutFields):
 
     # ---- derived facts
 
+    @property
+    def plain(self) -> bool:
+        """Whether it hides nothing: every row sees all rows up to its own, no compact row, no tail. Never waits.
+
+        Such a layout is plain causal attention, which torch's own kernels compute on a GPU (`gistkern.backends`). Known
+        of layouts that a constructor made, or a method from such a layout; False of others, while compiling and of
+        tensors made under `torch.inference_mode`, whatever they hide, and as soon as a vector is written in place.
+
+        Examples
+        --------
+        >>> GistLayout.from_segments([6], gists=2).plain, GistLayout.from_segments([6], gists=2, tail=1).plain
+        (True, False)
+        """
+        return is_plain(self)
+
     def positions(self, scheme: str) -> torch.Tensor:
         """int64 ``[B, N]`` positions, counted from the start of the call; padding rows have 0.
 
@@ -211,7 +228,7 @@ class GistLayout(LayoutFields):
 
     def to(self, device: torch.device | str) -> GistLayout:
         """The same layout with its tensors on `device`."""
-        return layout_of(self.on(device), self)
+        return marked(layout_of(self.on(device), self), self.plain)
 
     def last_rows(self, count: int) -> GistLayout:
         """The layout of the last `count` rows alone; the rows before them become tail rows.
@@ -226,7 +243,8 @@ class GistLayout(LayoutFields):
             raise ValueError(f"count must lie in 1..{self.num_rows} (the rows of the layout), got {count!r}")
         cut = (*_ROW_FIELDS, "is_gist", "stream_position", "gist_first_position")
         rows: dict[str, Any] = {name: getattr(self, name)[:, -count:] for name in cut}
-        return trusted(replace(self, **rows, tail=self.num_local - count), self)
+        last = replace(self, **rows, tail=self.num_local - count)
+        return trusted(marked(last, self.plain and not last.tail), self)
 
     def windowed(self, window: int) -> GistLayout:
         """The layout of layers with a sliding window: of the local rows, a row sees the last `window` at most.
@@ -255,4 +273,4 @@ class GistLayout(LayoutFields):
         """The same rows, with the open segment ended: a cache then keeps its gists and drops the rest."""
         count = (self.gather >= 0).sum(1)
         local = torch.full_like(self.keep_local, self.num_local)
-        return trusted(replace(self, keep_end=self.past + count, keep_local=local), self)
+        return trusted(marked(replace(self, keep_end=self.past + count, keep_local=local), self.plain), self)

@@ -12,6 +12,8 @@ import torch
 from gistkern.layout import positions
 from gistkern.layout.arguments import check_count, check_padding, check_segments, counts_of, ints, token_ids
 from gistkern.layout.fields import LayoutFields
+from gistkern.layout.plain import marked
+from gistkern.layout.roles import gather_list, roles_of_segments
 
 __all__ = ["decode", "decode_rows", "from_input_ids", "from_roles", "from_segments", "hierarchical", "sliding"]
 
@@ -73,11 +75,13 @@ def from_roles(
 
     last = (index * valid).amax(1, keepdim=True)
     has_rows = valid.any(1)
-    return LayoutFields(
+    # nothing is hidden where every row sees the first one: local_begin of padding lies behind it
+    gather, plain = gather_list(persistent, None if past else (local_begin == 0).all())
+    fields = LayoutFields(
         gist_begin=gist_begin.int(),
         gist_end=gist_end.int(),
         local_begin=local_begin.int(),
-        gather=_gather_list(persistent),
+        gather=gather,
         is_gist=is_gist,
         stream_position=rank,
         gist_first_position=positions.gist_first(is_gist, valid, starts, documents=documents),
@@ -86,15 +90,7 @@ def from_roles(
         keep_local=torch.where(has_rows, segment_start.gather(1, last)[:, 0], rows).long(),
         past=past,
     )
-
-
-def _gather_list(persistent: torch.Tensor) -> torch.Tensor:
-    """Positions of the true entries of each row in order, padded with -1 to the longest."""
-    count = persistent.sum(1)
-    width = int(count.max()) if count.numel() else 0  # the one host sync of a batch
-    order = torch.argsort(~persistent, dim=1, stable=True)[:, :width]
-    slot = torch.arange(width, device=persistent.device)
-    return torch.where(slot < count[:, None], order, -1)
+    return marked(fields, plain)
 
 
 def from_input_ids(
@@ -192,7 +188,7 @@ def from_segments(
         check_count(name, value)
     if not len(lengths) and not tail:
         raise ValueError("a layout needs at least one segment or tail row")
-    is_gist, starts = _roles_of_segments(lengths, counts, tail)
+    is_gist, starts = roles_of_segments(lengths, counts, tail)
     return from_roles(
         is_gist.to(device),
         torch.ones_like(is_gist, device=device),
@@ -200,21 +196,6 @@ def from_segments(
         starts=starts.to(device),
         past=past,
     )
-
-
-def _roles_of_segments(lengths: Sequence[int], counts: Sequence[int], tail: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(is_gist, starts) of segments followed by raw tail rows, bool ``[1, N]`` each."""
-    rows = sum(lengths) + sum(counts) + tail
-    is_gist = torch.zeros(1, rows, dtype=torch.bool)
-    starts = torch.zeros(1, rows, dtype=torch.bool)
-    at = 0
-    for length, count in zip(lengths, counts, strict=True):
-        starts[0, at] = True
-        is_gist[0, at + length : at + length + count] = True
-        at += length + count
-    if tail:
-        starts[0, at] = True
-    return is_gist, starts
 
 
 def sliding(
@@ -253,11 +234,11 @@ def sliding(
     before = torch.nn.functional.pad(persistent.long().cumsum(1), (1, 0))
     starts = index % (stride + gists) == 0
     keep_local = max(n - window + 1, 0)
-    return LayoutFields(
+    fields = LayoutFields(
         gist_begin=torch.zeros_like(index, dtype=torch.int32),
         gist_end=before.gather(1, window_start).int(),
         local_begin=window_start.int(),
-        gather=_gather_list(persistent),
+        gather=gather_list(persistent)[0],
         is_gist=is_gist,
         stream_position=index.clone(),
         gist_first_position=positions.gist_first(is_gist, torch.ones_like(is_gist), starts),
@@ -265,6 +246,7 @@ def sliding(
         keep_end=before[:, keep_local],
         keep_local=torch.full((1,), keep_local, device=device),
     )
+    return marked(fields, n <= window)
 
 
 def hierarchical(
@@ -319,7 +301,7 @@ def hierarchical(
     end1 = level1.gist_end[0] if see_earlier_gists else begin1  # empty, where the summary's interval starts
     offset = torch.arange(tail)
     level1_valid = torch.ones_like(level1.is_gist)
-    _, starts = _roles_of_segments(lengths, [segment_gists] * len(lengths), 0)
+    _, starts = roles_of_segments(lengths, [segment_gists] * len(lengths), 0)
     place1 = positions.gist_first(level1.is_gist, level1_valid, starts, restart=not see_earlier_gists)[0]
     after1 = int(place1[level1.is_gist[0]].max()) + 1
     place_summary = after1 + torch.arange(summary_gists)
@@ -383,7 +365,7 @@ def decode_rows(
     batch_size, device = len(owned), owned.device
     offset = torch.arange(rows, device=device).expand(batch_size, rows)
     first, start = past_columns - owned, tail_columns - kept
-    return LayoutFields(
+    fields = LayoutFields(
         gist_begin=first[:, None].expand(-1, rows).int(),
         gist_end=torch.full((batch_size, rows), past_columns, dtype=torch.int32, device=device),
         local_begin=start[:, None].expand(-1, rows).int(),
@@ -397,3 +379,4 @@ def decode_rows(
         past=past_columns,
         tail=tail_columns,
     )
+    return marked(fields, not past_columns and not tail_columns)

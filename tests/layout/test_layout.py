@@ -1,5 +1,8 @@
 """The mask rule, against definitions that share no code with it."""
 
+import copy
+import pickle
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -72,6 +75,66 @@ def test_stack_pads_and_changes_nothing_else(parts, side):
         assert stacked.is_real()[b].sum() == part.num_rows
 
 
+def hides_nothing(layout):
+    if layout.tail or layout.dense()[..., : layout.num_compact].any():
+        return False
+    causal = torch.ones(layout.num_rows, layout.num_rows).tril().bool()
+    return torch.equal(layout.dense()[..., layout.num_compact :], causal.expand(layout.batch_size, -1, -1))
+
+
+@given(layouts())
+def test_a_layout_is_plain_where_it_hides_nothing(layout):
+    assert layout.plain == hides_nothing(layout)
+    for other in (layout.closed(), layout.to("cpu"), layout.last_rows(layout.num_rows), layout.windowed(9999)):
+        assert other.plain == layout.plain
+    if not layout.past and not layout.tail:
+        twice = GistLayout.stack([layout, layout])
+        assert twice.plain == layout.plain
+        assert not GistLayout.pack([layout, layout]).plain
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 3), st.booleans())
+def test_each_constructor_knows_a_plain_layout(rows, gists, sinks, padded):
+    """One segment with its gists, or raw tokens alone, made in every way; one padding token hides something."""
+    ids = torch.tensor([[1] * rows + list(GIST_IDS[:gists])] * 2)
+    mask = torch.ones_like(ids)
+    mask[1, 0] = not padded
+    read = GistLayout.from_input_ids(ids, GIST_IDS, mask, sinks)
+    sliding = GistLayout.sliding(rows, rows, 3, sink_tokens=sinks)
+    explicit = GistLayout.from_segments([rows] if gists else [], gists, tail=0 if gists else rows, sink_tokens=sinks)
+    assert [read.plain, sliding.plain, explicit.plain] == [not padded, True, True]
+    assert hides_nothing(read) == read.plain
+    zeros = torch.zeros(2, dtype=torch.int64)
+    assert GistLayout.decode(0, zeros, rows=rows, batch_size=2).plain
+    assert not GistLayout.decode(0, zeros + 1, rows=rows).plain
+    assert not explicit.windowed(1).plain or rows + gists == 1
+
+
+def test_nobody_can_claim_that_a_layout_is_plain():
+    """Not by an argument, not by `replace`, not by writing what was found before."""
+    layout = GistLayout.from_segments([4], 2)
+    with pytest.raises(TypeError, match="plain"):
+        GistLayout(**vars(hand_made()), plain=True)
+    assert not replace(layout, local_begin=layout.local_begin + 1).plain
+    assert not hand_made().plain
+    for twin in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert not twin.plain, "its tensors count their writes anew"
+        assert torch.equal(twin.token_mask(), layout.token_mask())
+    for name in ("gist_begin", "gist_end", "local_begin"):
+        written = GistLayout.from_segments([4], 2)
+        getattr(written, name)[0, -1] = 2
+        assert not written.plain
+        assert not any(made.plain for made in (written.to("cpu"), written.closed(), GistLayout.pack([written])))
+        exchanged = GistLayout.from_segments([4], 2)
+        object.__setattr__(exchanged, name, getattr(written, name))
+        assert not exchanged.plain
+    layout.local_begin.numpy()[0, -1] = 2  # which no version counts
+    with pytest.raises(ValueError, match="made as one that hides nothing"):
+        check_intervals(layout)
+    with torch.inference_mode():
+        assert not GistLayout.from_segments([4], 2).plain
+
+
 def test_segment_rows_see_their_segment_and_earlier_gists():
     layout = GistLayout.from_segments([3, 2], [2, 1], tail=2, sink_tokens=1)
     expected = [
@@ -106,7 +169,7 @@ def test_a_window_limits_local_rows_and_nothing_else(layout, window):
     expected[..., layout.num_compact :] &= near
     assert torch.equal(found.dense(), expected)
     assert torch.equal(found.is_real(), layout.is_real())
-    untouched = set(vars(layout)) - {"local_begin", "_checked"}
+    untouched = {field.name for field in fields(layout)} - {"local_begin"}
     assert all(getattr(found, name) is getattr(layout, name) for name in untouched)
 
 
@@ -194,7 +257,6 @@ def test_constructors_refuse(make, message):
 
 
 def hand_made(**changes):
-    from dataclasses import replace
 
     return replace(GistLayout.from_segments([3, 3], 1, tail=2), **changes)
 
