@@ -13,6 +13,7 @@
 #include "cpu/launch.h"
 #include "gistkern/compact.h"
 #include "gistkern/decode.h"
+#include "launcher_binding.h"
 #include "on_device.h"
 #include "tensor_checks.h"
 
@@ -362,6 +363,7 @@ STABLE_TORCH_LIBRARY(gistkern_native, m) {
   m.def(
       "compact(Tensor k, Tensor v, Tensor? past_k, Tensor? past_v, Tensor gather, Tensor? slot, Tensor(a!) out_k, "
       "Tensor(b!) out_v, Tensor(c!)? out_k_scale, Tensor(d!)? out_v_scale) -> ()");
+  m.def("launch(Tensor description, Tensor(a!)[] tensors, bool emulated) -> ()");
   m.def("interface() -> int");
   m.def("instruction_set() -> str");
   m.def("cuda_archs() -> str");
@@ -372,6 +374,7 @@ STABLE_TORCH_LIBRARY_IMPL(gistkern_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_attention_backward", TORCH_BOX(&cpu_attention_backward));
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("compact", TORCH_BOX(&compact));
+  m.impl("launch", TORCH_BOX(&gistkern::launch));
   m.impl("interface", TORCH_BOX(&interface));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));

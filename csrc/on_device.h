@@ -11,7 +11,6 @@ namespace gistkern {
 
 using torch::stable::Tensor;
 
-#if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
 // The stable ABI of torch 2.10 tells no CUDA stream, only the library of torch's CUDA operators does. It is loaded
 // already where a tensor is on a GPU; linking against it would keep this library from loading beside a CPU build of
 // torch.
@@ -26,10 +25,10 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The device of a tensor made current, and its current stream.
-class OnDevice {
+// The GPU of a tensor made current, and its current stream.
+class OnGpu {
  public:
-  explicit OnDevice(const Tensor& tensor)
+  explicit OnGpu(const Tensor& tensor)
       : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
   void* stream() const { return stream_; }
 
@@ -37,6 +36,9 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_;
 };
+
+#if defined(GISTKERN_WITH_CUDA) && !defined(GISTKERN_EMULATED)
+using OnDevice = OnGpu;
 inline bool runs_on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
 #elif defined(GISTKERN_EMULATED)
 // The emulator runs the CUDA kernels on CPU tensors.

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Launch", "Parameter", "activate", "fail_next", "grid", "last", "launches", "parameters", "record"]
+__all__ = ["Launch", "activate", "fail_next", "grid", "last", "launches", "record"]
 
 FOLDER = Path(__file__).resolve().parents[3] / "build" / "stub"
 _state: _Record | None = None
@@ -40,12 +39,12 @@ class _Record(ctypes.Structure):
     _fields_ = (
         *(("launches", ctypes.c_int64), ("num_parameters", ctypes.c_int32), ("fail", ctypes.c_int32)),
         *(("sizes", ctypes.c_int32 * 256), ("config", _Config), ("attributes", _Attribute * 8)),
-        *(("function", ctypes.c_void_p), ("parameters", ctypes.c_uint8 * 32768)),
+        *(("function", ctypes.c_void_p), ("recorded", ctypes.c_void_p), ("parameters", ctypes.c_uint8 * 32768)),
     )
 
 
 class Launch(NamedTuple):
-    """What the driver was given. `parameters` are as many as `record` was told sizes of."""
+    """What the driver was given. `parameters` are those of the function that `record` was told of."""
 
     name: str
     function: int
@@ -55,13 +54,6 @@ class Launch(NamedTuple):
     stream: int
     attributes: dict[int, int]  # number of a CUlaunchAttribute, its value's first word
     parameters: list[bytes]
-
-
-class Parameter(NamedTuple):
-    """Where a kernel reads a parameter, in bytes from the first."""
-
-    offset: int
-    size: int
 
 
 def activate(arch: int = 90) -> None:
@@ -120,12 +112,12 @@ def launches() -> int:
     return _record().launches
 
 
-def record(sizes: list[int] | None) -> None:
-    """From now on keep the parameters of launches, which have these sizes in bytes; None: keep none."""
-    state, sizes = _record(), sizes or []
+def record(function: int, sizes: list[int]) -> None:
+    """From now on keep the parameters of this function's launches; they have these sizes in bytes."""
+    state = _record()
     if len(sizes) > len(state.sizes) or sum(sizes) > len(state.parameters):
         raise ValueError(f"the stub keeps at most {len(state.sizes)} parameters of {len(state.parameters)} bytes")
-    state.num_parameters = len(sizes)
+    state.recorded, state.num_parameters = function, len(sizes)
     state.sizes[: len(sizes)] = sizes
 
 
@@ -135,7 +127,7 @@ def last() -> Launch:
     if not state.launches:
         raise RuntimeError("nothing has been launched")
     config, packed, parts, at = state.config, bytes(state.parameters), [], 0
-    for size in state.sizes[: state.num_parameters]:
+    for size in state.sizes[: state.num_parameters] if state.recorded == state.function else ():
         parts.append(packed[at : at + size])
         at += size
     attributes = {item.id: item.value[0] for item in state.attributes[: config.num_attributes]}
@@ -154,25 +146,3 @@ def grid() -> tuple[int, ...]:
 def fail_next(code: int) -> None:
     """Let the next launch, or the next tensor map, be refused with this error code."""
     _record().fail = code
-
-
-def parameters(cubin: bytes) -> list[Parameter]:
-    """The parameters that the one kernel of a cubin takes, in order, from its section ``.nv.info.KERNEL``."""
-    table, entries = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<3H", cubin, 58)
-    size, count, names = entries
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    strings = sections[names][4]
-    found: dict[int, Parameter] = {}
-    for name, _, _, _, offset, length in sections:
-        start = strings + name
-        if not cubin[start : cubin.index(b"\0", start)].startswith(b".nv.info."):
-            continue
-        at = offset
-        while at < offset + length:  # attributes: format, number, then a value or the size of what follows
-            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
-            at += 4
-            if form == 4 and attribute == 0x17:  # EIATTR_KPARAM_INFO: index, ordinal, offset, bits with the size on top
-                _, ordinal, position, bits = struct.unpack_from("<IHHI", cubin, at)
-                found[ordinal] = Parameter(position, bits >> 18)
-            at += value if form == 4 else 0
-    return [found[ordinal] for ordinal in range(len(found))]

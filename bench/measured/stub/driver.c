@@ -29,7 +29,7 @@ typedef struct {
   int32_t sizes[kMaxParameters];
   Config config;
   Attribute attributes[kMaxAttributes];
-  void* function;
+  void *function, *recorded;  // whose parameters are kept
   char parameters[kMaxBytes];
 } Record;
 
@@ -61,6 +61,7 @@ Result cuLaunchKernelEx(const Config* config, void* function, void** parameters,
   r->config = *config;
   for (uint32_t i = 0; i < config->num_attributes && i < kMaxAttributes; ++i) r->attributes[i] = config->attributes[i];
   char* to = r->parameters;
+  if (function != r->recorded) return kSuccess;
   for (int i = 0; i < r->num_parameters; to += r->sizes[i++]) memcpy(to, parameters[i], r->sizes[i]);
   return kSuccess;
 }
