@@ -15,11 +15,12 @@ from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState, CallPlan
-from gistkern.cache.pool import PoolIntervals, base_of, gathered, refuse_changes
+from gistkern.cache.pool import PoolIntervals, base_of, gathered
 from gistkern.cache.reader import Reader, patched
 from gistkern.cache.running import UNPATCHED, ModelCall, check_whole
 from gistkern.cache.signed import Signed
-from gistkern.cache.tokens_read import UNKNOWN, TokensRead
+from gistkern.cache.step import Steps
+from gistkern.cache.tokens_read import TokensRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
 from gistkern.layout import GistLayout
 from gistkern.ops.attention import AttentionOptions
@@ -73,6 +74,8 @@ class GistCache(Signed, Cache):
         self.read = TokensRead()
         self.first: torch.Tensor | None = None
         self._call: ModelCall | None = None
+        self._intervals: PoolIntervals | None = None
+        self.steps = Steps()
 
     @classmethod
     def in_place_of(cls, cache: DynamicCache) -> GistCache:
@@ -96,23 +99,20 @@ class GistCache(Signed, Cache):
         RuntimeError if the call before it failed after some layers had been updated, ValueError if the rows are shared
         and the call would change them.
         """
-        check_whole(self._call)
+        if self._call is not None:
+            check_whole(self._call)
         if self.state is None:
             self.layers = []  # those of a call that failed know its type and place
-        intervals = None
-        if self.first is not None:
-            refuse_changes(self._state(), plan)
-            intervals = PoolIntervals.of(plan.layout, base_of(self._state(), self.first))
-        elif self.gist_dtype in LARGEST:
-            intervals = PoolIntervals.of_own(plan.layout)
-        self._call = ModelCall(plan, ids, intervals)
+        pooled = self.first is not None or self.gist_dtype in LARGEST
+        self._intervals = PoolIntervals.of(plan, self.state, self.first, self._intervals) if pooled else None
+        self._call = ModelCall(plan, ids, self._intervals)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """The call's own rows, as they came: `attend` stores them. RuntimeError outside a patched model's call."""
         if self._call is None:
             raise RuntimeError(UNPATCHED)
-        while len(self.layers) <= layer_idx:
-            self.layers.append(GistLayer())
+        if len(self.layers) <= layer_idx:
+            self.layers += [GistLayer() for _ in range(layer_idx + 1 - len(self.layers))]
         return self.layers[layer_idx].update(key_states, value_states)
 
     def attend(
@@ -128,21 +128,21 @@ class GistCache(Signed, Cache):
 
         `layout` is the plan's, on the layer's device and with its window; the options are `gistkern.gist_attention`'s.
         """
-        if self._call is None:
+        call = self._call
+        if call is None:
             raise RuntimeError(UNPATCHED)
-        out = self.layers[layer].attend(q, k, v, layout, self._call.plan, self._call.intervals, options)
-        self._call.touched = True  # a layer that raises an error is as it was
+        out = self.layers[layer].attend(q, k, v, layout, call.plan, call.intervals, options)
+        call.touched = True  # a layer that raises an error is as it was
         return out
 
     def commit(self) -> None:
         """End the model call: its plan's state becomes the cache's."""
-        if self._call is None:
+        call = self._call
+        if call is None:
             return
-        plan, ids = self._call.plan, self._call.ids
-        if ids is None:
-            ids = torch.full((plan.layout.batch_size, plan.layout.num_rows), UNKNOWN, device=plan.layout.device)
-        self.read.add(ids, plan.real)
-        self.state, self._call = plan.after, None
+        plan = call.plan
+        self.read.add(call.columns(), plan.real)
+        self.state, self._call, self.steps.last = plan.after, None, plan if plan.raw else None
 
     def abandon(self) -> None:
         """End a model call that failed: before the first layer was updated it changes nothing."""
@@ -239,7 +239,7 @@ class GistCache(Signed, Cache):
     def __getstate__(self) -> dict[str, object]:
         """See `Signed`; for pickle and deepcopy."""
         check_whole(self._call)
-        return super().__getstate__()
+        return super().__getstate__() | {"steps": Steps(), "_intervals": None}
 
     def _alike(self) -> GistCache:
         """A cache of the same state and origin, without layers."""

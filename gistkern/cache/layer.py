@@ -30,7 +30,21 @@ def _kept(rows: KeyValueRows, kept: Kept) -> KeyValueRows:
 
 
 def _any_learns(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled()
+    return False
+
+
+def _attend_own(
+    gist: KeyValueRows | None, tail: TailRows, q: torch.Tensor, layout: GistLayout, options: AttentionOptions
+) -> tuple[torch.Tensor, KeyValueRows]:
+    """Over rows of each sample's own, as floats: the compact rows of the call take their place."""
+    key, value = (None, None) if gist is None else (gist.key, gist.value)
+    if key is not None and key.dtype != q.dtype:  # stored under autocast
+        key, value = key.to(q.dtype), value.to(q.dtype)  # type: ignore[union-attr]
+    out, _, key, value = attend(q, tail.key, tail.value, layout, options, past_key=key, past_value=value)
+    return out, KeyValueRows(key, value) if gist is None or layout.gather.shape[1] else gist
 
 
 def _with_quantized(gist: KeyValueRows, key: torch.Tensor, value: torch.Tensor, learns: bool) -> KeyValueRows:
@@ -114,32 +128,19 @@ class GistLayer(DynamicLayer):
             if not gist.key.dtype == v.dtype == self.tail.key.dtype:
                 q, k, v = self._alike(q, k, v)
             learns = _any_learns(q, k, v, gist.key, options.learned_sinks)
-            tail = self.tail.extended(k, v, in_place=not learns)
+            tail = self.tail.extended(k, v, not learns)
         if plan.arrange is not None:
             tail.take(plan.arrange)
         if intervals is None or gist is None:
-            out, gist = self._attend_own(gist, tail, q, layout, options)
+            out, gist = _attend_own(gist, tail, q, layout, options)
         else:
             out, gist = self._attend_in_place(gist, tail, q, layout, intervals, learns, options)
-        gist = _kept(gist, plan.keep_gists)
-        tail.keep(plan.keep_tail)
+        if plan.keep_gists is not None:
+            gist = _kept(gist, plan.keep_gists)
+        if plan.keep_tail is not None:
+            tail.keep(plan.keep_tail)
         self.gist, self.tail = gist, tail
         return out
-
-    def _attend_own(
-        self,
-        gist: KeyValueRows | None,
-        tail: TailRows,
-        q: torch.Tensor,
-        layout: GistLayout,
-        options: AttentionOptions,
-    ) -> tuple[torch.Tensor, KeyValueRows]:
-        """Over rows of each sample's own, as floats: the compact rows of the call take their place."""
-        key, value = (None, None) if gist is None else (gist.key, gist.value)
-        if key is not None and key.dtype != q.dtype:  # stored under autocast
-            key, value = key.to(q.dtype), value.to(q.dtype)  # type: ignore[union-attr]
-        out, _, key, value = attend(q, *tail.pair, layout, options, past_key=key, past_value=value)
-        return out, KeyValueRows(key, value) if gist is None or layout.gather.shape[1] else gist
 
     def _attend_in_place(
         self,

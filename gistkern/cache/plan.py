@@ -17,7 +17,7 @@ from gistkern.layout.checks import check_kept
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows, from_roles
 
-__all__ = ["CacheState", "CallPlan", "Kept", "plan_call", "plan_layout"]
+__all__ = ["CacheState", "CallPlan", "Kept", "plan_call", "plan_layout", "plan_raw"]
 
 # of a buffer's columns: all, the same run for every sample, or int64 [B, columns] that list each sample's
 Kept = slice | torch.Tensor | None
@@ -92,7 +92,8 @@ class CallPlan:
 
     `arrange` (int64 ``[B, T + N]`` or None) re-orders the local rows before they are seen; `keep_gists` and `keep_tail`
     say which compact rows and which local rows, of those, stay. `real` (bool ``[B, N]``) are the tokens that are no
-    padding, None where all are: a re-ordered call's layout has rows of the tail in the places of padding.
+    padding, None where all are: a re-ordered call's layout has rows of the tail in the places of padding. `raw` marks
+    a call that brings raw tokens for every sample, behind none but raw ones: all its rows stay.
     """
 
     layout: GistLayout
@@ -102,6 +103,7 @@ class CallPlan:
     keep_gists: Kept = None
     keep_tail: Kept = None
     real: torch.Tensor | None = None
+    raw: bool = False
 
     def on(self, device: torch.device) -> CallPlan:
         """The same plan with its tensors on a device."""
@@ -139,7 +141,7 @@ def plan_call(
         )
     has_gists = bool(is_gist.any())
     if valid is None and documents is None and not has_gists and not state.tail_has_gists:
-        return _plan_plain(state, is_gist)
+        return plan_raw(state, is_gist.shape[1])
     new_valid = torch.ones_like(is_gist) if valid is None else valid
     left, arrange, all_valid, all_gist = _join_tail(state, is_gist & new_valid, new_valid)
     tail, rows = state.tail_columns, is_gist.shape[1]
@@ -210,9 +212,8 @@ def _tail_position(
     return torch.where(opened_earlier, state.tail_position, fresh)
 
 
-def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
-    """New raw tokens for every sample: nothing to read back from the device."""
-    rows = is_gist.shape[1]
+def plan_raw(state: CacheState, rows: int) -> CallPlan:
+    """So many new raw tokens for every sample, behind none but raw ones: nothing to read back from the device."""
     layout = layout_of(decode_rows(state.gist_rows, state.gist_columns, state.tail_rows, state.tail_columns, rows))
     after = replace(
         state,
@@ -224,7 +225,7 @@ def _plan_plain(state: CacheState, is_gist: torch.Tensor) -> CallPlan:
         fed=state.fed + rows,
     )
     start = state.tail_position + state.tail_rows
-    return CallPlan(layout, layout.stream_position + start[:, None], after)
+    return CallPlan(layout, layout.stream_position + start[:, None], after, raw=True)
 
 
 def _join_tail(

@@ -17,7 +17,7 @@ from gistkern.ops.attention import AttentionOptions
 from gistkern.ops.decode import gist_decode
 from gistkern.rows import KeyValueRows, dequantize_rows
 
-__all__ = ["PoolIntervals", "base_of", "decodes", "gathered", "pooled", "refuse_changes", "row_by_row"]
+__all__ = ["PoolIntervals", "base_of", "decodes", "gathered", "pooled", "row_by_row"]
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,40 @@ class PoolIntervals:
         int64 ``[B, 1]``: what is added to a sample's column to find its row in the pool.
     begin, end : Tensor
         int32 ``[B, N]``: the pool's rows ``[begin, end)``.
+    made_of : (Tensor, Tensor or None)
+        What they were made of: the layout's `gist_begin`, and where each sample's rows begin if samples share them.
     """
 
     base: torch.Tensor
     begin: torch.Tensor
     end: torch.Tensor
+    made_of: tuple[torch.Tensor, torch.Tensor | None]
 
     @classmethod
-    def of(cls, layout: GistLayout, base: torch.Tensor) -> PoolIntervals:
-        """Of a call's layout, whose intervals are over each sample's columns."""
-        return cls(base, *((column + base).int() for column in (layout.gist_begin, layout.gist_end)))
+    def of(
+        cls,
+        plan: CallPlan,
+        state: CacheState | None,
+        first: torch.Tensor | None,
+        known: PoolIntervals | None,
+    ) -> PoolIntervals:
+        """Of a call whose samples' rows begin at `first` in a pool that they share; None: each has rows of its own.
 
-    @classmethod
-    def of_own(cls, layout: GistLayout) -> PoolIntervals:
-        """Where the pool is each sample's ``layout.past`` columns, one sample behind the other."""
-        return cls.of(layout, layout.past * torch.arange(layout.batch_size, device=layout.device)[:, None])
+        Those are ``layout.past`` columns, one sample behind the other. `known` are the intervals of the call before,
+        which stay the same from one decode step to the next.
+        """
+        layout = plan.layout
+        if first is not None:
+            assert state is not None
+            _refuse_changes(state, plan)
+        if known is not None and plan.raw and known.made_of[0] is layout.gist_begin and known.made_of[1] is first:
+            return known
+        if first is None or state is None:
+            base = layout.past * torch.arange(layout.batch_size, device=layout.device)[:, None]
+        else:
+            base = base_of(state, first)
+        begin, end = ((column + base).int() for column in (layout.gist_begin, layout.gist_end))
+        return cls(base, begin, end, (layout.gist_begin, first))
 
     def decode(
         self,
@@ -94,7 +113,7 @@ def row_by_row(rows: KeyValueRows) -> KeyValueRows:
     return rows.map(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
 
 
-def refuse_changes(state: CacheState, plan: CallPlan) -> None:
+def _refuse_changes(state: CacheState, plan: CallPlan) -> None:
     """Raise ValueError if a call would add to the rows that samples share, or drop some."""
     layout = plan.layout
     if (layout.gather.shape[1] or plan.after.tail_has_gists) and bool(layout.is_gist.any()):

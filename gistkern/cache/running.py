@@ -8,6 +8,7 @@ import torch
 
 from gistkern.cache.plan import CallPlan
 from gistkern.cache.pool import PoolIntervals
+from gistkern.cache.tokens_read import UNKNOWN
 
 __all__ = ["UNPATCHED", "ModelCall", "check_whole"]
 
@@ -40,6 +41,13 @@ class ModelCall:
     intervals: PoolIntervals | None
     touched: bool = False
     failed: bool = False
+
+    def columns(self) -> torch.Tensor:
+        """`ids`, which are unknown of embeddings."""
+        if self.ids is not None:
+            return self.ids
+        layout = self.plan.layout
+        return torch.full((layout.batch_size, layout.num_rows), UNKNOWN, device=layout.device)
 
 
 def check_whole(call: ModelCall | None) -> None:

@@ -43,31 +43,25 @@ class TailRows:
 
         `in_place` unless a graph may have saved the rows: then they are in the same memory, and so is the room.
         """
-        longer = TailRows(self.key, self.value)
-        longer._room = self._room
-        longer._extend(key, value, in_place)
-        return longer
-
-    def _extend(self, key: torch.Tensor, value: torch.Tensor, in_place: bool) -> None:
-        rows, more = self.key.shape[2], key.shape[2]
+        mine, room = self.key, self._room
+        rows, more = mine.shape[2], key.shape[2]
         if not rows:
-            self.key, self.value, self._room = key, value, None
-        elif not in_place or key.dtype != self.key.dtype or self.key.requires_grad:
-            self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
-            self._room = None
-        else:
-            room = self._room
-            # outside inference mode nobody may write into what was made inside
-            if (
-                room is None
-                or room[0].shape[2] < rows + more
-                or (room[0].is_inference() and not torch.is_inference_mode_enabled())
-            ):
-                room = self._room = self._copied(max(2 * (rows + more), _LEAST_ROOM))
-            keys, values = room
-            keys.narrow(2, rows, more).copy_(key)
-            values.narrow(2, rows, more).copy_(value)
-            self.key, self.value = keys.narrow(2, 0, rows + more), values.narrow(2, 0, rows + more)
+            return TailRows(key, value)
+        if not in_place or key.dtype != mine.dtype or mine.requires_grad:
+            return TailRows(torch.cat([mine, key], 2), torch.cat([self.value, value], 2))
+        # outside inference mode nobody may write into what was made inside
+        if (
+            room is None
+            or room[0].shape[2] < rows + more
+            or (room[0].is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            room = self._copied(max(2 * (rows + more), _LEAST_ROOM))
+        keys, values = room
+        keys.narrow(2, rows, more).copy_(key)
+        values.narrow(2, rows, more).copy_(value)
+        longer = TailRows(keys.narrow(2, 0, rows + more), values.narrow(2, 0, rows + more))
+        longer._room = room
+        return longer
 
     def _copied(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for `capacity` rows with those that are there in front."""

@@ -41,7 +41,7 @@ __all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_mod
 _CARRIED = "gist_cache"
 
 
-@dataclass(frozen=True)
+@dataclass
 class GistCall:
     """What the attention function needs to know of the call, handed down through the layers."""
 
@@ -50,6 +50,7 @@ class GistCall:
     windows: Windows
     others: GistCache | Parallel | None = None  # who knows the rows that are not the call's own
     made: dict[tuple[torch.device, int | None], GistLayout] = field(default_factory=dict)
+    options: AttentionOptions | None = None  # of the layer before, and mostly of all
 
     def attend(
         self,
@@ -62,10 +63,16 @@ class GistCall:
         learned_sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
-        check_window(layer, self.windows[layer], window)
-        if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
-            q, k = q.to(v.dtype), k.to(v.dtype)
-        layout, options = self._layout_of(q.device, window), AttentionOptions(scale, self.backend, learned_sinks)
+        # every line is run by every layer of every decode step: nothing is called that an attribute answers
+        if window != self.windows[layer]:
+            check_window(layer, self.windows[layer], window)
+        if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(v.device.type):
+            q, k = q.to(v.dtype), k.to(v.dtype)  # which the rotation has promoted to fp32
+        layout, options = self.layout, self.options
+        if window is not None or q.device != layout.gist_begin.device:
+            layout = self._layout_of(q.device, window)
+        if options is None or scale != options.scale or learned_sinks is not options.learned_sinks:
+            options = self.options = AttentionOptions(scale, self.backend, learned_sinks)
         if self.others is not None:
             return self.others.attend(layer, q, k, v, layout, options)
         return attend(q, k, v, layout, options)[0]
@@ -86,8 +93,9 @@ class GistCall:
 def before_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Labels that leave gist tokens out; under context parallelism the arguments of this rank's shard."""
     arguments = _bind(module, args, kwargs)
-    ignore_gists(handle, arguments)
-    if arguments.get(CACHE) is not None and hasattr(module, "_hf_hook"):
+    if "labels" in arguments or "shift_labels" in arguments:
+        ignore_gists(handle, arguments)
+    if "_hf_hook" in module.__dict__ and arguments.get(CACHE) is not None:
         arguments[_CARRIED] = Carried(arguments.pop(CACHE))
     if handle.context_parallel is not None:
         if not arguments.get("return_dict", handle.model.config.return_dict):
@@ -121,6 +129,8 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         if "gist_parallel" not in arguments:  # the inner model was called by itself
             arguments = _parallel(handle, arguments)
         return (), _shard_call(handle, arguments)
+    if (step := _step(handle, arguments)) is not None:
+        return (), step
     plan = arguments.pop("gist_plan", None)  # of gistkern.compress, which knows its calls beforehand
     ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
@@ -137,16 +147,38 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         plan = _plan(handle, arguments, layout, is_gist, cache, documents)
     if cache is not None:
         cache.begin(plan, ids)
-    arguments.update(
-        inputs_embeds=embeds,
-        position_ids=plan.position_ids,
-        # with a mask present transformers does not guess packed documents from the positions
-        attention_mask=plan.layout.is_real(),
-        use_cache=cache is not None,
-        gist_call=GistCall(plan.layout, handle.backend, handle.windows, cache),
-    )
-    arguments[CACHE] = cache
-    return (), arguments
+    # with a mask present transformers does not guess packed documents from the positions
+    arguments["attention_mask"] = plan.layout.is_real()
+    return (), _with_call(handle, arguments, embeds, plan, cache)
+
+
+def _step(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of the step of `generate` that its cache was told of (generation.py), None of any other call.
+
+    The call before it, of the same `generate`, was checked; what this one brings is a raw token for each sample.
+    """
+    cache, ids = arguments.get(CACHE), arguments.get("input_ids")
+    if type(cache) is not GistCache or ids is None:
+        return None
+    if arguments.get("attention_mask") is not None or arguments.get("position_ids") is not None:
+        return None
+    plan = cache.steps.plan(ids, cache.state)
+    if plan is None:
+        return None
+    cache.begin(plan, ids)
+    arguments["input_ids"] = None
+    # no mask, and transformers guesses no packed documents from the positions: there is a cache
+    return _with_call(handle, arguments, handle.embed_words(ids), plan, cache)
+
+
+def _with_call(
+    handle: GistHandle, arguments: dict[str, Any], embeds: torch.Tensor | None, plan: CallPlan, cache: GistCache | None
+) -> dict[str, Any]:
+    """The arguments with what the layers and their attention need."""
+    arguments["inputs_embeds"], arguments["position_ids"] = embeds, plan.position_ids
+    arguments["use_cache"], arguments[CACHE] = cache is not None, cache
+    arguments["gist_call"] = GistCall(plan.layout, handle.backend, handle.windows, cache)
+    return arguments
 
 
 def _inputs(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,35 @@ if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
 
 __all__ = ["generate", "prepare_inputs", "wrapped"]
+
+
+class _NeverGists(SuppressTokensLogitsProcessor):
+    """A class of its own: transformers would let one of a type that it has made itself take the place of that one."""
+
+
+@dataclass
+class _Run:
+    """A `generate` under way, of which the host knows what its steps bring.
+
+    Parameters
+    ----------
+    handle : GistHandle
+        Of the model that generates.
+    raw : bool
+        Whether what it appends can be no gist token, as a step need then not ask the device.
+    cache : Any
+        Of its first call, which was checked.
+    steps : int
+        That were announced to the cache so.
+    """
+
+    handle: GistHandle
+    raw: bool
+    cache: Any = None
+    steps: int = 0
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("generate under way", default=None)
 
 
 def wrapped(wrapper: Callable, handle: GistHandle, original: Callable) -> Callable:
@@ -45,9 +76,50 @@ def generate(handle: GistHandle, original, *args, **kwargs):
         _check_positions(arguments)
     ids = [i for i in range(handle.first_id, handle.first_id + handle.num_ids) if i < handle.model.config.vocab_size]
     if ids:
-        suppress = SuppressTokensLogitsProcessor(ids, device=str(input_device(handle.model)))
+        suppress = _NeverGists(ids, device=str(input_device(handle.model)))
         arguments["logits_processor"] = LogitsProcessorList([*(arguments.get("logits_processor") or []), suppress])
-    return original(**arguments)
+    run = _Run(handle, _appends_raw_tokens(handle, arguments, ids))
+    token = _RUN.set(run)
+    try:
+        output = original(**arguments)
+    finally:
+        _RUN.reset(token)
+    if run.steps:
+        _check_appended(handle, arguments, output)
+    return output
+
+
+def _appends_raw_tokens(handle: GistHandle, arguments: dict[str, Any], suppressed: list[int]) -> bool:
+    """Whether `generate` can append no gist token: none that it samples, and none that fills a finished answer up."""
+    if arguments.get("custom_generate") is not None:
+        return False
+    given, configs = arguments.get("generation_config"), [handle.model.generation_config]
+    configs += [] if given is None else [given]
+
+    def values(name: str) -> list[Any]:
+        found = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+        return [each for value in found for each in (value if isinstance(value, (list, tuple)) else [value])]
+
+    # of too few tokens beams take suppressed ones too
+    if suppressed and any(beams not in (None, 1) for beams in values("num_beams")):
+        return False
+    last = handle.first_id + handle.num_ids
+    special = [value for name in ("pad_token_id", "eos_token_id") for value in values(name)]
+    return not any(isinstance(value, int) and handle.first_id <= value < last for value in special) and not any(
+        torch.is_tensor(value) for value in special
+    )
+
+
+def _check_appended(handle: GistHandle, arguments: dict[str, Any], output: Any) -> None:
+    """RuntimeError if there is a gist token among those that steps took for raw ones (somebody put it there)."""
+    sequences = output if torch.is_tensor(output) else output.sequences
+    given = [arguments[name] for name in ("inputs", "input_ids") if torch.is_tensor(arguments.get(name))]
+    appended = sequences[:, given[0].shape[1] if given else 0 :]
+    if bool(handle.is_gist(appended).any()):
+        raise RuntimeError(
+            "generate has appended a gist token, which its steps have read as a word: no logits processor or stopping "
+            "criterion may put one in"
+        )
 
 
 # options that look the prompt's ids up in the logits, and the values that switch them off
@@ -121,9 +193,13 @@ def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
     The tokens passed to `generate` are those after the compressed context, and the cache's tail has read the
     first of them; transformers would subtract the context's length too.
     """
+    cache, first = kwargs.get(CACHE), kwargs.get("is_first_iteration")
+    if type(cache) is GistCache and cache.state is not None and not first:
+        return _next_inputs(handle, original, input_ids, args, kwargs)
     kwargs = named(kwargs)
-    cache = kwargs.get(CACHE)
-    first = kwargs.get("is_first_iteration")
+    cache, run = kwargs.get(CACHE), _RUN.get()
+    if run is not None and run.handle is handle:
+        run.cache = cache
     fixed = isinstance(cache, FixedGistCache)
     goes_on = fixed or (isinstance(cache, GistCache) and cache.state is not None)
     if isinstance(cache, (GistCache, FixedGistCache)) and goes_on and first:
@@ -137,6 +213,24 @@ def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
     inputs.pop("position_ids", None)  # transformers' guess; the position scheme knows
     if goes_on and not first:
         inputs.pop("attention_mask", None)  # what generate() appends is real: nothing to read back from the device
+    return inputs
+
+
+def _next_inputs(handle: GistHandle, original, input_ids, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    """What follows the first call over a GistCache: the position scheme knows the places of real tokens."""
+    cache, run = kwargs[CACHE], _RUN.get()
+    kwargs.pop("attention_mask", None)  # what generate() appends is real: nothing to read back from the device
+    kwargs.pop("position_ids", None)
+    inputs = original(input_ids, *args, **kwargs)
+    if "position_ids" in inputs:
+        del inputs["position_ids"]
+    if run is None or run.handle is not handle:
+        return inputs
+    if run.cache is not cache:
+        run.cache = cache
+    elif run.raw and inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
+        cache.steps.announce(inputs["input_ids"])
+        run.steps += 1
     return inputs
 
 

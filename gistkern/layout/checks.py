@@ -24,6 +24,7 @@ __all__ = [
     "check_now",
     "check_once",
     "check_shapes",
+    "still_trusted",
     "trusted",
 ]
 
@@ -162,6 +163,12 @@ def trusted(layout: Layout, *sources: LayoutFields) -> Layout:
     if not torch.compiler.is_compiling() and all(s.__dict__.get("_checked", 0) == _state(s) for s in sources):
         layout.__dict__["_checked"] = _state(layout)
     return layout
+
+
+def still_trusted(layout: LayoutFields, before: LayoutFields) -> None:
+    """What is known of `before` holds of `layout`, which has the same vectors behind a tail of another length."""
+    if (known := before.__dict__.get("_checked")) is not None:
+        layout.__dict__["_checked"] = (known[0], layout.tail, *known[2:])
 
 
 def _state(layout: LayoutFields) -> tuple[Any, ...] | None:
