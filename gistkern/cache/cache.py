@@ -141,7 +141,8 @@ class GistCache(Signed, Cache):
         if call is None:
             return
         plan = call.plan
-        self.read.add(call.columns(), plan.real)
+        if not plan.context:
+            self.read.add(call.columns(), plan.real)
         self.state, self._call, self.steps.last = plan.after, None, plan if plan.raw else None
 
     def abandon(self) -> None:

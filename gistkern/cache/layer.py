@@ -137,7 +137,9 @@ class GistLayer(DynamicLayer):
             out, gist = self._attend_in_place(gist, tail, q, layout, intervals, learns, options)
         if plan.keep_gists is not None:
             gist = _kept(gist, plan.keep_gists)
-        if plan.keep_tail is not None:
+        if plan.context and self.gist is not None:
+            tail = self.tail  # as empty as the call leaves it
+        elif plan.keep_tail is not None:
             tail.keep(plan.keep_tail)
         self.gist, self.tail = gist, tail
         return out

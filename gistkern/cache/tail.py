@@ -81,6 +81,9 @@ class TailRows:
         """Drop the rows that no later call may see."""
         if isinstance(kept, torch.Tensor):
             self.take(kept)
+        elif kept is not None and kept.start == kept.stop:
+            shape = (*self.key.shape[:2], 0, self.key.shape[3])
+            self.key, self.value, self._room = self.key.new_empty(shape), self.value.new_empty(shape), None
         elif kept is not None:  # a run of them
             # copied: a view would hold the others in memory
             self.key, self.value = (t[:, :, kept].clone() for t in (self.key, self.value))

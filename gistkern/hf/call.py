@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.fixed import FixedGistCache
+from gistkern.cache.host_plan import Call
 from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
 from gistkern.cache.versions import CACHE, named
 from gistkern.cache.windows import Windows, check_window
@@ -129,9 +130,10 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         if "gist_parallel" not in arguments:  # the inner model was called by itself
             arguments = _parallel(handle, arguments)
         return (), _shard_call(handle, arguments)
+    if (planned := arguments.pop("gist_plan", None)) is not None:
+        return (), _planned_call(handle, arguments, planned)
     if (step := _step(handle, arguments)) is not None:
         return (), step
-    plan = arguments.pop("gist_plan", None)  # of gistkern.compress, which knows its calls beforehand
     ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
     if ids is not None:
@@ -140,11 +142,9 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         assert embeds is not None
         return (), fixed_call(handle, arguments, ids, embeds, is_gist, layout)
     handle.check_settings()
-    packs = plan is None and layout is None
-    documents = packed_documents(arguments, is_gist.shape, is_gist.device) if packs else None
+    documents = packed_documents(arguments, is_gist.shape, is_gist.device) if layout is None else None
     cache = cache_of(handle, module, arguments, len(is_gist), documents is not None)
-    if plan is None:
-        plan = _plan(handle, arguments, layout, is_gist, cache, documents)
+    plan = _plan(handle, arguments, layout, is_gist, cache, documents)
     if cache is not None:
         cache.begin(plan, ids)
     # with a mask present transformers does not guess packed documents from the positions
@@ -179,6 +179,14 @@ def _with_call(
     arguments["use_cache"], arguments[CACHE] = cache is not None, cache
     arguments["gist_call"] = GistCall(plan.layout, handle.backend, handle.windows, cache)
     return arguments
+
+
+def _planned_call(handle: GistHandle, arguments: dict[str, Any], call: Call) -> dict[str, Any]:
+    """What `before_inner` adds to a call of `gistkern.compress`, which has checked and planned it beforehand."""
+    plan, cache = call.plan, arguments[CACHE]
+    cache.begin(plan)
+    arguments["attention_mask"] = plan.real
+    return _with_call(handle, arguments, _embedded(handle, call.words, call.rows, plan.layout.is_gist), plan, cache)
 
 
 def _inputs(
@@ -289,9 +297,14 @@ def after_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict
 
 def embed(handle: GistHandle, ids: torch.Tensor, is_gist: torch.Tensor) -> torch.Tensor:
     """Token embeddings ``[B, N, hidden]`` in which gist ids take their learned rows."""
-    words = handle.embed_words(ids.masked_fill(is_gist, 0))
-    gists = handle.inner.gist_embeddings((ids - handle.first_id).clamp(0, handle.num_ids - 1))
-    return torch.where(is_gist[..., None], gists.to(words.dtype), words)
+    rows = (ids - handle.first_id).clamp(0, handle.num_ids - 1)
+    return _embedded(handle, ids.masked_fill(is_gist, 0), rows, is_gist)
+
+
+def _embedded(handle: GistHandle, words: torch.Tensor, rows: torch.Tensor, is_gist: torch.Tensor) -> torch.Tensor:
+    embeds = handle.embed_words(words)
+    gists = handle.inner.gist_embeddings(rows)
+    return torch.where(is_gist[..., None], gists.to(embeds.dtype), embeds)
 
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gistkern.cache.cache import GistCache
-from gistkern.cache.plan import CacheState, CallPlan, plan_call, plan_layout
-from gistkern.cache.tokens_read import ContextRead, TokensRead
+from gistkern.cache.host_plan import Call, Reading, on_device, plan_segments, plan_summary, right_aligned
+from gistkern.cache.offload import input_device
+from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
 from gistkern.hf.contexts import evaluating, read_context
 from gistkern.hf.handle import GistHandle, handle_of
-from gistkern.layout import positions
-from gistkern.layout.checks import trusted
-from gistkern.layout.layout import layout_of
-from gistkern.layout.schemes import from_roles
-from gistkern.layout.streams import check_segmentation, left_padded, segments_of
+from gistkern.layout.streams import check_segmentation, segments_of
 from gistkern.rows import check_gist_dtype
 
 if TYPE_CHECKING:
@@ -82,7 +79,7 @@ def compress(
 
     Notes
     -----
-    The calls of the model are planned on the host, one after the other, and none waits for the device.
+    All calls of the model are planned on the host before the first one, and none waits for the device.
 
     Threads may compress with one model at the same time; a model in training is put to evaluation meanwhile. Gist rows
     that were never trained are warned of, once, and so are segments other than those of the training.
@@ -103,120 +100,39 @@ def compress(
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     check_gist_dtype(gist_dtype, handle.model.dtype)
-    given, valid = read_context(handle, input_ids, attention_mask)
+    ids, valid = read_context(handle, input_ids, attention_mask)
     handle.check_settings()
     handle.warn_if_untrained()
     handle.warn_if_cut_otherwise(segment_length, segment_overlap)
 
-    length = segment_length or given.shape[1]
-    real = [sample[mask] for sample, mask in zip(given.cpu(), valid.cpu(), strict=True)]
-    samples = [segments_of(sample, length, segment_overlap) for sample in real]
-    scheme = _hierarchical if handle.segment_gist_token_ids else _segment_wise
-    with evaluating(handle.inner):
-        cache = scheme(_Compression(handle, samples, length, given.device))
-    assert cache.state is not None
-    cache.state, cache.read = replace(cache.state, fed=0), TokensRead()
-    cache.contexts = set(map(ContextRead.of, real))
+    real = [sample[mask] for sample, mask in zip(ids, valid, strict=True)]
+    length = segment_length or ids.shape[1]
+    segments = [[segments_of(sample, length, segment_overlap)] for sample in real]
+    cache = GistCache()
+    cache.positions = handle.positions
+    cache.contexts = {ContextRead.of(torch.from_numpy(sample)) for sample in real}
+    # asked first: what looks at the weights waits for the device, and would wait for the calls
     cache.fingerprint = handle.fingerprint()
+    device = input_device(handle.inner)
+    with evaluating(handle.inner):
+        for call in on_device(_plan(handle, segments, length, device), device):
+            # each layer's raw rows go as soon as the layer is through
+            handle.inner(gist_plan=call, use_cache=True, **{CACHE: cache})
     return cache.to(gist_dtype=gist_dtype)
 
 
-class _Compression:
-    """A compression under way: the cache, and on the host the segments and the state that calls are planned from."""
-
-    def __init__(
-        self, handle: GistHandle, samples: list[list[torch.Tensor]], length: int, device: torch.device
-    ) -> None:
-        self.handle, self.samples, self.length, self.device = handle, samples, length, device
-        self.cache, self.state = GistCache(), CacheState.empty(len(samples), "cpu")
-
-    def calls(self, ends: list[int], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids of calls of about `tokens` raw tokens, and which are real: segments, each with its gists behind it."""
-        step, gists = max(1, tokens // self.length), torch.tensor(ends)
-        for first in range(0, max(len(segments) for segments in self.samples), step):
-            now = [segments[first : first + step] for segments in self.samples]
-            yield left_padded(
-                [torch.cat([gists[:0], *(t for one in segments for t in (one, gists))]) for segments in now]
-            )
-
-    def run(self, ids: torch.Tensor, plan: CallPlan) -> None:
-        """One call of the inner model; each layer's raw rows go as soon as the layer is through."""
-        there = plan.on(self.device)
-        self.handle.inner(
-            input_ids=ids.to(self.device, non_blocking=True), gist_plan=there, use_cache=True, **{CACHE: self.cache}
-        )
-        self.state = plan.after
-
-
-def _segment_wise(work: _Compression) -> GistCache:
-    """Segments that see the gists of all before them, many per call; samples that have ended bring padding only."""
-    handle = work.handle
-    tokens = CPU_CALL_TOKENS if work.device.type == "cpu" else CALL_TOKENS
-    for ids, valid in work.calls(handle.gist_token_ids, tokens):
-        plan = plan_call(
-            work.state,
-            handle.is_gist(ids) & valid,
-            None if bool(valid.all()) else valid,
-            scheme=handle.positions,
-            sink_tokens=handle.sink_tokens,
-            closed=True,
-        )
-        work.run(ids, plan)
-    return work.cache
-
-
-def _hierarchical(work: _Compression) -> GistCache:
-    """Independent segments, many per call, then one call of summary gists that sees all segment gists."""
-    handle = work.handle
-    if handle.sink_tokens > work.length:
-        raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {work.length}")
-    for ids, valid in work.calls(handle.segment_gist_token_ids, CALL_TOKENS):
-        work.run(ids, _independent(work, handle.is_gist(ids), valid))
+def _plan(
+    handle: GistHandle, samples: list[list[list[np.ndarray]]], length: int, device: torch.device
+) -> list[Call]:
+    """All calls: segments that see the gists of those before them, or independent ones and a summary of their gists."""
+    if not handle.segment_gist_token_ids:
+        tokens = CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS
+        reading = Reading(handle.positions, handle.sink_tokens, handle.first_id, length, tokens)
+        return right_aligned(plan_segments(samples, handle.gist_token_ids, reading))
+    if handle.sink_tokens > length:
+        raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
+    reading = Reading(handle.positions, handle.sink_tokens, handle.first_id, length, CALL_TOKENS)
+    calls = plan_segments(samples, handle.segment_gist_token_ids, reading, apart=True)
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
-    sinks = torch.tensor([min(len(segments[0]), handle.sink_tokens) for segments in work.samples])
-    columns = _sinks_last(work.state, sinks).to(work.device)
-    for layer in work.cache.layers:
-        layer.keep_gists(columns)
-    ids = torch.tensor(handle.gist_token_ids).expand(len(sinks), -1)
-    work.run(ids, _summary(work, torch.ones_like(ids, dtype=torch.bool), sinks))
-    return work.cache
-
-
-def _independent(work: _Compression, is_gist: torch.Tensor, valid: torch.Tensor) -> CallPlan:
-    """Segments of which none sees another."""
-    state, scheme = work.state, work.handle.positions
-    layout = layout_of(
-        from_roles(
-            is_gist,
-            valid,
-            sink_tokens=work.handle.sink_tokens,
-            past=state.gist_columns,
-            past_rows=state.gist_rows,
-            seen=state.seen,
-        )
-    )
-    starts = valid & (layout.local_begin == layout.row_index())
-    apart = replace(
-        layout.closed(),
-        gist_end=layout.gist_begin,  # an empty interval
-        gist_first_position=positions.gist_first(layout.is_gist, valid, starts, restart=True),
-    )
-    place = apart.positions(scheme)
-    if scheme == "absolute":
-        place = place + state.seen[:, None]
-    return plan_layout(state, trusted(apart, layout), place.masked_fill(~valid, 0), is_gist)
-
-
-def _summary(work: _Compression, valid: torch.Tensor, sinks: torch.Tensor) -> CallPlan:
-    """The gists that stay, which see all others; of those the last rows, each sample's sinks, stay too."""
-    state = work.state
-    layout = layout_of(from_roles(valid, valid, sink_tokens=0, past=state.gist_columns, past_rows=state.gist_rows))
-    last = trusted(replace(layout.closed(), keep_begin=state.gist_columns - sinks), layout)
-    return plan_layout(state, last, last.positions(work.handle.positions) + state.tail_position[:, None], valid)
-
-
-def _sinks_last(state: CacheState, sinks: torch.Tensor) -> torch.Tensor:
-    """Gist columns with each sample's `sinks` sink rows behind its gists, next to the summary that stays with them."""
-    column = torch.arange(state.gist_columns)
-    first = (state.gist_columns - state.gist_rows)[:, None]
-    return torch.where(column >= first, first + (column - first + sinks[:, None]) % state.gist_rows[:, None], column)
+    sinks = np.array([min(len(sample[0][0]), handle.sink_tokens) for sample in samples])
+    return plan_summary(calls, sinks, handle.gist_token_ids, reading)

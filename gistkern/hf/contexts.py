@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluating", "read_context"]
 
 
-def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 ``[B, N]`` and the real ones among them, bool ``[B, N]``.
+def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int64 ``[B, N]`` and the real ones among them, bool ``[B, N]``: on the host, where the calls are planned.
 
     Parameters
     ----------
@@ -55,11 +55,10 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[t
         isinstance(given, Sequence) and given and isinstance(given[0], (str, bytes))
     ):
         raise TypeError("the context is a text: tokenize it first, compress(model, tokenizer(text, ...))")
-    device = input_device(handle.inner)
-    if device.type == "meta":
+    if input_device(handle.inner).type == "meta":
         raise ValueError("the model is on the meta device and has no weights to compress with: load them first")
     if isinstance(given, Sequence):
-        ids, attention_mask = _of_lists(given, attention_mask, device)
+        ids, attention_mask = _of_lists(given, attention_mask)
     elif torch.is_tensor(given):
         ids = given
         if isinstance(attention_mask, Sequence):
@@ -70,29 +69,30 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[t
         raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integers, got {ids.dtype}")
-    ids = ids.long()
-    valid = check_padding(ids, attention_mask)
-    _check_ids(handle, ids, valid)
-    return ids, valid
+    ids = ids.detach().cpu().long()
+    if attention_mask is None:
+        valid = np.ones(ids.shape, dtype=bool)
+    else:
+        valid = check_padding(ids, attention_mask).numpy()
+    _check_ids(handle, ids.numpy(), valid)
+    return ids.numpy(), valid
 
 
-def _check_ids(handle: GistHandle, ids: torch.Tensor, valid: torch.Tensor) -> None:
-    size = vocabulary_size(handle.inner.get_input_embeddings(), handle.model.config)
-    is_gist = handle.is_gist(ids)
-    outside = valid & ~is_gist & ((ids < 0) | (ids >= size))
-    empty = ~valid.any(1)
-    problems = torch.stack([empty.any(), is_gist.any(), outside.any()]).tolist()
-    if problems[0]:
-        raise ValueError(f"sample {int(empty.int().argmax())} of the context is empty")
-    if problems[1]:
+def _check_ids(handle: GistHandle, ids: np.ndarray, valid: np.ndarray) -> None:
+    if not valid.any(1).all():
+        raise ValueError(f"sample {valid.any(1).argmin()} of the context is empty")
+    is_gist = (ids >= handle.first_id) & (ids < handle.first_id + handle.num_ids)
+    if is_gist.any():
         raise ValueError("the context holds gist tokens already: pass the raw context, compress appends them")
-    if problems[2]:
-        raise ValueError(f"the context holds the id {int(ids[outside][0])}, the model's vocabulary has {size} tokens")
+    size = vocabulary_size(handle.inner.get_input_embeddings(), handle.model.config)
+    outside = valid & ((ids < 0) | (ids >= size))
+    if outside.any():
+        raise ValueError(f"the context holds the id {ids[outside][0]}, the model's vocabulary has {size} tokens")
 
 
-def _of_lists(given: Sequence[Any], attention_mask: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_lists(given: Sequence[Any], attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of a sample or of several, of any lengths, and their mask, which may be lists like those of the ids."""
-    pieces = _rows(given, "the context must be lists of token ids", device)
+    pieces = _rows(given, "the context must be lists of token ids")
     if any(piece.dim() != 1 for piece in pieces) or not pieces:
         raise ValueError("the context must be a list of token ids, or a list of such lists")
     ids, real = left_padded(pieces)
@@ -101,20 +101,20 @@ def _of_lists(given: Sequence[Any], attention_mask: Any, device: torch.device) -
     if torch.is_tensor(attention_mask):
         masks = list(attention_mask) if attention_mask.dim() > 1 else [attention_mask]
     else:
-        masks = _rows(attention_mask, "attention_mask must be lists like those of the context", device)
+        masks = _rows(attention_mask, "attention_mask must be lists like those of the context")
     if [mask.shape for mask in masks] != [piece.shape for piece in pieces]:
         raise ValueError(
             f"attention_mask must be like the context's lists of {[len(piece) for piece in pieces]} ids, "
             f"got {[tuple(mask.shape) for mask in masks]}"
         )
-    return ids, left_padded([mask.to(device) for mask in masks])[0]
+    return ids, left_padded([mask.cpu() for mask in masks])[0]
 
 
-def _rows(given: Any, wanted: str, device: torch.device) -> list[torch.Tensor]:
+def _rows(given: Any, wanted: str) -> list[torch.Tensor]:
     """A list of numbers, or a list of such lists, as one tensor for each row."""
     try:
         one = not len(given) or not isinstance(given[0], (Sequence, np.ndarray, torch.Tensor))
-        return [torch.as_tensor(row, device=device) for row in ([given] if one and len(given) else given)]
+        return [torch.as_tensor(row, device="cpu") for row in ([given] if one and len(given) else given)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{wanted}: {error}") from error
 

@@ -23,9 +23,12 @@ _MARK = "_plain"
 def marked(layout: Layout, plain: bool) -> Layout:
     """Remember that `layout` hides nothing, if its maker has found so (`plain`).
 
-    Not while compiling, and not of tensors made under `torch.inference_mode`: nobody counts what is written to those.
+    Not while compiling, not of numpy arrays, and not of tensors made under `torch.inference_mode`: nobody counts what is
+    written to those.
     """
-    if plain and not torch.compiler.is_compiling() and not layout.local_begin.is_inference():
+    if not plain or not torch.is_tensor(layout.local_begin) or torch.compiler.is_compiling():
+        return layout
+    if not layout.local_begin.is_inference():
         vectors = layout.gist_begin, layout.gist_end, layout.local_begin
         layout.__dict__[_MARK] = (*vectors, *(vector._version for vector in vectors))
     return layout

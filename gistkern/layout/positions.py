@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from gistkern.layout import arrays
+
 __all__ = ["SCHEMES", "check_scheme", "gist_first", "stream"]
 
 SCHEMES = ("absolute", "gist_first")
@@ -22,7 +24,7 @@ def check_scheme(scheme: str) -> None:
 
 def stream(valid: torch.Tensor) -> torch.Tensor:
     """Places among the real tokens, int64 ``[B, N]``; padding has 0."""
-    return (valid.long().cumsum(1) - 1).masked_fill(~valid, 0)
+    return arrays.where(valid, arrays.int64(valid).cumsum(1) - 1, 0)
 
 
 def gist_first(
@@ -39,19 +41,20 @@ def gist_first(
     segments see no earlier gists, so each starts at 0; with `documents` (the first row of each, bool ``[B, N]``) each
     document does.
     """
-    segment = (starts.long().cumsum(1) - 1).clamp(min=0)
-    gists = (is_gist & valid).long()
-    raw = (~is_gist & valid).long()
-    per_segment = torch.zeros_like(segment).scatter_add_(1, segment, gists)
+    segment = arrays.int64(starts).cumsum(1) - 1
+    segment = arrays.where(segment < 0, 0, segment)  # of padding in front
+    gists = arrays.int64(is_gist & valid)
+    raw = arrays.int64(~is_gist & valid)
+    per_segment = arrays.added_up(segment, gists)
     before = per_segment.cumsum(1) - per_segment
-    raw_per_segment = torch.zeros_like(segment).scatter_add_(1, segment, raw)
+    raw_per_segment = arrays.added_up(segment, raw)
     raw_before = raw_per_segment.cumsum(1) - raw_per_segment
     # a gist's place is its rank among all gists; a raw token follows its own segment's gists
     gist_place = gists.cumsum(1) - 1
-    raw_place = (before + per_segment - raw_before).gather(1, segment) + raw.cumsum(1) - 1
-    place = torch.where(is_gist, gist_place, raw_place)
+    raw_place = arrays.taken(before + per_segment - raw_before, segment) + raw.cumsum(1) - 1
+    place = arrays.where(is_gist, gist_place, raw_place)
     if restart:
-        place = place - before.gather(1, segment)
+        place = place - arrays.taken(before, segment)
     elif documents is not None:
-        place = place - torch.where(documents, before.gather(1, segment), 0).cummax(1).values
-    return place.masked_fill(~valid, 0)
+        place = place - arrays.running_max(arrays.where(documents, arrays.taken(before, segment), 0))
+    return arrays.where(valid, place, 0)

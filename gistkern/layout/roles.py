@@ -6,19 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
+from gistkern.layout import arrays
+
 __all__ = ["gather_list", "roles_of_segments"]
 
 
 def gather_list(persistent: torch.Tensor, flag: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
-    """Positions of the true entries of each row in order, padded with -1 to the longest; and `flag` on the host."""
+    """Positions of the true entries of each row in order, padded with -1 to the longest; and `flag` on the host.
+
+    Of tensors, or of numpy arrays.
+    """
     count = persistent.sum(1)
-    both = count.amax() if count.numel() else count.sum()
+    both = count.max() if len(count) else count.sum()
     # the one host sync of a batch: both in one number
     both = both * 2 if flag is None else both * 2 + flag
     width, found = divmod(int(both), 2)
-    order = torch.argsort(~persistent, dim=1, stable=True)[:, :width]
-    slot = torch.arange(width, device=persistent.device)
-    return torch.where(slot < count[:, None], order, -1), bool(found)
+    order = arrays.order_of(persistent)[:, :width]
+    return arrays.where(arrays.places(width, persistent) < count[:, None], order, -1), bool(found)
 
 
 def roles_of_segments(lengths: Sequence[int], counts: Sequence[int], tail: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gistkern.layout import positions
+from gistkern.layout import arrays, positions
 from gistkern.layout.arguments import check_count, check_padding, check_segments, counts_of, ints, token_ids
 from gistkern.layout.fields import LayoutFields
 from gistkern.layout.plain import marked
@@ -29,11 +29,11 @@ def from_roles(
     seen: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> LayoutFields:
-    """Layout of a batch of documents, from the role of each token.
+    """Layout of a batch of documents, from the role of each token: of tensors, or all of it of numpy arrays.
 
     Parameters
     ----------
-    is_gist, valid : Tensor
+    is_gist, valid : Tensor or ndarray
         bool ``[B, N]``; the valid tokens of a sample are contiguous.
     sink_tokens : int
         First real tokens of the document that stay visible.
@@ -47,47 +47,47 @@ def from_roles(
         bool ``[B, N]``: the first token of each document where a sample packs several. None of them sees another.
     """
     batch, rows = is_gist.shape
-    device = is_gist.device
-    index = torch.arange(rows, device=device).expand(batch, rows)
+    index = arrays.places(rows, is_gist)[None]
     is_gist = is_gist & valid
-    previous_gist = torch.nn.functional.pad(is_gist[:, :-1], (1, 0))
+    previous_gist = arrays.shifted(is_gist)
     rank = positions.stream(valid)
     if documents is not None:
-        begins = torch.where(documents & valid, index, 0).cummax(1).values  # of the document that a token is in
-        rank = (rank - rank.gather(1, begins)).masked_fill(~valid, 0)
+        # of the document that a token is in
+        begins = arrays.running_max(arrays.where(documents & valid, index, 0))
+        rank = arrays.where(valid, rank - arrays.taken(rank, begins), 0)
     if starts is None:
         starts = valid & ((previous_gist & ~is_gist) | (rank == 0))  # rank 0 begins a document
-    segment_start = torch.where(starts, index, 0).cummax(1).values
+    segment_start = arrays.running_max(arrays.where(starts, index, 0))
     age = rank if seen is None else rank + seen[:, None]
     persistent = valid & (is_gist | (age < sink_tokens))
 
-    owned = torch.full((batch,), past, device=device) if past_rows is None else past_rows
+    owned = arrays.filled(batch, past, is_gist) if past_rows is None else past_rows
     first = (past - owned)[:, None]
     total = persistent.sum(1)
-    before = persistent.long().cumsum(1) - persistent.long()  # persistent tokens in front of each
-    gist_begin = first.expand(-1, rows) if documents is None else before.gather(1, begins)
-    started = valid.long().cumsum(1) > 0
+    before = arrays.int64(persistent).cumsum(1) - arrays.int64(persistent)  # persistent tokens in front of each
+    gist_begin = first if documents is None else arrays.taken(before, begins)
+    started = arrays.int64(valid).cumsum(1) > 0
     # padding rows hold empty intervals at places that keep the vectors monotone
-    padding_edge = torch.where(started, (past + total)[:, None], first)
-    gist_begin = torch.where(valid, gist_begin, padding_edge)
-    gist_end = torch.where(valid, past + before.gather(1, segment_start), padding_edge)
-    local_begin = torch.where(valid, segment_start, index + 1)
+    padding_edge = arrays.where(started, (past + total)[:, None], first)
+    gist_begin = arrays.where(valid, gist_begin, padding_edge)
+    gist_end = arrays.where(valid, past + arrays.taken(before, segment_start), padding_edge)
+    local_begin = arrays.where(valid, segment_start, index + 1)
 
-    last = (index * valid).amax(1, keepdim=True)
+    last = arrays.largest(index * valid)
     has_rows = valid.any(1)
     # nothing is hidden where every row sees the first one: local_begin of padding lies behind it
     gather, plain = gather_list(persistent, None if past else (local_begin == 0).all())
     fields = LayoutFields(
-        gist_begin=gist_begin.int(),
-        gist_end=gist_end.int(),
-        local_begin=local_begin.int(),
+        gist_begin=arrays.int32(gist_begin),
+        gist_end=arrays.int32(gist_end),
+        local_begin=arrays.int32(local_begin),
         gather=gather,
         is_gist=is_gist,
         stream_position=rank,
         gist_first_position=positions.gist_first(is_gist, valid, starts, documents=documents),
-        keep_begin=torch.where(has_rows, gist_begin.gather(1, last)[:, 0], first[:, 0]).long(),
-        keep_end=torch.where(has_rows, gist_end.gather(1, last)[:, 0], past).long(),
-        keep_local=torch.where(has_rows, segment_start.gather(1, last)[:, 0], rows).long(),
+        keep_begin=arrays.where(has_rows, arrays.taken(gist_begin, last)[:, 0], first[:, 0]),
+        keep_end=arrays.where(has_rows, arrays.taken(gist_end, last)[:, 0], past),
+        keep_local=arrays.where(has_rows, arrays.taken(segment_start, last)[:, 0], rows),
         past=past,
     )
     return marked(fields, plain)

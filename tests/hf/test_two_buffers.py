@@ -122,47 +122,6 @@ def test_inference_mode_and_back(patched):
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- compress
-
-
-@pytest.mark.parametrize("summary", [0, 2], ids=["segments", "hierarchical"])
-@pytest.mark.parametrize("lengths", [(40, 40), (40, 13)], ids=["alike", "ragged"])
-def test_no_call_of_a_compression_asks_the_device(monkeypatch, summary, lengths):
-    """Plans are made on the host; what runs for the device reads no value back."""
-    from gistkern.hf import compress
-
-    names = []
-
-    class Asked(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name = function._schema.name.removeprefix("aten::")
-            if name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select"):
-                names.append(name)
-            return function(*args, **(kwargs or {}))
-
-    model = make_model()
-    gistkern.patch_llama(model, num_gist_tokens=2, num_segment_gist_tokens=summary)
-    model.gistkern_handle.check_settings()  # looks at the gist rows' settings once
-    monkeypatch.setattr(compress, "CALL_TOKENS", 20)
-    monkeypatch.setattr(compress, "CPU_CALL_TOKENS", 20)
-    run, calls = compress._Compression.run, []
-
-    def watched(self, ids, plan):
-        with Asked(), monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "tolist", lambda *_: names.append("tolist"))
-            run(self, ids, plan)
-        calls.append(ids.shape)
-
-    monkeypatch.setattr(compress._Compression, "run", watched)
-    ids = torch.zeros(2, 40, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, :length], mask[row, :length] = random_ids(1, length, row)[0], 1
-    gistkern.compress(model, ids, mask, segment_length=10)
-    assert len(calls) == 2 + bool(summary)
-    assert not names
-
-
 # ---- quantized gist rows
 
 

@@ -1,0 +1,279 @@
+"""The calls of a compression, planned on the host before the first one runs.
+
+How long the segments are is known there. So the layout of a whole context is made once, in numpy, by the rule that all
+layouts are made by (`gistkern.layout.schemes.from_roles`), and cut into calls at ends of segments: the compact rows of
+earlier calls are the past of the next one, and intervals over them stay what they are. All that the device needs of all
+calls goes there in one copy for each type, so nothing in the loop over the calls waits for it.
+
+Samples stand at the left of the batch until the last call: one that has ended brings padding, and its rows stay in
+front. Only then a ragged batch's rows are moved to the right, where a cache keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gistkern.cache.plan import CacheState, CallPlan
+from gistkern.layout import arrays, positions
+from gistkern.layout.fields import LayoutFields
+from gistkern.layout.layout import layout_of
+from gistkern.layout.plain import marked
+from gistkern.layout.schemes import from_roles
+
+__all__ = ["Call", "Context", "Reading", "on_device", "plan_segments", "plan_summary", "right_aligned"]
+
+# of a document: its segments, int64 [tokens] each
+Context = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One model call and its plan, on the host of numpy arrays.
+
+    `words` (int64 ``[B, N]``) are the ids that the model embeds, 0 in the places of gist tokens, where `rows` (int64
+    ``[B, N]``) lists rows of the gist embedding.
+    """
+
+    words: Any
+    rows: Any
+    plan: CallPlan
+
+    @classmethod
+    def of(cls, ids: np.ndarray, first_id: int, plan: CallPlan) -> Call:
+        """Of ids with gist tokens in them, which are `first_id` and those behind it."""
+        is_gist = plan.layout.is_gist
+        return cls(np.where(is_gist, 0, ids), np.where(is_gist, ids - first_id, 0), plan)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a context's calls share.
+
+    Position scheme, sink tokens, the first gist token's id, and raw tokens of a segment and of a call.
+    """
+
+    scheme: str
+    sink_tokens: int
+    first_id: int
+    segment_length: int
+    call_tokens: int
+
+    @property
+    def segments_per_call(self) -> int:
+        """Whole segments; one that is longer than a call is a call of its own."""
+        return max(1, self.call_tokens // self.segment_length)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Samples' segments, each with its gist tokens behind it: ids ``[B, N]``, padded on the right.
+
+    `starts` marks the first token of each document, `ends` are the columns behind each segment of the longest sample.
+    """
+
+    ids: np.ndarray
+    is_gist: np.ndarray
+    valid: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[Context]], gist_ids: Sequence[int]) -> _Stream:
+        gists = np.asarray(gist_ids, dtype=np.int64)
+        pieces = [[part for one in sample for segment in one for part in (segment, gists)] for sample in samples]
+        rows = [np.concatenate(sample) for sample in pieces]
+        longest = max(range(len(rows)), key=lambda sample: len(rows[sample]))
+        ids = np.zeros((len(rows), len(rows[longest])), dtype=np.int64)
+        valid, starts = np.zeros(ids.shape, dtype=bool), np.zeros(ids.shape, dtype=bool)
+        for sample, row in enumerate(rows):
+            ids[sample, : len(row)], valid[sample, : len(row)] = row, True
+            lengths = [sum(map(len, one)) + len(one) * len(gists) for one in samples[sample]]
+            starts[sample, np.cumsum([0, *lengths[:-1]])] = True
+        ends = np.cumsum([len(piece) for piece in pieces[longest]])[1::2]
+        return cls(ids, np.isin(ids, gists) & valid, valid, starts, ends)
+
+    def cuts(self, reading: Reading, gists: int) -> list[int]:
+        """Columns where calls end: whole segments, of as many raw tokens as fit."""
+        most, found, begun = reading.segments_per_call * reading.segment_length, [0], 0
+        raw = self.ends - gists * np.arange(1, len(self.ends) + 1)  # raw tokens up to each end
+        for segment in range(1, len(self.ends)):
+            if raw[segment] - begun > most:
+                found.append(int(self.ends[segment - 1]))
+                begun = raw[segment - 1]
+        return [*found, int(self.ends[-1])]
+
+
+def plan_segments(
+    samples: Sequence[Sequence[Context]], gist_ids: Sequence[int], reading: Reading, apart: bool = False
+) -> list[Call]:
+    """Calls of many segments each, which see the gists of the earlier segments of their document.
+
+    Parameters
+    ----------
+    samples : sequence
+        Of each sample its documents, of each document its segments. Several samples have one document each, and all
+        their segments but the last the same length.
+    gist_ids : sequence of int
+        What ends every segment.
+    reading : Reading
+    apart : bool
+        Segments see nothing of each other, as those that a summary follows.
+    """
+    stream = _Stream.of(samples, gist_ids)
+    documents = stream.starts if len(samples[0]) > 1 else None
+    fields = from_roles(stream.is_gist, stream.valid, sink_tokens=reading.sink_tokens, documents=documents)
+    if apart:
+        begins = stream.valid & (fields.local_begin == np.arange(stream.ids.shape[1]))
+        fields = replace(
+            fields,
+            gist_end=fields.gist_begin,  # an empty interval
+            gist_first_position=positions.gist_first(stream.is_gist, stream.valid, begins, restart=True),
+        )
+    place = fields.stream_position if reading.scheme == "absolute" else fields.gist_first_position
+    cuts = stream.cuts(reading, len(gist_ids))
+    # compact rows of each sample in front of each cut, and how many columns hold them
+    rows = [((fields.gather >= 0) & (fields.gather < cut)).sum(1) for cut in cuts]
+    calls = []
+    for begin, end, had, has in zip(cuts, cuts[1:], rows, rows[1:], strict=False):
+        now = slice(begin, end)
+        seen = stream.valid[:, :end].sum(1)
+        behind = seen
+        if reading.scheme == "gist_first":
+            behind = np.full_like(seen, len(gist_ids)) if apart else stream.is_gist[:, :end].sum(1)
+        state = _state(seen, has, behind)
+        layout = _cut(fields, now, int(had.max()), state)
+        plan = _closed(layout, place[:, now], state, stream.valid[:, now])
+        calls.append(Call.of(stream.ids[:, now], reading.first_id, plan))
+    return calls
+
+
+def _cut(fields: LayoutFields, now: slice, past: int, state: CacheState) -> LayoutFields:
+    """Columns `now` of the layout of the whole stream, behind `past` compact rows."""
+    gather = fields.gather[:, past : state.gist_columns]
+    names = ("gist_begin", "gist_end", "is_gist", "stream_position", "gist_first_position")
+    rows: dict[str, Any] = {name: getattr(fields, name)[:, now] for name in names}
+    zeros = np.zeros_like(state.gist_rows)
+    return LayoutFields(
+        **rows,
+        local_begin=fields.local_begin[:, now] - np.int32(now.start),
+        gather=np.where(gather >= 0, gather - now.start, -1),
+        keep_begin=zeros,
+        keep_end=state.gist_rows,
+        keep_local=zeros + (now.stop - now.start),
+        past=past,
+    )
+
+
+def _state(seen: np.ndarray, gist_rows: np.ndarray, tail_position: np.ndarray) -> CacheState:
+    none: Any = np.zeros_like(seen)
+    parts: tuple[Any, ...] = seen, gist_rows, none, tail_position, none[:, None][:, :0].astype(bool)
+    return CacheState(*parts, gist_columns=int(gist_rows.max()), tail_columns=0, length=int(seen.max()))
+
+
+def _closed(layout: LayoutFields, place: Any, state: CacheState, real: Any, keep_gists: Any = None) -> CallPlan:
+    """A call that ends its last segment, so that no tail stays."""
+    rows = layout.num_rows
+    fields: Any = layout
+    return CallPlan(fields, place, state, keep_gists=keep_gists, keep_tail=slice(rows, rows), real=real, context=True)
+
+
+def right_aligned(calls: list[Call]) -> list[Call]:
+    """The calls, of which the last leaves each sample's rows in the last columns, where a cache has them."""
+    after = calls[-1].plan.after
+    count: Any = after.gist_rows
+    if (count == after.gist_columns).all():
+        return calls
+    column = np.arange(after.gist_columns) - (after.gist_columns - count)[:, None]
+    return [*calls[:-1], replace(calls[-1], plan=replace(calls[-1].plan, keep_gists=column.clip(min=0)))]
+
+
+def plan_summary(calls: list[Call], sinks: np.ndarray, gist_ids: Sequence[int], reading: Reading) -> list[Call]:
+    """The calls, and one of gists that stay, which see all others of their sample.
+
+    Of the compact rows before them each sample's last `sinks`, int64 ``[B]``, stay too: its sink tokens, which the last
+    call puts there.
+    """
+    last, after = calls[-1], calls[-1].plan.after
+    counts: Any = after.gist_rows
+    columns, behind = after.gist_columns, len(gist_ids)
+    # right-aligned, and in each sample the sinks behind its gists
+    column = np.arange(columns) - (columns - counts)[:, None]
+    order = np.where(column >= 0, (column + sinks[:, None]) % counts[:, None], 0)
+    moved = replace(last, plan=replace(last.plan, keep_gists=order if (order != np.arange(columns)).any() else None))
+
+    valid = np.ones((len(counts), behind), dtype=bool)
+    layout = from_roles(valid, valid, sink_tokens=0, past=columns, past_rows=counts)
+    zeros: Any = np.zeros_like(counts)
+    layout = replace(
+        layout, keep_begin=columns - sinks, keep_end=zeros + columns + behind, keep_local=zeros + behind
+    )
+    place = layout.stream_position if reading.scheme == "absolute" else layout.gist_first_position
+    state = _state(after.seen + behind, sinks + behind, after.tail_position + behind)
+    ids = np.tile(np.asarray(gist_ids, dtype=np.int64), (len(counts), 1))
+    most = state.gist_columns
+    kept = slice(columns + behind - most, columns + behind) if most < columns + behind else None
+    plan = _closed(layout, place + np.asarray(after.tail_position)[:, None], state, valid, kept)
+    return [*calls[:-1], moved, Call.of(ids, reading.first_id, plan)]
+
+
+# ---- to the device
+
+
+def on_device(calls: list[Call], device: torch.device) -> Iterator[Call]:
+    """The calls with tensors on a device in place of arrays, copied there before the first is given out."""
+    sent: dict[tuple[Any, ...], np.ndarray] = {}
+    for call in calls:
+        _mapped(call, lambda one: sent.setdefault(_memory(one), one), call is calls[-1])
+    moved = dict(zip(sent, _tensors(list(sent.values()), device, packed=device.type != "cpu"), strict=True))
+    return iter([_mapped(call, lambda one: moved[_memory(one)], call is calls[-1]) for call in calls])
+
+
+def _memory(array: np.ndarray) -> tuple[Any, ...]:
+    """What two names of the same numbers have in common."""
+    return array.__array_interface__["data"], array.shape, array.strides, array.dtype
+
+
+def _mapped(call: Call, function: Callable[[np.ndarray], Any], last: bool) -> Call:
+    """The call of what `function` makes of its arrays; of states only the last, which the cache ends with."""
+
+    def through(fields: object, place: Callable[[np.ndarray], Any] = function) -> dict[str, Any]:
+        return {name: place(one) if isinstance(one, np.ndarray) else one for name, one in vars(fields).items()}
+
+    host = call.plan.layout
+    layout = LayoutFields(**through(host))
+    state = CacheState(**through(call.plan.after, function if last else lambda one: one))
+    plan = through(replace(call.plan, layout=None, after=None))  # type: ignore[arg-type]
+    made: Any = layout
+    if torch.is_tensor(layout.gather):
+        # a segment that is alone in the first call sees all of it
+        alone = not host.past and not host.local_begin.any() and bool((host.gist_begin == host.gist_end).all())
+        made = marked(layout_of(layout), alone)
+    return Call(function(call.words), function(call.rows), CallPlan(**plan | {"layout": made, "after": state}))
+
+
+_ALIGNED = 16  # elements: kernels are specialised for pointers to whole 16 bytes
+
+
+def _tensors(arrays: list[np.ndarray], device: torch.device, packed: bool = True) -> list[torch.Tensor]:
+    """The arrays as tensors: `packed` views of one buffer for each type, otherwise their own memory on the host."""
+    arrays = [np.ascontiguousarray(one) for one in arrays]
+    if not packed:
+        return [torch.from_numpy(one) for one in arrays]
+    room: dict[np.dtype, int] = {}
+    places = []
+    for one in arrays:
+        places.append(room.get(one.dtype, 0))
+        room[one.dtype] = places[-1] + -(-one.size // _ALIGNED) * _ALIGNED
+    host = {dtype: np.zeros(count, dtype) for dtype, count in room.items()}
+    for one, place in zip(arrays, places, strict=True):
+        host[one.dtype][place : place + one.size] = one.ravel()
+    there = {dtype: torch.from_numpy(flat).to(device, non_blocking=True) for dtype, flat in host.items()}
+    return [
+        there[one.dtype].as_strided(one.shape, [step // one.itemsize for step in one.strides], place)
+        for one, place in zip(arrays, places, strict=True)
+    ]

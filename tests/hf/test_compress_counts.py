@@ -1,0 +1,72 @@
+"""What a compression costs the host: exact counts of operations, beside a plain prefill, and no wait for the device."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model, random_ids
+
+import gistkern
+from bench.measured.calls import Operations
+from gistkern.layout.streams import left_padded
+
+SEGMENT = 16
+
+
+@pytest.fixture(autouse=True)
+def calls_of_two_segments(monkeypatch):
+    for name in ("CALL_TOKENS", "CPU_CALL_TOKENS"):
+        monkeypatch.setattr(f"gistkern.hf.compress.{name}", 2 * SEGMENT)
+
+
+def operations(function):
+    """Of a second call: the first looks at the settings of the gist rows, once."""
+    function()
+    with Operations() as found, torch.no_grad():
+        function()
+    return found
+
+
+@pytest.mark.parametrize("summary", [0, 2], ids=["segments", "hierarchical"])
+@pytest.mark.parametrize("lengths", [(100,), (100, 100), (100, 37, 3)], ids=["one", "alike", "ragged"])
+def test_nothing_waits_for_the_device(summary, lengths):
+    """Of tensors on the host as well, where a device's would be: planning asks none for a value."""
+    model = make_model()
+    gistkern.patch(model, num_gist_tokens=2, num_segment_gist_tokens=summary)
+    context = [random_ids(1, count, count)[0].tolist() for count in lengths]
+    found = operations(lambda: gistkern.compress(model, context, segment_length=SEGMENT))
+    assert found.total
+    assert not found.waits
+
+
+def test_a_mask_is_looked_at_before_the_first_call():
+    model = make_model()
+    handle = gistkern.patch(model, num_gist_tokens=2)
+    ids, mask = left_padded([random_ids(1, count, count)[0] for count in (100, 37)])
+    before = []
+
+    def first(module, args, kwargs):
+        before.append(sum(found.waits.values()))
+
+    with handle.inner.register_forward_pre_hook(first, with_kwargs=True), Operations() as found:
+        gistkern.compress(model, ids, mask, segment_length=SEGMENT)
+    assert len(before) == 4
+    assert set(before) == {sum(found.waits.values())}
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_call_costs_what_a_prefill_costs(layers):
+    """In operations: each further call 1.05 times a prefill's at most, all of a context of one call 1.3 times."""
+    plain = make_model(num_hidden_layers=layers)
+    model = copy.deepcopy(plain)
+    gistkern.patch(model, num_gist_tokens=2)
+
+    def compressed(calls):
+        ids = random_ids(1, 2 * SEGMENT * calls)
+        return operations(lambda: gistkern.compress(model, ids, segment_length=SEGMENT)).total
+
+    prefill = operations(lambda: plain.model(random_ids(1, 2 * SEGMENT), use_cache=True)).total
+    one, two, many = map(compressed, (1, 2, 6))
+    assert many - one == 5 * (two - one), "each call costs the same"
+    assert two - one <= 1.05 * prefill
+    assert one <= 1.3 * prefill
