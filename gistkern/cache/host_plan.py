@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from gistkern.cache.plan import CacheState, CallPlan
-from gistkern.layout import arrays, positions
+from gistkern.layout import positions
 from gistkern.layout.fields import LayoutFields
 from gistkern.layout.layout import layout_of
 from gistkern.layout.plain import marked
@@ -126,7 +126,7 @@ def plan_segments(
     """
     stream = _Stream.of(samples, gist_ids)
     documents = stream.starts if len(samples[0]) > 1 else None
-    fields = from_roles(stream.is_gist, stream.valid, sink_tokens=reading.sink_tokens, documents=documents)
+    fields: Any = from_roles(stream.is_gist, stream.valid, sink_tokens=reading.sink_tokens, documents=documents)
     if apart:
         begins = stream.valid & (fields.local_begin == np.arange(stream.ids.shape[1]))
         fields = replace(
@@ -152,27 +152,32 @@ def plan_segments(
     return calls
 
 
-def _cut(fields: LayoutFields, now: slice, past: int, state: CacheState) -> LayoutFields:
+def _cut(fields: Any, now: slice, past: int, state: CacheState) -> LayoutFields:
     """Columns `now` of the layout of the whole stream, behind `past` compact rows."""
-    gather = fields.gather[:, past : state.gist_columns]
-    names = ("gist_begin", "gist_end", "is_gist", "stream_position", "gist_first_position")
+    names = ("gist_begin", "gist_end", "local_begin", "is_gist", "stream_position", "gist_first_position")
     rows: dict[str, Any] = {name: getattr(fields, name)[:, now] for name in names}
-    zeros = np.zeros_like(state.gist_rows)
+    rows["local_begin"] = rows["local_begin"] - np.int32(now.start)
+    gather = fields.gather[:, past : state.gist_columns]
+    rows["gather"] = np.where(gather >= 0, gather - now.start, -1)
+    none: Any = state.tail_rows
     return LayoutFields(
-        **rows,
-        local_begin=fields.local_begin[:, now] - np.int32(now.start),
-        gather=np.where(gather >= 0, gather - now.start, -1),
-        keep_begin=zeros,
-        keep_end=state.gist_rows,
-        keep_local=zeros + (now.stop - now.start),
-        past=past,
+        **rows, keep_begin=none, keep_end=state.gist_rows, keep_local=none + (now.stop - now.start), past=past
     )
 
 
-def _state(seen: np.ndarray, gist_rows: np.ndarray, tail_position: np.ndarray) -> CacheState:
-    none: Any = np.zeros_like(seen)
-    parts: tuple[Any, ...] = seen, gist_rows, none, tail_position, none[:, None][:, :0].astype(bool)
-    return CacheState(*parts, gist_columns=int(gist_rows.max()), tail_columns=0, length=int(seen.max()))
+def _state(seen: Any, gist_rows: Any, tail_position: Any) -> CacheState:
+    none = np.zeros_like(seen)
+    is_gist = none[:, None][:, :0].astype(bool)
+    return CacheState(
+        seen,
+        gist_rows,
+        none,
+        tail_position,
+        is_gist,
+        gist_columns=int(gist_rows.max()),
+        tail_columns=0,
+        length=int(seen.max()),
+    )
 
 
 def _closed(layout: LayoutFields, place: Any, state: CacheState, real: Any, keep_gists: Any = None) -> CallPlan:
@@ -203,21 +208,20 @@ def plan_summary(calls: list[Call], sinks: np.ndarray, gist_ids: Sequence[int], 
     columns, behind = after.gist_columns, len(gist_ids)
     # right-aligned, and in each sample the sinks behind its gists
     column = np.arange(columns) - (columns - counts)[:, None]
-    order = np.where(column >= 0, (column + sinks[:, None]) % counts[:, None], 0)
+    order: Any = np.where(column >= 0, (column + sinks[:, None]) % counts[:, None], 0)
     moved = replace(last, plan=replace(last.plan, keep_gists=order if (order != np.arange(columns)).any() else None))
 
     valid = np.ones((len(counts), behind), dtype=bool)
     layout = from_roles(valid, valid, sink_tokens=0, past=columns, past_rows=counts)
-    zeros: Any = np.zeros_like(counts)
-    layout = replace(
-        layout, keep_begin=columns - sinks, keep_end=zeros + columns + behind, keep_local=zeros + behind
-    )
+    none: Any = after.tail_rows
+    kept: dict[str, Any] = {"keep_begin": columns - sinks, "keep_end": none + columns + behind}
+    layout = replace(layout, **kept, keep_local=none + behind)
     place = layout.stream_position if reading.scheme == "absolute" else layout.gist_first_position
     state = _state(after.seen + behind, sinks + behind, after.tail_position + behind)
     ids = np.tile(np.asarray(gist_ids, dtype=np.int64), (len(counts), 1))
     most = state.gist_columns
-    kept = slice(columns + behind - most, columns + behind) if most < columns + behind else None
-    plan = _closed(layout, place + np.asarray(after.tail_position)[:, None], state, valid, kept)
+    of_both = slice(columns + behind - most, columns + behind) if most < columns + behind else None
+    plan = _closed(layout, place + after.tail_position[:, None], state, valid, of_both)
     return [*calls[:-1], moved, Call.of(ids, reading.first_id, plan)]
 
 
@@ -228,9 +232,13 @@ def on_device(calls: list[Call], device: torch.device) -> Iterator[Call]:
     """The calls with tensors on a device in place of arrays, copied there before the first is given out."""
     sent: dict[tuple[Any, ...], np.ndarray] = {}
     for call in calls:
-        _mapped(call, lambda one: sent.setdefault(_memory(one), one), call is calls[-1])
+        _mapped(call, lambda one: sent.setdefault(_memory(one), one))
     moved = dict(zip(sent, _tensors(list(sent.values()), device, packed=device.type != "cpu"), strict=True))
-    return iter([_mapped(call, lambda one: moved[_memory(one)], call is calls[-1]) for call in calls])
+    found = [_mapped(call, lambda one: moved[_memory(one)]) for call in calls]
+    # the last state is the cache's, apart from the buffers of the calls; nobody reads the others' vectors
+    last = found[-1].plan
+    state = CacheState(**_through(last.after, lambda one: torch.from_numpy(one.copy()).to(device)))
+    return iter([*found[:-1], replace(found[-1], plan=replace(last, after=state))])
 
 
 def _memory(array: np.ndarray) -> tuple[Any, ...]:
@@ -238,22 +246,20 @@ def _memory(array: np.ndarray) -> tuple[Any, ...]:
     return array.__array_interface__["data"], array.shape, array.strides, array.dtype
 
 
-def _mapped(call: Call, function: Callable[[np.ndarray], Any], last: bool) -> Call:
-    """The call of what `function` makes of its arrays; of states only the last, which the cache ends with."""
-
-    def through(fields: object, place: Callable[[np.ndarray], Any] = function) -> dict[str, Any]:
-        return {name: place(one) if isinstance(one, np.ndarray) else one for name, one in vars(fields).items()}
-
-    host = call.plan.layout
-    layout = LayoutFields(**through(host))
-    state = CacheState(**through(call.plan.after, function if last else lambda one: one))
-    plan = through(replace(call.plan, layout=None, after=None))  # type: ignore[arg-type]
-    made: Any = layout
-    if torch.is_tensor(layout.gather):
+def _mapped(call: Call, function: Callable[[np.ndarray], Any]) -> Call:
+    """The call of what `function` makes of its arrays, but for its state's."""
+    plan, host = call.plan, call.plan.layout
+    made: Any = LayoutFields(**_through(host, function))
+    if torch.is_tensor(made.gather):
         # a segment that is alone in the first call sees all of it
         alone = not host.past and not host.local_begin.any() and bool((host.gist_begin == host.gist_end).all())
-        made = marked(layout_of(layout), alone)
-    return Call(function(call.words), function(call.rows), CallPlan(**plan | {"layout": made, "after": state}))
+        made = marked(layout_of(made), alone)
+    fields = _through(plan, function) | {"layout": made}
+    return Call(function(call.words), function(call.rows), CallPlan(**fields))
+
+
+def _through(fields: object, function: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    return {name: function(one) if isinstance(one, np.ndarray) else one for name, one in vars(fields).items()}
 
 
 _ALIGNED = 16  # elements: kernels are specialised for pointers to whole 16 bytes

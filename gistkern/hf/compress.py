@@ -110,6 +110,7 @@ def compress(
     segments = [[segments_of(sample, length, segment_overlap)] for sample in real]
     cache = GistCache()
     cache.positions = handle.positions
+    cache.written_by(handle)
     cache.contexts = {ContextRead.of(torch.from_numpy(sample)) for sample in real}
     # asked first: what looks at the weights waits for the device, and would wait for the calls
     cache.fingerprint = handle.fingerprint()
@@ -121,9 +122,7 @@ def compress(
     return cache.to(gist_dtype=gist_dtype)
 
 
-def _plan(
-    handle: GistHandle, samples: list[list[list[np.ndarray]]], length: int, device: torch.device
-) -> list[Call]:
+def _plan(handle: GistHandle, samples: list[list[list[np.ndarray]]], length: int, device: torch.device) -> list[Call]:
     """All calls: segments that see the gists of those before them, or independent ones and a summary of their gists."""
     if not handle.segment_gist_token_ids:
         tokens = CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS

@@ -57,8 +57,9 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[n
         raise TypeError("the context is a text: tokenize it first, compress(model, tokenizer(text, ...))")
     if input_device(handle.inner).type == "meta":
         raise ValueError("the model is on the meta device and has no weights to compress with: load them first")
+    padded = None
     if isinstance(given, Sequence):
-        ids, attention_mask = _of_lists(given, attention_mask)
+        ids, attention_mask, padded = _of_lists(given, attention_mask)
     elif torch.is_tensor(given):
         ids = given
         if isinstance(attention_mask, Sequence):
@@ -70,10 +71,10 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[n
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integers, got {ids.dtype}")
     ids = ids.detach().cpu().long()
-    if attention_mask is None:
-        valid = np.ones(ids.shape, dtype=bool)
-    else:
+    if attention_mask is not None:
         valid = check_padding(ids, attention_mask).numpy()
+    else:
+        valid = np.ones(ids.shape, dtype=bool) if padded is None else padded.numpy()
     _check_ids(handle, ids.numpy(), valid)
     return ids.numpy(), valid
 
@@ -90,14 +91,14 @@ def _check_ids(handle: GistHandle, ids: np.ndarray, valid: np.ndarray) -> None:
         raise ValueError(f"the context holds the id {ids[outside][0]}, the model's vocabulary has {size} tokens")
 
 
-def _of_lists(given: Sequence[Any], attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of a sample or of several, of any lengths, and their mask, which may be lists like those of the ids."""
+def _of_lists(given: Sequence[Any], attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Ids of a sample or of several of any lengths, their mask, which may be lists like those, and which are real."""
     pieces = _rows(given, "the context must be lists of token ids")
     if any(piece.dim() != 1 for piece in pieces) or not pieces:
         raise ValueError("the context must be a list of token ids, or a list of such lists")
     ids, real = left_padded(pieces)
     if attention_mask is None:
-        return ids, real
+        return ids, None, real
     if torch.is_tensor(attention_mask):
         masks = list(attention_mask) if attention_mask.dim() > 1 else [attention_mask]
     else:
@@ -107,7 +108,7 @@ def _of_lists(given: Sequence[Any], attention_mask: Any) -> tuple[torch.Tensor, 
             f"attention_mask must be like the context's lists of {[len(piece) for piece in pieces]} ids, "
             f"got {[tuple(mask.shape) for mask in masks]}"
         )
-    return ids, left_padded([mask.cpu() for mask in masks])[0]
+    return ids, left_padded([mask.cpu() for mask in masks])[0], real
 
 
 def _rows(given: Any, wanted: str) -> list[torch.Tensor]:

@@ -6,12 +6,13 @@ is no operation of torch's; all others from tensors, where these are. The rule i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 __all__ = [
+    "Vectors",
     "added_up",
     "filled",
     "int32",
@@ -25,7 +26,7 @@ __all__ = [
     "where",
 ]
 
-Vectors = Any  # a Tensor or an array, [B, N]; a function returns what it was given
+Vectors: TypeAlias = Any  # a Tensor or an array, [B, N]; a function returns what it was given
 
 
 def places(count: int, like: Vectors) -> Vectors:
@@ -40,7 +41,7 @@ def filled(count: int, value: int, like: Vectors) -> Vectors:
 
 def where(condition: Vectors, one: Any, other: Any) -> Vectors:
     """`one` where the condition holds, `other` elsewhere."""
-    return (np if isinstance(condition, np.ndarray) else torch).where(condition, one, other)  # type: ignore[attr-defined]
+    return (np if isinstance(condition, np.ndarray) else torch).where(condition, one, other)
 
 
 def int64(vectors: Vectors) -> Vectors:

@@ -23,7 +23,7 @@ _MARK = "_plain"
 def marked(layout: Layout, plain: bool) -> Layout:
     """Remember that `layout` hides nothing, if its maker has found so (`plain`).
 
-    Not while compiling, not of numpy arrays, and not of tensors made under `torch.inference_mode`: nobody counts what is
+    Not while compiling, and not of numpy arrays or tensors made under `torch.inference_mode`: nobody counts what is
     written to those.
     """
     if not plain or not torch.is_tensor(layout.local_begin) or torch.compiler.is_compiling():

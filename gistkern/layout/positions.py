@@ -7,8 +7,6 @@ stay bounded by the visible gists plus one segment, however long the context is.
 
 from __future__ import annotations
 
-import torch
-
 from gistkern.layout import arrays
 
 __all__ = ["SCHEMES", "check_scheme", "gist_first", "stream"]
@@ -22,19 +20,19 @@ def check_scheme(scheme: str) -> None:
         raise ValueError(f"unknown position scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
 
 
-def stream(valid: torch.Tensor) -> torch.Tensor:
+def stream(valid: arrays.Vectors) -> arrays.Vectors:
     """Places among the real tokens, int64 ``[B, N]``; padding has 0."""
     return arrays.where(valid, arrays.int64(valid).cumsum(1) - 1, 0)
 
 
 def gist_first(
-    is_gist: torch.Tensor,
-    valid: torch.Tensor,
-    starts: torch.Tensor,
+    is_gist: arrays.Vectors,
+    valid: arrays.Vectors,
+    starts: arrays.Vectors,
     *,
     restart: bool = False,
-    documents: torch.Tensor | None = None,
-) -> torch.Tensor:
+    documents: arrays.Vectors | None = None,
+) -> arrays.Vectors:
     """Gist-first positions of segments that see all earlier gists, int64 ``[B, N]``; padding has 0.
 
     `starts` marks the first row of every segment; all arguments are bool ``[B, N]``. With `restart` the

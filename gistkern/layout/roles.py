@@ -11,7 +11,7 @@ from gistkern.layout import arrays
 __all__ = ["gather_list", "roles_of_segments"]
 
 
-def gather_list(persistent: torch.Tensor, flag: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
+def gather_list(persistent: arrays.Vectors, flag: arrays.Vectors | None = None) -> tuple[arrays.Vectors, bool]:
     """Positions of the true entries of each row in order, padded with -1 to the longest; and `flag` on the host.
 
     Of tensors, or of numpy arrays.

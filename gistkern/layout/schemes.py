@@ -19,15 +19,15 @@ __all__ = ["decode", "decode_rows", "from_input_ids", "from_roles", "from_segmen
 
 
 def from_roles(
-    is_gist: torch.Tensor,
-    valid: torch.Tensor,
+    is_gist: arrays.Vectors,
+    valid: arrays.Vectors,
     *,
     sink_tokens: int,
-    starts: torch.Tensor | None = None,
+    starts: arrays.Vectors | None = None,
     past: int = 0,
-    past_rows: torch.Tensor | None = None,
-    seen: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
+    past_rows: arrays.Vectors | None = None,
+    seen: arrays.Vectors | None = None,
+    documents: arrays.Vectors | None = None,
 ) -> LayoutFields:
     """Layout of a batch of documents, from the role of each token: of tensors, or all of it of numpy arrays.
 

@@ -57,7 +57,7 @@ def test_a_mask_is_looked_at_before_the_first_call():
 @pytest.mark.parametrize("layers", [2, 4])
 def test_a_call_costs_what_a_prefill_costs(layers):
     """In operations: each further call 1.05 times a prefill's at most, all of a context of one call 1.3 times."""
-    plain = make_model(num_hidden_layers=layers)
+    plain = make_model(dtype=torch.float32, num_hidden_layers=layers)
     model = copy.deepcopy(plain)
     gistkern.patch(model, num_gist_tokens=2)
 

@@ -48,9 +48,7 @@ def one_by_one(samples, gists, reading, apart):
         if apart:
             plan = independent(state, is_gist, valid, reading)
         else:
-            plan = plan_call(
-                state, is_gist, valid, scheme=reading.scheme, sink_tokens=reading.sink_tokens, closed=True
-            )
+            plan = plan_call(state, is_gist, valid, scheme=reading.scheme, sink_tokens=reading.sink_tokens, closed=True)
         yield ids, valid, plan
         state = plan.after
 
@@ -143,9 +141,7 @@ def test_a_summary_sees_the_same_rows_in_the_same_order(drawn, segment_gists, co
     gists = list(range(FIRST, FIRST + segment_gists + count))
     host = plan_segments([[one] for one in samples], gists[:segment_gists], reading, apart=True)
     sinks = torch.tensor([min(len(one[0]), reading.sink_tokens) for one in samples])
-    *_, before, call = on_device(
-        plan_summary(host, sinks.numpy(), gists[segment_gists:], reading), torch.device("cpu")
-    )
+    *_, before, call = on_device(plan_summary(host, sinks.numpy(), gists[segment_gists:], reading), torch.device("cpu"))
     *_, (_, _, plan) = one_by_one(samples, gists[:segment_gists], reading, apart=True)
     order, expected = summary(plan.after, sinks, reading, gists[segment_gists:])
     rows = torch.tensor(host[-1].plan.after.gist_rows)

@@ -12,7 +12,9 @@ from gistkern.layout.schemes import from_roles
 
 
 def rows_of(draw, batch, rows):
-    return torch.tensor(draw(st.lists(st.lists(st.booleans(), min_size=rows, max_size=rows), min_size=batch, max_size=batch)))
+    return torch.tensor(
+        draw(st.lists(st.lists(st.booleans(), min_size=rows, max_size=rows), min_size=batch, max_size=batch))
+    )
 
 
 @st.composite
