@@ -93,8 +93,8 @@ class CallPlan:
     `arrange` (int64 ``[B, T + N]`` or None) re-orders the local rows before they are seen; `keep_gists` and `keep_tail`
     say which compact rows and which local rows, of those, stay. `real` (bool ``[B, N]``) are the tokens that are no
     padding, None where all are: a re-ordered call's layout has rows of the tail in the places of padding. `raw` marks
-    a call that brings raw tokens for every sample, behind none but raw ones: all its rows stay. `context` marks one that
-    reads a part of a compressed context, of which a digest is kept and not the ids.
+    a call that brings raw tokens for every sample, behind none but raw ones: all its rows stay. `context` marks a
+    call of `gistkern.compress`, of whose context a digest is kept and not the ids.
     """
 
     layout: GistLayout
