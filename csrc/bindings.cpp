@@ -128,19 +128,34 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor q, Tensor k, Tensor v, Tensor gi
   return {out, lse};
 }
 
+// With `gather` the gradients of the compact rows gathered from k and v are added to those of k and v, and the last two
+// results are those of the past rows in front of them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
                                                                           Tensor gist_k, Tensor gist_v, Tensor out,
                                                                           Tensor lse, Tensor gist_begin,
                                                                           Tensor gist_end, Tensor local_begin,
-                                                                          double scale) {
+                                                                          double scale, MaybeTensor gather) {
   check_attention(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin);
   require_rows_of("grad_out", grad_out, {q.size(0), q.size(1), q.size(2), q.size(3)}, q);
   require_vector("out", out, q.scalar_type(), {q.size(0), q.size(1), q.size(2), q.size(3)}, q);
   require_vector("lse", lse, ScalarType::Float, {q.size(0), q.size(1), q.size(2)}, q);
   auto arguments = attention_arguments(q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale, out, lse);
+  arguments.past_rows = arguments.gist_rows;
+  if (gather) {
+    require_gather(*gather, q.size(0), q);
+    require(gather->size(1) <= arguments.gist_rows, "gather lists ", gather->size(1), " rows a sample, but there are ",
+            arguments.gist_rows, " compact rows");
+    arguments.past_rows -= gather->size(1);
+    arguments.gather = data_of<int64_t>(*gather);
+    for (int axis = 0; axis < 2; ++axis) arguments.gather_stride[axis] = gather->stride(axis);
+    check(gistkern::cpu::gather_leaves_rows(arguments));
+  }
   Tensor gradients[5];
-  const Tensor* like[] = {&q, &k, &v, &gist_k, &gist_v};
-  for (int i = 0; i < 5; ++i) gradients[i] = torch::stable::new_empty(*like[i], like[i]->sizes());
+  const Tensor* like[] = {&q, &k, &v};
+  for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::new_empty(*like[i], like[i]->sizes());
+  for (int i = 3; i < 5; ++i) {
+    gradients[i] = torch::stable::new_empty(q, {q.size(0), k.size(1), arguments.past_rows, q.size(3)});
+  }
   arguments.grad_out = rows_of(grad_out, kSampleHeadRow);
   arguments.grad_query = gradients[0].data_ptr();
   arguments.grad_key = gradients[1].data_ptr();
@@ -271,9 +286,7 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
   }
   arguments.gathered_rows = to_int32("the number of gathered rows", gather.size(1));
   const int64_t columns = to_int32("the number of compact rows", int64_t{arguments.past_rows} + gather.size(1));
-  require_type("gather", gather, ScalarType::Long);
-  require_shape("gather", gather, {batch, gather.size(1)});
-  require_device("gather", gather, k);
+  require_gather(gather, batch, k);
   if (slot) require_vector("slot", *slot, ScalarType::Long, {batch, columns}, k);
   const auto check_out = [&](const char* name, const Tensor& out, const MaybeTensor& scale) {
     require_dims(name, out, slot ? 3 : 4);
@@ -327,7 +340,7 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
 }
 
 // Counts changes of these operators; INTERFACE of gistkern/backends/native.py must agree.
-int64_t interface() { return 2; }
+int64_t interface() { return 3; }
 
 std::string instruction_set() {
   const char* error = nullptr;
@@ -353,7 +366,7 @@ STABLE_TORCH_LIBRARY(gistkern_native, m) {
       "Tensor local_begin, float scale) -> (Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gist_k, Tensor gist_v, Tensor out, "
-      "Tensor lse, Tensor gist_begin, Tensor gist_end, Tensor local_begin, float scale) "
+      "Tensor lse, Tensor gist_begin, Tensor gist_end, Tensor local_begin, float scale, Tensor? gather=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "decode(Tensor q, Tensor gist_k, Tensor gist_v, Tensor? gist_k_scale, Tensor? gist_v_scale, Tensor gist_begin, "

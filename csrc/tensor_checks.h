@@ -90,6 +90,15 @@ inline void require_vector(const char* name, const Tensor& tensor, ScalarType ty
   require(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+// A list of local rows for each sample, with any strides; a kernel's arguments are checked for its values.
+inline void require_gather(const Tensor& gather, int64_t batch, const Tensor& first) {
+  require_dims("gather", gather, 2);
+  require_type("gather", gather, ScalarType::Long);
+  require_shape("gather", gather, {batch, gather.size(1)});
+  require_device("gather", gather, first);
+  require(gather.numel() <= kMostElements, "gather has too many elements");
+}
+
 inline void require_float(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,

@@ -26,7 +26,12 @@ struct AttentionArguments {
   // backward only
   Rows grad_out;                                                           // like query
   void *grad_query = nullptr, *grad_key = nullptr, *grad_value = nullptr;  // like query, key, value, contiguous
-  void *grad_gist_key = nullptr, *grad_gist_value = nullptr;               // like gist_key and gist_value, contiguous
+  void *grad_gist_key = nullptr, *grad_gist_value = nullptr;  // [batch, kv_heads, past_rows, head_dim], contiguous
+  // The last compact rows were gathered from the local rows that this lists, and their gradients are added to those of
+  // these: [batch, gist_rows - past_rows], -1 for a filler. Null: past_rows is gist_rows.
+  const int64_t* gather = nullptr;
+  int64_t gather_stride[2] = {0, 0};
+  int64_t past_rows = 0;
 
   int64_t group() const { return query_heads / kv_heads; }
   int64_t tail() const { return local_rows - rows; }

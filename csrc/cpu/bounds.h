@@ -26,6 +26,18 @@ inline const char* leaves_buffers(const AttentionArguments& x) {
   return locals ? nullptr : "a local interval leaves the local rows";
 }
 
+// Of the backward: what `gather` lists are local rows.
+inline const char* gather_leaves_rows(const AttentionArguments& x) {
+  bool inside = true;
+  for (int64_t sample = 0; x.gather && sample < x.batch; ++sample) {
+    for (int64_t column = 0; column < x.gist_rows - x.past_rows; ++column) {
+      const int64_t row = x.gather[sample * x.gather_stride[0] + column * x.gather_stride[1]];
+      inside &= (row >= -1) & (row < x.local_rows);
+    }
+  }
+  return inside ? nullptr : "gather leaves the local rows";
+}
+
 // The rows of the buffers behind DecodeArguments, which hold capacities only. Where every sequence has gist rows of its
 // own, the intervals are those of attention, empty ones included; over a pool an empty one may stand anywhere.
 struct DecodeBuffers {

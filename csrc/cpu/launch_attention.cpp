@@ -1,5 +1,6 @@
 // Forward and backward of the op on CPU: chunks, accumulators, and the order in which they are added up.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "instruction_set.h"
@@ -61,6 +62,32 @@ struct Accumulators {
   }
 };
 
+// (local row, compact row) for every compact row of a sample that was gathered from a local row, in that order.
+using Gathered = std::vector<std::pair<int64_t, int64_t>>;
+
+Gathered gathered_rows(const AttentionArguments& x, int64_t sample) {
+  Gathered gathered;
+  for (int64_t column = x.past_rows; x.gather && column < x.gist_rows; ++column) {
+    const int64_t at = sample * x.gather_stride[0] + (column - x.past_rows) * x.gather_stride[1];
+    if (x.gather[at] >= 0) gathered.emplace_back(x.gather[at], column);
+  }
+  if (!std::is_sorted(gathered.begin(), gathered.end())) std::sort(gathered.begin(), gathered.end());
+  return gathered;
+}
+
+// The most compact rows that were gathered from one local row.
+int64_t most_gathered(const std::vector<Gathered>& samples) {
+  int64_t most = 0;
+  for (const Gathered& gathered : samples) {
+    int64_t count = 0;
+    for (size_t i = 0; i < gathered.size(); ++i) {
+      count = i > 0 && gathered[i].first == gathered[i - 1].first ? count + 1 : 1;
+      most = std::max(most, count);
+    }
+  }
+  return most;
+}
+
 }  // namespace
 
 const char* attention_forward(const AttentionArguments& arguments, const Pool& pool) {
@@ -112,27 +139,40 @@ const char* attention_backward(const AttentionArguments& arguments, const Pool& 
   });
   if (!done) return kOutOfMemory;
 
+  // each row of a gradient is rounded once: a local row's sum holds the compact rows gathered from it
+  std::vector<Gathered> gathered;
+  for (int64_t sample = 0; sample < x.batch; ++sample) gathered.push_back(gathered_rows(x, sample));
+  const int64_t most_parts = chunks * (1 + most_gathered(gathered));
+  const int64_t pointer_floats = 2 * most_parts * static_cast<int64_t>(sizeof(void*)) / 4;
   const int64_t local_blocks = ceil_div(x.local_rows, kReducedRows);
-  const int64_t blocks = local_blocks + ceil_div(x.gist_rows, kReducedRows);
-  done = for_items(pool, heads * blocks, width, [&](int64_t item, float* scratch) {
+  const int64_t blocks = local_blocks + ceil_div(x.past_rows, kReducedRows);
+  done = for_items(pool, heads * blocks, width + pointer_floats, [&](int64_t item, float* scratch) {
     const int64_t head = item / blocks, block = item % blocks;
     const bool local = block < local_blocks;
-    const int64_t buffer_rows = local ? x.local_rows : x.gist_rows;
+    const int64_t buffer_rows = local ? x.local_rows : x.past_rows;
     const int64_t first = (local ? block : block - local_blocks) * kReducedRows;
     const ElementType type = x.query.type;
     const int64_t bytes = x.head_dim * element_bytes(type);
-    for (int64_t row = first; row < std::min(buffer_rows, first + kReducedRows); ++row) {
-      const float *key_parts[kMaximumChunks], *value_parts[kMaximumChunks];
-      int64_t count = 0;
+    const float** key_parts = reinterpret_cast<const float**>(scratch + width);
+    const float** value_parts = key_parts + most_parts;
+    int64_t count = 0;
+    const auto add = [&](bool of_local, int64_t row) {
       for (int64_t c = 0; c < chunks; ++c) {
         const Part& part = parts[head * chunks + c];
-        const int64_t begin = local ? part.chunk.local_begin : part.chunk.gist_begin;
-        const int64_t end = local ? part.chunk.local_end : part.chunk.gist_end;
+        const int64_t begin = of_local ? part.chunk.local_begin : part.chunk.gist_begin;
+        const int64_t end = of_local ? part.chunk.local_end : part.chunk.gist_end;
         if (row < begin || row >= end) continue;
         const KeyGradients gradients = Accumulators{part, memory.data(), width}.gradients();
-        key_parts[count] = (local ? gradients.local_key : gradients.gist_key) + (row - begin) * width;
-        value_parts[count++] = (local ? gradients.local_value : gradients.gist_value) + (row - begin) * width;
+        key_parts[count] = (of_local ? gradients.local_key : gradients.gist_key) + (row - begin) * width;
+        value_parts[count++] = (of_local ? gradients.local_value : gradients.gist_value) + (row - begin) * width;
       }
+    };
+    const Gathered& listed = gathered[head / x.kv_heads];
+    auto next = std::lower_bound(listed.begin(), listed.end(), std::pair<int64_t, int64_t>{first, 0});
+    for (int64_t row = first; row < std::min(buffer_rows, first + kReducedRows); ++row) {
+      count = 0;
+      add(local, row);
+      for (; local && next != listed.end() && next->first == row; ++next) add(false, next->second);
       const int64_t to = (head * buffer_rows + row) * bytes;
       char* grad_key = static_cast<char*>(local ? x.grad_key : x.grad_gist_key) + to;
       char* grad_value = static_cast<char*>(local ? x.grad_value : x.grad_gist_value) + to;

@@ -10,10 +10,10 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import compact, compact_backward, dense_rows
 
-__all__ = ["backward", "compact", "compact_backward", "forward", "pool_compact", "pool_decode"]
+__all__ = ["backward", "compact", "compact_backward", "folded_backward", "forward", "pool_compact", "pool_decode"]
 
 # whose operators check by themselves that no call reaches outside a buffer
-CHECKED = frozenset({"forward", "backward", "pool_decode", "pool_compact"})
+CHECKED = frozenset({"forward", "backward", "folded_backward", "pool_decode", "pool_compact"})
 
 # packed rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over
 # rows: with fewer rows than lanes most lanes would idle
@@ -30,6 +30,31 @@ def backward(
     arguments: AttentionArguments, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, gist_k and gist_v, bit-identical on any number of threads."""
+    return _backward(arguments, None, grad_out, out, lse)
+
+
+def folded_backward(
+    arguments: AttentionArguments,
+    gather: torch.Tensor,
+    grad_out: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v and the past rows; those of the rows that `gather` lists are added into k's and v's.
+
+    `gather` int64 ``[B, G - past]`` as `compact` takes it. Each element is summed in fp32 and rounded once, in an order
+    that is the same on any number of threads; no full-size gradient of gathered rows is formed.
+    """
+    return _backward(arguments, gather, grad_out, out, lse)
+
+
+def _backward(
+    arguments: AttentionArguments,
+    gather: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     arguments = arguments.readable()
     saved = out.contiguous(), lse.contiguous()
     if _decodes(arguments):
@@ -39,7 +64,7 @@ def backward(
         sink = (lse - native.decode_rows(arguments)[1]).nan_to_num(0.0)
         saved = again.mul_((-sink).exp()[..., None]), sums + sink
     return native.operators().cpu_attention_backward(
-        *(dense_rows(grad_out), *arguments.buffers, *saved, *arguments.intervals, arguments.scale)
+        *(dense_rows(grad_out), *arguments.buffers, *saved, *arguments.intervals, arguments.scale, gather)
     )
 
 

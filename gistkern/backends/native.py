@@ -33,7 +33,7 @@ VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
 LIBRARY = "GISTKERN_LIBRARY"
 _TORCH = (2, 10)
 # of the operators in csrc/bindings.cpp that this file calls
-INTERFACE = 2
+INTERFACE = 3
 
 
 def library_path() -> Path:

@@ -82,6 +82,12 @@ def backward(draw):
     return dict([("grad_out", torch.randn_like(out)), *values[:5], ("out", out), ("lse", lse), *values[5:]])
 
 
+def folded(draw):
+    call = backward(draw)
+    gathered = draw.randint(0, call["gist_k"].shape[2])
+    return call | {"gather": torch.randint(-1, call["k"].shape[2], (len(call["k"]), gathered))}
+
+
 def decode(draw):
     small = [options for options in CASES.values() if max(options.get("documents", [0])) < 1000]
     case = make_case(**draw.choice(small), dtype=draw.choice(FLOATS), poison=False)
@@ -173,6 +179,7 @@ TARGETS = {
     "attention": [
         (attention, lambda c: native.operators().cpu_attention(*c.values())),
         (backward, lambda c: native.operators().cpu_attention_backward(*c.values())),
+        (folded, lambda c: native.operators().cpu_attention_backward(*c.values())),
         (attention, lambda c: library.attention(*c.values(), "cpu")),
         (backward, lambda c: library.attention_backward(*c.values(), "cpu")),
         (attention, public_attention),

@@ -59,7 +59,8 @@ def test_the_other_instruction_sets_agree_with_the_oracle(name, library):
     check = f"from gistkern.backends import native; assert native.instruction_set() == {name!r}"
     chosen = run(["-c", check], library(None), GISTKERN_CPU_ISA=name)
     assert chosen.returncode == 0, chosen.stderr
-    suite = ["-m", "pytest", "tests/ops/test_attention.py", "tests/ops/test_decode.py", "-k", f"({CORE}) and not sdpa"]
+    suites = ["tests/ops/test_attention.py", "tests/ops/test_decode.py", "tests/backends/test_cpu_fold.py"]
+    suite = ["-m", "pytest", *suites, "-k", f"({CORE}) and not sdpa"]
     done = run([*suite, "-p", "no:xdist", "-p", "no:cacheprovider"], library(None), GISTKERN_CPU_ISA=name)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -78,6 +79,8 @@ SANITIZED = """
 import sys, torch
 sys.path.insert(0, "tests")
 from gistkern import GistLayout, gist_attention
+from gistkern.backends import cpu
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.testing import make_inputs
 from pool_cases import CASES, check, make_case
 for layout in (GistLayout.from_segments([37, 5, 70], 3, tail=9), GistLayout.sliding(150, 40, 16, gists=2),
@@ -87,6 +90,10 @@ for layout in (GistLayout.from_segments([37, 5, 70], 3, tail=9), GistLayout.slid
             x = make_inputs(layout, heads=6, kv_heads=2, head_dim=dim, dtype=dtype)
             out = gist_attention(x.q, x.k, x.v, layout, past_key=x.past_key, past_value=x.past_value, backend="cpu")
             torch.autograd.grad(out, list(x.leaves().values()), x.grad_out, allow_unused=True)
+            q, k, v, *past = (t if t is None else t.detach() for t in (x.q, x.k, x.v, x.past_key, x.past_value))
+            intervals = layout.gist_begin, layout.gist_end, layout.local_begin
+            call = AttentionArguments(q, k, v, *cpu.compact(k, v, *past, layout.gather), *intervals, 0.3)
+            cpu.folded_backward(call, layout.gather, x.grad_out, *cpu.forward(call))
 for name, options in CASES.items():
     check(make_case(**options), "cpu")
 print("finished")
