@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from gistkern.backends import native
-from gistkern.backends.native import pool_compact, pool_decode
+from gistkern.backends.native import compact, pool_compact, pool_decode
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.schedule import DECODE_ROWS
-from gistkern.rows import compact, compact_backward, dense_rows
+from gistkern.rows import compact_backward, dense_rows
 
 __all__ = ["backward", "compact", "compact_backward", "folded_backward", "forward", "pool_compact", "pool_decode"]
 
 # whose operators check by themselves that no call reaches outside a buffer
-CHECKED = frozenset({"forward", "backward", "folded_backward", "pool_decode", "pool_compact"})
+CHECKED = frozenset({"forward", "backward", "folded_backward", "compact", "pool_decode", "pool_compact"})
 
 # packed rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over
 # rows: with fewer rows than lanes most lanes would idle

@@ -15,6 +15,7 @@ __all__ = [
     "INTERFACE",
     "LIBRARY",
     "VARIANTS",
+    "compact",
     "cuda_archs",
     "decode_rows",
     "instruction_set",
@@ -119,6 +120,18 @@ def cuda_archs() -> str:
     ``emulated`` in a test build, whose CUDA kernels run on CPU tensors (docs/internals/evidence.md).
     """
     return _CUDA_ARCHS
+
+
+def compact(
+    k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, gather: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compaction kernel into new rows; arguments as `gistkern.rows.compact`. A filler is zeros."""
+    past = 0 if past_k is None else past_k.shape[2]
+    shape = (*k.shape[:2], past + gather.shape[1], k.shape[3])
+    out = k.new_empty(shape), v.new_empty(shape)
+    rows = [None if t is None else dense_rows(t) for t in (k, v, past_k, past_v)]
+    operators().compact(*rows, gather, None, *out, None, None)
+    return out
 
 
 def decode_rows(arguments: AttentionArguments, multiprocessors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

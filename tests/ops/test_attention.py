@@ -253,7 +253,7 @@ def good_call():
         (
             lambda c: {"backend": "fast"},
             ValueError,
-            "unknown backend 'fast': expected 'auto' or one of cuda, triton, cpu, sdpa, reference",
+            "unknown backend 'fast': expected 'auto' or one of torch, cuda, triton, cpu, sdpa, reference",
         ),
         (lambda c: {"layout": c["layout"].to("meta")}, ValueError, "the layout is on meta"),
         (
