@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -107,9 +107,11 @@ def adapters_in_use(inner: nn.Module) -> tuple[object, ...]:
 
     Read off one module: asked at every call.
     """
-    for module in inner.layers[0].modules():  # type: ignore[index, union-attr]
-        if hasattr(module, "active_adapters"):
+    stack: list[Any] = [inner.layers[0]]  # type: ignore[index]
+    for module in stack:
+        if hasattr(type(module), "active_adapters"):  # peft's wrappers, whose property it is
             return (*module.active_adapters, bool(getattr(module, "disable_adapters", False)))
+        stack += [each for each in module._modules.values() if each is not None]
     return ()
 
 

@@ -124,11 +124,13 @@ def plan_call(
     sink_tokens: int,
     documents: torch.Tensor | None = None,
     closed: bool = False,
+    has_gists: bool | None = None,
 ) -> CallPlan:
     """Plan for new tokens of known roles (bool ``[B, N]``; `valid` None means no padding).
 
     `documents` (bool ``[B, N]``) marks the first token of each where a sample packs several; the state is then empty.
-    `closed` ends the last segment: its gists are kept, and no tail.
+    `closed` ends the last segment: its gists are kept, and no tail. `has_gists` is whether a token is a gist, None
+    where the device has to be asked.
 
     Raises
     ------
@@ -141,7 +143,7 @@ def plan_call(
             "the cache was filled under a layout whose window moves (GistLayout.sliding): "
             "pass gist_layout with every call that goes on from it"
         )
-    has_gists = bool(is_gist.any())
+    has_gists = bool(is_gist.any()) if has_gists is None else has_gists
     if valid is None and documents is None and not has_gists and not state.tail_has_gists:
         return plan_raw(state, is_gist.shape[1])
     new_valid = torch.ones_like(is_gist) if valid is None else valid

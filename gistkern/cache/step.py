@@ -29,14 +29,18 @@ class Steps:
     def plan(self, ids: torch.Tensor, state: CacheState | None) -> CallPlan | None:
         """Of the call that was announced; None for one of other ids, or behind a state that counting does not move."""
         announced, self._announced = self._announced, None
-        if ids is not announced or state is None or state.tail_has_gists or state.moving:
+        if ids is not announced or state is None or ids.shape[0] != state.seen.shape[0]:
             return None
-        if ids.shape[0] != state.seen.shape[0]:
+        return self.of_raw(1, state)
+
+    def of_raw(self, rows: int, state: CacheState) -> CallPlan | None:
+        """Of so many raw tokens for each sample; None behind a state that counting them does not move."""
+        if state.tail_has_gists or state.moving:
             return None
         last = self.last
-        if last is not None and last.after is state and last.layout.gist_begin.shape[1] == 1:
+        if rows == 1 and last is not None and last.after is state and last.layout.gist_begin.shape[1] == 1:
             return next_step(last)
-        return plan_raw(state, 1)
+        return plan_raw(state, rows)
 
 
 def next_step(last: CallPlan) -> CallPlan:

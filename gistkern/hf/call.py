@@ -40,6 +40,7 @@ __all__ = ["GistCall", "after_inner", "after_model", "before_inner", "before_mod
 
 
 _CARRIED = "gist_cache"
+_NAMES: dict[type, list[str]] = {}  # what `_positional` has found
 
 
 @dataclass
@@ -136,15 +137,19 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         return (), step
     ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
-    if ids is not None:
-        embeds = embed(handle, ids, is_gist)
     if isinstance(arguments.get(CACHE), FixedGistCache):
+        embeds = embeds if ids is None else embed(handle, ids, is_gist)
         assert embeds is not None
         return (), fixed_call(handle, arguments, ids, embeds, is_gist, layout)
+    # the one question to the device, unless the caller has laid the call out
+    has_gists = layout is not None or bool(is_gist.any())
+    if ids is not None:
+        # where gist rows may learn they are part of every call, as wrappers of models ask (DDP, FSDP)
+        embeds = embed(handle, ids, is_gist) if has_gists or torch.is_grad_enabled() else handle.embed_words(ids)
     handle.check_settings()
     documents = packed_documents(arguments, is_gist.shape, is_gist.device) if layout is None else None
     cache = cache_of(handle, module, arguments, len(is_gist), documents is not None)
-    plan = _plan(handle, arguments, layout, is_gist, cache, documents)
+    plan = _plan(handle, arguments, layout, is_gist, has_gists, cache, documents)
     if cache is not None:
         cache.begin(plan, ids)
     # with a mask present transformers does not guess packed documents from the positions
@@ -223,6 +228,7 @@ def _plan(
     arguments: dict[str, Any],
     layout: GistLayout | None,
     is_gist: torch.Tensor,
+    has_gists: bool | None,
     cache: GistCache | None,
     documents: torch.Tensor | None,
 ) -> CallPlan:
@@ -230,10 +236,13 @@ def _plan(
     valid = _padding(arguments.get("attention_mask"), is_gist, cache)
     state = CacheState.empty(len(is_gist), is_gist.device) if cache is None or cache.state is None else cache.state
     if layout is None:
-        plan = plan_call(
-            state, is_gist, valid, scheme=handle.positions, sink_tokens=handle.sink_tokens, documents=documents
-        )
-        if documents is None:
+        plan = None
+        if has_gists is False and valid is None and documents is None and cache is not None:
+            plan = cache.steps.of_raw(is_gist.shape[1], state)
+        if plan is None:
+            kinds: dict[str, Any] = {"scheme": handle.positions, "sink_tokens": handle.sink_tokens}
+            plan = plan_call(state, is_gist, valid, **kinds, documents=documents, has_gists=has_gists)
+        if documents is None and arguments.get("position_ids") is not None:
             real = torch.ones_like(is_gist) if valid is None else valid
             check_positions(arguments.get("position_ids"), _guesses(plan, state), real)
         return plan
@@ -253,7 +262,7 @@ def _parallel(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any]:
     ids, embeds, layout = _inputs(handle.inner.config, arguments)
     is_gist = _is_gist(handle, ids, embeds, layout)
     documents = None if layout is not None else packed_documents(arguments, is_gist.shape, is_gist.device)
-    plan = _plan(handle, arguments, layout, is_gist, None, documents)
+    plan = _plan(handle, arguments, layout, is_gist, None, None, documents)
     assert handle.context_parallel is not None
     labels = arguments.get("shift_labels", arguments.get("labels"))
     kept = kept_columns(arguments, plan.layout.num_rows)
@@ -311,7 +320,9 @@ def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     """Positional arguments by their names; TypeError as an unpatched model's call raises it."""
     if not args:
         return named(kwargs)
-    names = _positional(type(module))
+    names = _NAMES.get(type(module))
+    if names is None:
+        names = _NAMES[type(module)] = _positional(type(module))
     if len(args) > len(names):
         raise TypeError(f"{type(module).__name__} takes up to {len(names)} positional arguments, got {len(args)}")
     given = dict(zip(names[: len(args)], args, strict=True))  # of one length: torch 2.9 compiles no other
