@@ -10,7 +10,7 @@ import torch
 from gistkern.cache.layer import GistLayer
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.ops.attention import AttentionOptions
-from gistkern.ops.decode import gist_decode
+from gistkern.ops.decode import Decodes
 from gistkern.rows import KeyValueRows, dequantize_rows, gather_rows
 
 __all__ = ["FixedLayer", "Piece", "fixed_address"]
@@ -47,7 +47,7 @@ class FixedLayer:
     """
 
     def __init__(self, gist: KeyValueRows, tail: KeyValueRows) -> None:
-        self.gist, self.tail = gist, tail
+        self.gist, self.tail, self._decodes = gist, tail, Decodes()
         for tensor in (*gist.tensors(), *tail.tensors()):
             fixed_address(tensor)
 
@@ -102,20 +102,11 @@ class FixedLayer:
         index = target[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         self.tail.key.scatter_(2, index, k)
         self.tail.value.scatter_(2, index, v)
-        outs = [
-            gist_decode(
-                q[:, :, piece.begin : piece.end],
-                self.gist,
-                self.tail,
-                gist_begin=piece.gist_begin,
-                gist_end=piece.gist_end,
-                tail_length=piece.tail_length,
-                local_begin=piece.local_begin,
-                gist_capacity=capacity,
-                **options._asdict(),
-            )[0]
-            for piece in pieces
-        ]
+        outs = []
+        for piece in pieces:
+            seen = q if len(pieces) == 1 else q[:, :, piece.begin : piece.end]
+            begin, end, length, local = piece.gist_begin, piece.gist_end, piece.tail_length, piece.local_begin
+            outs.append(self._decodes.decode(seen, self.gist, self.tail, begin, end, length, local, capacity, options))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     def copied(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FixedLayer:

@@ -6,7 +6,7 @@ stand once for several samples are such a pool; so are a sample's own, ``[B, Hkv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +14,7 @@ from gistkern.cache.plan import CacheState, CallPlan
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.layout import GistLayout
 from gistkern.ops.attention import AttentionOptions
-from gistkern.ops.decode import gist_decode
+from gistkern.ops.decode import Decodes
 from gistkern.rows import KeyValueRows, dequantize_rows
 
 __all__ = ["PoolIntervals", "base_of", "decodes", "gathered", "pooled", "row_by_row"]
@@ -38,6 +38,7 @@ class PoolIntervals:
     begin: torch.Tensor
     end: torch.Tensor
     made_of: tuple[torch.Tensor, torch.Tensor | None]
+    decodes: Decodes = field(default_factory=Decodes)
 
     @classmethod
     def of(
@@ -74,17 +75,10 @@ class PoolIntervals:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Attention of up to 8 query rows over the pool and the local rows ``[B, Hkv, M, D]``."""
-        out, _ = gist_decode(
-            q,
-            pool,
-            local,
-            gist_begin=self.begin.to(q.device),
-            gist_end=self.end.to(q.device),
-            local_begin=layout.local_begin,
-            gist_capacity=layout.past,
-            **options._asdict(),
-        )
-        return out
+        begin, end = self.begin, self.end
+        if begin.device != q.device:
+            begin, end = begin.to(q.device), end.to(q.device)
+        return self.decodes.decode(q, pool, local, begin, end, None, layout.local_begin, layout.past, options)
 
 
 def base_of(state: CacheState, first: torch.Tensor) -> torch.Tensor:

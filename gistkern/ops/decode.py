@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+from torch.autograd import forward_ad
 
 from gistkern import backends
 from gistkern.ops import decode_library
@@ -11,7 +14,7 @@ from gistkern.ops.decode_checks import check_compact, check_decode, per_row, ref
 from gistkern.ops.sinks import check_learned_sinks, with_learned_sinks
 from gistkern.rows import KeyValueRows
 
-__all__ = ["gist_compact", "gist_decode"]
+__all__ = ["Decodes", "gist_compact", "gist_decode"]
 
 
 def gist_decode(
@@ -85,22 +88,84 @@ def gist_decode(
     >>> out.shape, lse.shape
     (torch.Size([3, 4, 1, 16]), torch.Size([3, 4, 1]))
     """
-    check_decode(q, gist, tail, gist_begin, gist_end, tail_length, local_begin, page_table)
+    tensors = q, gist, tail, gist_begin, gist_end, tail_length, local_begin, page_table
+    return _run(_checked(tensors, gist_capacity, scale, learned_sinks, backend), tensors, learned_sinks)
+
+
+class Decodes:
+    """`gist_decode` for the layers of a model, step by step: calls that are alike are checked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], _Checked] = {}
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        gist: KeyValueRows,
+        tail: KeyValueRows,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        length: torch.Tensor | None,
+        local: torch.Tensor | None,
+        capacity: int,
+        options: tuple[float | None, str, torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Output of `gist_decode`, whose arguments these are; `options` its scale, backend and learned sinks."""
+        scale, backend, sinks = options
+        tensors, pool, own = (q, gist, tail, begin, end, length, local, None), gist.key, tail.key
+        learns = q.requires_grad or pool.requires_grad or own.requires_grad
+        if learns or sinks is not None or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+            return _run(_checked(tensors, capacity, scale, sinks, backend), tensors, sinks)[0]
+        # all that the checks look at; values of vectors are looked at by the kernels, on a GPU by nobody
+        kind = (
+            *(q.shape, q.dtype, q.device, pool.shape, pool.dtype, pool.device, own.shape, own.dtype, own.device),
+            *(begin.shape, begin.dtype, begin.device, end.shape, end.dtype, end.device),
+            None if length is None else (length.shape, length.dtype, length.device),
+            None if local is None else (local.shape, local.dtype, local.device),
+            *(capacity, scale, backend),
+        )
+        if kind not in self._known:
+            self._known[kind] = _checked(tensors, capacity, scale, None, backend)
+        return _run(self._known[kind], tensors, None)[0]
+
+
+class _Checked(NamedTuple):
+    """What is found out about a call: a bound on the pool's rows, the scale, the backend that serves it."""
+
+    capacity: int
+    scale: float
+    backend: str
+
+
+def _checked(
+    tensors: tuple[Any, ...],
+    capacity: int | None,
+    scale: float | None,
+    learned_sinks: torch.Tensor | None,
+    backend: str,
+) -> _Checked:
+    q, gist, tail, *vectors = tensors
+    check_decode(q, gist, tail, *vectors)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_scale(scale)
-    capacity = gist.key.shape[0] if gist_capacity is None else gist_capacity
+    capacity = gist.key.shape[0] if capacity is None else capacity
     if not isinstance(capacity, (int, torch.SymInt)) or isinstance(capacity, bool) or capacity < 0:
         raise ValueError(f"gist_capacity must not be negative, and an int, got {capacity!r}")
     check_learned_sinks(learned_sinks, q)
     if learned_sinks is not None:
         refuse_gradients("gist_decode", learned_sinks)
-    rows = q.shape[2]
+    return _Checked(min(capacity, gist.key.shape[0]), scale, backends.choose(backend, q))
+
+
+def _run(
+    checked: _Checked, tensors: tuple[Any, ...], learned_sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, gist, tail, begin, end, length, local, pages = tensors
+    begin, end = per_row(begin, q.shape[2]), per_row(end, q.shape[2])
     out, lse = decode_library.decode(
-        *(q, gist.key, gist.value, gist.key_scale, gist.value_scale),
-        *(per_row(gist_begin, rows), per_row(gist_end, rows)),
+        *(q, gist.key, gist.value, gist.key_scale, gist.value_scale, begin, end),
         *(tail.key, tail.value, tail.key_scale, tail.value_scale),
-        *(tail_length, None if local_begin is None else per_row(local_begin, rows), page_table),
-        *(min(capacity, gist.key.shape[0]), scale, backends.choose(backend, q)),
+        *(length, None if local is None else per_row(local, q.shape[2]), pages, *checked),
     )
     return with_learned_sinks(out, lse, learned_sinks)
 

@@ -8,9 +8,9 @@ from conftest import make_model, random_ids
 
 import gistkern
 from gistkern.backends import native
-from gistkern.cache import pool
 from gistkern.layout.layout import layout_of
 from gistkern.layout.schemes import decode_rows
+from gistkern.ops.decode import Decodes
 
 NEW = 6
 CASES = [
@@ -159,13 +159,13 @@ def test_short_calls_decode_over_the_pool(monkeypatch, backend):
         pytest.skip("the extension is not built")
     model, own = one_document(backend=backend)
     shared, calls = own.shared(), []
-    decode = pool.gist_decode
+    decode = Decodes.decode
 
-    def spy(q, gist, tail, **options):
+    def spy(self, q, gist, *rest):
         calls.append((q.shape[2], gist.key.data_ptr()))
-        return decode(q, gist, tail, **options)
+        return decode(self, q, gist, *rest)
 
-    monkeypatch.setattr(pool, "gist_decode", spy)
+    monkeypatch.setattr(Decodes, "decode", spy)
     with torch.no_grad():
         for tokens in (9, 8, 1):
             ids = random_ids(1, tokens, tokens)

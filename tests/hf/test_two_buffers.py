@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gistkern
 from gistkern.backends import native
-from gistkern.cache import pool
+from gistkern.ops.decode import Decodes
 from gistkern.rows import LARGEST
 
 QUANTIZED = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in LARGEST]
@@ -159,9 +159,9 @@ def test_quantized_rows_are_read_as_what_they_stand_for(monkeypatch, dtype, back
     floats, shared = quantized.to(gist_dtype=torch.float32), quantized.shared()
     assert shared.nbytes < quantized.nbytes
     reads = []
-    decode = pool.gist_decode
+    decode = Decodes.decode
     monkeypatch.setattr(
-        pool, "gist_decode", lambda q, gist, *a, **k: reads.append(gist.key) or decode(q, gist, *a, **k)
+        Decodes, "decode", lambda self, q, gist, *rest: reads.append(gist.key) or decode(self, q, gist, *rest)
     )
     for cache in (floats, quantized, shared):
         cache.batch_select_indices(torch.tensor([1, 0, 1]))
