@@ -13,7 +13,8 @@ import triton.language as tl
 
 from gistkern.kernels.arguments import Meta, strided
 from gistkern.kernels.configs import pick
-from gistkern.kernels.device import facts_of, guard, wide_samples
+from gistkern.kernels.device import facts_of, wide_samples
+from gistkern.kernels.launch import Launch
 from gistkern.kernels.primitives import (
     count_at_most,
     head_rows,
@@ -27,7 +28,7 @@ from gistkern.kernels.primitives import (
 )
 from gistkern.kernels.schedule import chunk_count, pack_heads, padded, section_heads
 
-__all__ = ["gist_attn_bwd_dkv_kernel", "launch_gist_attn_bwd_dkv", "sum_chunks_kernel"]
+__all__ = ["gist_attn_bwd_dkv_kernel", "launch_gist_attn_bwd_dkv", "plan_gist_attn_bwd_dkv", "sum_chunks_kernel"]
 
 # elements one program of the chunk sum handles
 SUM_BLOCK = 1024
@@ -132,6 +133,28 @@ def sum_chunks_kernel(part_k_ptr, part_v_ptr, dk_ptr, dv_ptr, n_elements, n_chun
     tl.store(dv_ptr + o_element, b_dv.to(dv_ptr.dtype.element_ty), mask=m_element)
 
 
+def plan_gist_attn_bwd_dkv(
+    q: torch.Tensor, k: torch.Tensor, grad_out: torch.Tensor, gist: bool, scale: float, precision: str
+) -> tuple[Launch, int]:
+    """The launch over the columns of one key buffer, which `gist` tells to be the compact rows; and its row chunks.
+
+    Its buffers are `strided` ones, the stats, the results and the rule's vectors. The compact rows are cut into row
+    chunks where there are too few of them to fill the device.
+    """
+    batch, heads, rows, dim = q.shape
+    kv_heads, columns = k.shape[1:3]
+    facts, width = facts_of(q.device), padded(dim)
+    config = pick("bwd_dkv", facts.arch, width, q.element_size(), dim)
+    tiles, kv_total, group = triton.cdiv(columns, config.block_cols), batch * kv_heads, heads // kv_heads
+    chunks = chunk_count(tiles * kv_total, rows, facts.multiprocessors) if gist else 1
+    pack, wide = pack_heads(group, config.block_rows), wide_samples(q, grad_out)
+    meta = Meta(heads, group, pack, dim, width, config.block_rows, config.block_cols, precision, wide, GIST=gist)
+    section = section_heads(kv_total, 2 * rows * group * dim * q.element_size(), facts.l2_bytes)
+    numbers = scale, rows, columns, columns - rows, kv_total, tiles, section, chunks
+    programs = tiles * chunks * kv_total
+    return Launch(gist_attn_bwd_dkv_kernel, programs, numbers, (meta,), config.num_warps, config.num_stages), chunks
+
+
 def launch_gist_attn_bwd_dkv(
     buffers: tuple[torch.Tensor, ...],
     rule: tuple[torch.Tensor, ...],
@@ -141,35 +164,21 @@ def launch_gist_attn_bwd_dkv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv of one key buffer: the compact rows if `rule` is gist_begin and gist_end, else local ones.
 
-    `buffers` are q, k, v and grad_out, `stats` the LSE and delta of `launch_gist_attn_bwd_dq`. The compact rows are cut
-    into row chunks where there are too few of them to fill the device.
+    `buffers` are q, k, v and grad_out, `stats` the LSE and delta of `launch_gist_attn_bwd_dq`.
     """
     q, k, _, grad_out = buffers
-    batch, heads, rows, dim = q.shape
-    kv_heads, columns = k.shape[1:3]
     results = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    if columns == 0:
+    if k.shape[2] == 0:
         return results
-    facts, width, is_gist = facts_of(q.device), padded(dim), len(rule) == 2
-    config = pick("bwd_dkv", facts.arch, width, q.element_size(), dim)
-    tiles, kv_total, group = triton.cdiv(columns, config.block_cols), batch * kv_heads, heads // kv_heads
-    chunks = chunk_count(tiles * kv_total, rows, facts.multiprocessors) if is_gist else 1
+    gist = len(rule) == 2
+    launch, chunks = plan_gist_attn_bwd_dkv(q, k, grad_out, gist, scale, precision)
     parts: tuple[torch.Tensor, ...] = results
     if chunks > 1:
         parts = tuple(torch.empty((chunks, *k.shape), dtype=torch.float32, device=k.device) for _ in range(2))
-    pack, wide = pack_heads(group, config.block_rows), wide_samples(q, grad_out)
-    meta = Meta(heads, group, pack, dim, width, config.block_rows, config.block_cols, precision, wide, GIST=is_gist)
-    section = section_heads(kv_total, 2 * rows * group * dim * q.element_size(), facts.l2_bytes)
-    with guard(q.device):
-        gist_attn_bwd_dkv_kernel[(tiles * chunks * kv_total,)](
-            *(strided(*buffers), stats, parts, rule if is_gist else rule * 2, scale),
-            *(rows, columns, columns - rows, kv_total, tiles, section, chunks),
-            META=meta,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    launch(q.device, strided(*buffers), stats, parts, rule if gist else rule * 2)
+    if chunks > 1:
+        count = k.numel()
+        Launch(sum_chunks_kernel, triton.cdiv(count, SUM_BLOCK), (count, chunks), (SUM_BLOCK,), 4)(
+            q.device, *parts, *results
         )
-        if chunks > 1:
-            count = k.numel()
-            grid = (triton.cdiv(count, SUM_BLOCK),)
-            sum_chunks_kernel[grid](*parts, *results, count, chunks, BLOCK=SUM_BLOCK, num_warps=4)
     return results

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gistkern.kernels.arguments import AttentionArguments, row_tiles, strided
-from gistkern.kernels.device import guard
+from gistkern.kernels.launch import Launch
 from gistkern.kernels.primitives import (
     backward_lse,
     column_intervals,
@@ -26,7 +26,7 @@ from gistkern.kernels.primitives import (
     visited,
 )
 
-__all__ = ["gist_attn_bwd_dq_kernel", "launch_gist_attn_bwd_dq"]
+__all__ = ["gist_attn_bwd_dq_kernel", "launch_gist_attn_bwd_dq", "plan_gist_attn_bwd_dq"]
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_local_rows", "n_heads", "n_tiles", "section"])
@@ -80,21 +80,21 @@ def gist_attn_bwd_dq_kernel(
     store_rows(dq_ptr + p_stat * META.D, (b_dq * scale).to(dq_ptr.dtype.element_ty), m_row, META.D, META.BD)
 
 
+def plan_gist_attn_bwd_dq(arguments: AttentionArguments, precision: str) -> Launch:
+    """The launch; its buffers are `strided` ones, (out, LSE), the results and the intervals."""
+    config, meta, counts = row_tiles("bwd_dq", arguments, precision)
+    numbers = (arguments.scale, *counts)
+    return Launch(gist_attn_bwd_dq_kernel, counts[2] * counts[3], numbers, (meta,), config.num_warps, config.num_stages)
+
+
 def launch_gist_attn_bwd_dq(
     grad_out: torch.Tensor, arguments: AttentionArguments, out: torch.Tensor, lse: torch.Tensor, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Allocate dq, the backward's LSE and delta and fill them; D must be contiguous, out and lse altogether."""
     q = arguments.q
-    config, meta, counts = row_tiles("bwd_dq", arguments, precision)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows_lse, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     results = dq, rows_lse, delta
-    with guard(q.device):
-        gist_attn_bwd_dq_kernel[(counts[2] * counts[3],)](
-            *(strided(*arguments.buffers, grad_out), (out, lse), results),
-            *(arguments.intervals, arguments.scale, *counts),
-            META=meta,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    launch = plan_gist_attn_bwd_dq(arguments, precision)
+    launch(q.device, strided(*arguments.buffers, grad_out), (out, lse), results, arguments.intervals)
     return results

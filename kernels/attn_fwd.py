@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gistkern.kernels.arguments import AttentionArguments, row_tiles, strided
-from gistkern.kernels.device import guard
+from gistkern.kernels.launch import Launch
 from gistkern.kernels.primitives import (
     column_intervals,
     head_rows,
@@ -27,7 +27,7 @@ from gistkern.kernels.primitives import (
     visited,
 )
 
-__all__ = ["attend", "gist_attn_fwd_kernel", "launch_gist_attn_fwd"]
+__all__ = ["attend", "gist_attn_fwd_kernel", "launch_gist_attn_fwd", "plan_gist_attn_fwd"]
 
 
 @triton.jit
@@ -101,17 +101,18 @@ def gist_attn_fwd_kernel(
     store_rows(out_ptr + p_stat * META.D, b_out.to(out_ptr.dtype.element_ty), m_row, META.D, META.BD)
 
 
+def plan_gist_attn_fwd(arguments: AttentionArguments, precision: str) -> Launch:
+    """The launch; its buffers are `strided` ones, out, LSE and the intervals, as the kernel takes them."""
+    config, meta, counts = row_tiles("fwd", arguments, precision)
+    numbers = (arguments.scale, *counts)
+    return Launch(gist_attn_fwd_kernel, counts[2] * counts[3], numbers, (meta,), config.num_warps, config.num_stages)
+
+
 def launch_gist_attn_fwd(arguments: AttentionArguments, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Allocate out and LSE and fill them; D must be contiguous in q, k, v and the gists."""
     q = arguments.q
-    config, meta, counts = row_tiles("fwd", arguments, precision)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    with guard(q.device):
-        gist_attn_fwd_kernel[(counts[2] * counts[3],)](
-            *(strided(*arguments.buffers), out, lse, arguments.intervals, arguments.scale, *counts),
-            META=meta,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    launch = plan_gist_attn_fwd(arguments, precision)
+    launch(q.device, strided(*arguments.buffers), out, lse, arguments.intervals)
     return out, lse

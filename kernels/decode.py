@@ -12,7 +12,8 @@ import triton.language as tl
 from gistkern.kernels.arguments import AttentionArguments, Meta, strided
 from gistkern.kernels.attn_fwd import attend
 from gistkern.kernels.configs import pick
-from gistkern.kernels.device import facts_of, guard, wide_rows
+from gistkern.kernels.device import facts_of, wide_rows
+from gistkern.kernels.launch import Launch
 from gistkern.kernels.primitives import (
     head_rows,
     load_rows,
@@ -28,7 +29,7 @@ from gistkern.kernels.primitives import (
 )
 from gistkern.kernels.schedule import decode_block_rows, pack_heads, padded, split_count
 
-__all__ = ["gist_decode_kernel", "launch_gist_decode", "merge_splits_kernel"]
+__all__ = ["gist_decode_kernel", "launch_gist_decode", "merge_splits_kernel", "plan_gist_decode"]
 
 # elements of the tile one program of the merge handles
 MERGE_ELEMENTS = 4096
@@ -88,8 +89,12 @@ def merge_splits_kernel(
     store_rows(out_ptr + o_stat * D, b_out.to(out_ptr.dtype.element_ty), m_stat, D, BD)
 
 
-def launch_gist_decode(arguments: AttentionArguments, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate out and LSE and fill them; as `launch_gist_attn_fwd`, with at most `DECODE_ROWS` query rows."""
+def plan_gist_decode(arguments: AttentionArguments, precision: str) -> tuple[Launch, Launch | None]:
+    """The launch, and the merge where the columns are split: into the launch's number of splits, its last.
+
+    Buffers of the first are `strided` ones, out and LSE (or their partial results) and the intervals; of the merge the
+    partial results, out and LSE.
+    """
     q, k, gist_k = arguments.q, arguments.k, arguments.gist_k
     batch, heads, rows, dim = q.shape
     kv_heads, local_rows = k.shape[1:3]
@@ -98,31 +103,28 @@ def launch_gist_decode(arguments: AttentionArguments, precision: str) -> tuple[t
     pack = pack_heads(group, config.block_rows // rows)
     packs = batch * heads // pack
     splits = split_count(packs, local_rows + gist_k.shape[2], facts.multiprocessors)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    parts: tuple[torch.Tensor, ...] = out, lse
-    if splits > 1:
-        parts = tuple(torch.empty((splits, *t.shape), dtype=torch.float32, device=q.device) for t in parts)
     block, cols, wide = decode_block_rows(rows, pack), config.block_cols, wide_rows(*arguments.buffers[1:])
     meta = Meta(heads, group, pack, dim, width, block, cols, precision, wide, facts.amd, config.two_loops)
-    with guard(q.device):
-        gist_decode_kernel[(splits * packs,)](
-            *(
-                strided(*arguments.buffers),
-                *parts,
-                arguments.intervals,
-                arguments.scale,
-                rows,
-                local_rows,
-                packs,
-                splits,
-            ),
-            META=meta,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        if splits > 1:
-            block = max(1, MERGE_ELEMENTS // width)
-            grid = (triton.cdiv(lse.numel(), block),)
-            merge_splits_kernel[grid](parts, out, lse, lse.numel(), splits, D=dim, BD=width, BM=block, num_warps=4)
+    numbers = arguments.scale, rows, local_rows, packs, splits
+    launch = Launch(gist_decode_kernel, splits * packs, numbers, (meta,), config.num_warps, config.num_stages)
+    if splits == 1:
+        return launch, None
+    stats, block = batch * heads * rows, max(1, MERGE_ELEMENTS // width)
+    merge = Launch(merge_splits_kernel, triton.cdiv(stats, block), (stats, splits), (dim, width, block), 4)
+    return launch, merge
+
+
+def launch_gist_decode(arguments: AttentionArguments, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate out and LSE and fill them; as `launch_gist_attn_fwd`, with at most `DECODE_ROWS` query rows."""
+    q = arguments.q
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    launch, merge = plan_gist_decode(arguments, precision)
+    parts: tuple[torch.Tensor, ...] = out, lse
+    if merge is not None:
+        splits = launch.numbers[-1]
+        parts = tuple(torch.empty((splits, *t.shape), dtype=torch.float32, device=q.device) for t in parts)
+    launch(q.device, strided(*arguments.buffers), *parts, arguments.intervals)
+    if merge is not None:
+        merge(q.device, parts, out, lse)
     return out, lse

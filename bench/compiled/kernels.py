@@ -26,8 +26,9 @@ from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
 from gistkern.kernels.chips import CHIPS, Chip, chip_named
-from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
+from gistkern.kernels.compact import launch_gist_compact
 from gistkern.kernels.decode import launch_gist_decode
+from gistkern.kernels.fold import plan_gist_fold
 
 ARCHS = tuple(chip.arch for chip in CHIPS)
 HEAD_DIMS = (64, 128)

@@ -8,9 +8,10 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
-from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_bwd
+from gistkern.kernels.compact import launch_gist_compact
 from gistkern.kernels.decode import launch_gist_decode
 from gistkern.kernels.device import facts_of
+from gistkern.kernels.fold import launch_gist_compact_bwd
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import dense_rows
 
