@@ -11,7 +11,7 @@ import torch
 
 from gistkern.kernels.chips import chip_named
 
-__all__ = ["DeviceFacts", "emulated", "facts_of", "guard", "wide_rows", "wide_samples"]
+__all__ = ["DeviceFacts", "emulated", "facts_of", "guard", "products_precision", "wide_rows", "wide_samples"]
 
 # launches run on CPU tensors under an emulator (Triton's interpreter, ttsem): they then take this chip's choices
 EMULATED_ARCH = "sm_90"
@@ -80,3 +80,13 @@ def wide_samples(*tensors: torch.Tensor) -> bool:
 def guard(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device: make it this one."""
     return nullcontext() if emulated() else torch.cuda.device(device)
+
+
+def products_precision(device: torch.device) -> str:
+    """How fp32 products are computed: as the user set torch (`torch.backends.cuda.matmul.fp32_precision`) by now.
+
+    A call's backward follows the setting at its own time. Of AMD's chips only gfx942 has tf32.
+    """
+    if torch.version.hip is not None and facts_of(device).arch != "gfx942":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

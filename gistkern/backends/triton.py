@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from gistkern.backends.triton_plan import TritonPlan
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
 from gistkern.kernels.compact import launch_gist_compact
 from gistkern.kernels.decode import launch_gist_decode
-from gistkern.kernels.device import facts_of
+from gistkern.kernels.device import products_precision
 from gistkern.kernels.fold import launch_gist_compact_bwd
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import dense_rows
 
-__all__ = ["backward", "compact", "compact_backward", "forward"]
+__all__ = ["TritonPlan", "backward", "compact", "compact_backward", "forward"]
 
 
 def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
     launch = launch_gist_decode if arguments.q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
-    return launch(arguments.readable(), _precision(arguments.q.device))
+    return launch(arguments.readable(), products_precision(arguments.q.device))
 
 
 def backward(
@@ -30,7 +31,7 @@ def backward(
     """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
     arguments, grad_out = arguments.readable(), dense_rows(grad_out)
     q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale = arguments
-    precision = _precision(q.device)
+    precision = products_precision(q.device)
     dq, rows_lse, delta = launch_gist_attn_bwd_dq(grad_out, arguments, out.contiguous(), lse.contiguous(), precision)
     rest = (rows_lse, delta), scale, precision
     dgist = launch_gist_attn_bwd_dkv((q, gist_k, gist_v, grad_out), (gist_begin, gist_end), *rest)
@@ -53,12 +54,3 @@ def compact_backward(
     grads = dense_rows(grad_gist_k), dense_rows(grad_gist_v)
     return launch_gist_compact_bwd(*grads, gather.contiguous(), num_local)
 
-
-def _precision(device: torch.device) -> str:
-    """How fp32 products are computed: as the user set torch (`torch.backends.cuda.matmul.fp32_precision`) by now.
-
-    A call's backward follows the setting at its own time. Of AMD's chips only gfx942 has tf32.
-    """
-    if torch.version.hip is not None and facts_of(device).arch != "gfx942":
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,200 @@
+"""What the calls of one layout launch, for tensors of one kind: worked out once, run many times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gistkern.kernels.arguments import AttentionArguments
+from gistkern.kernels.attn_bwd_dkv import plan_gist_attn_bwd_dkv
+from gistkern.kernels.attn_bwd_dq import plan_gist_attn_bwd_dq
+from gistkern.kernels.attn_fwd import plan_gist_attn_fwd
+from gistkern.kernels.compact import plan_gist_compact
+from gistkern.kernels.decode import plan_gist_decode
+from gistkern.kernels.device import products_precision
+from gistkern.kernels.fold import plan_gist_fold
+from gistkern.kernels.launch import Steps
+from gistkern.kernels.schedule import DECODE_ROWS
+from gistkern.layout import GistLayout
+from gistkern.rows import dense_rows
+
+__all__ = ["TritonPlan"]
+
+
+class TritonPlan:
+    """Forward and backward of one layout on q, k, v and past rows of the shapes, strides and type of those given.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        As of `gistkern.gist_attention`; the calls bring others like them.
+    past_k, past_v : Tensor, optional
+        ``[B, Hkv, past, D]``.
+    layout : GistLayout
+        Checked; its tensors must stay as they are.
+    scale : float
+        Of the scores.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past_k: torch.Tensor | None,
+        past_v: torch.Tensor | None,
+        layout: GistLayout,
+        scale: float,
+    ) -> None:
+        self.device, self.dtype, self.scale = q.device, q.dtype, scale
+        vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
+        self.vectors = tuple(vector.contiguous() for vector in vectors)
+        given = [q, k, v] if past_k is None or past_v is None else [q, k, v, past_k, past_v]
+        self.copies = any(tensor.stride(-1) != 1 for tensor in given)
+        self.past, self.compact = layout.past, layout.num_compact
+        self.gathers = past_k is None or self.compact > self.past
+        self.out_shape, self.lse_shape, self.key_shape = q.shape, q.shape[:3], k.shape
+        self.gist_shape = (*k.shape[:2], self.compact, k.shape[3])
+        self.past_shape = (*k.shape[:2], self.past, k.shape[3])
+        self._forward: _Forward | None = None
+        self._backward: _Backward | None = None
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values: the past ones where none are new."""
+        if self.copies:
+            q, k, v = map(dense_rows, (q, k, v))
+            past_k, past_v = (None if t is None else dense_rows(t) for t in (past_k, past_v))
+        dtype, device = self.dtype, self.device
+        out = torch.empty(self.out_shape, dtype=dtype, device=device)
+        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device)
+        if self.gathers:
+            gist_k = torch.empty(self.gist_shape, dtype=dtype, device=device)
+            gist_v = torch.empty(self.gist_shape, dtype=dtype, device=device)
+        else:
+            assert past_k is not None and past_v is not None
+            gist_k, gist_v = past_k, past_v
+        if past_k is None or past_v is None:
+            past_k, past_v = k, v  # not read
+        tensors = q, k, v, past_k, past_v, gist_k, gist_v, out, lse
+        planned = self._forward
+        if planned is None:
+            planned = self._forward = _Forward(self, tensors)
+        planned.steps.run(tensors, planned.buffers)
+        return out, lse, gist_k, gist_v
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gist_k: torch.Tensor,
+        gist_v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k, v and the past rows of keys and values; k's and v's hold those of the gathered rows.
+
+        Without atomics: two runs are bit-identical. Tensors may lie otherwise than in the forward: what offloads saved
+        tensors brings them back contiguous.
+        """
+        dtype, device = self.dtype, self.device
+        strides = grad_out.stride(), q.stride(), k.stride(), v.stride(), gist_k.stride(), gist_v.stride()
+        # the user's setting at the time of the backward
+        key = strides, out.stride(), lse.stride(), products_precision(device) if dtype == torch.float32 else "ieee"
+        planned = self._backward
+        if planned is None or planned.key != key:
+            given = grad_out, q, k, v, gist_k, gist_v
+            dense = tuple(map(dense_rows, given))
+            if any(one is not other for one, other in zip(dense, given, strict=True)) or not (
+                out.is_contiguous() and lse.is_contiguous()
+            ):
+                return self.backward(*dense, out.contiguous(), lse.contiguous())
+            planned = self._backward = _Backward(self, given, key)
+        dq = torch.empty(self.out_shape, dtype=dtype, device=device)
+        dk = torch.empty(self.key_shape, dtype=dtype, device=device)
+        dv = torch.empty(self.key_shape, dtype=dtype, device=device)
+        past_k = torch.empty(self.past_shape, dtype=dtype, device=device) if self.past else dk
+        past_v = torch.empty(self.past_shape, dtype=dtype, device=device) if self.past else dv
+        tensors = grad_out, q, k, v, gist_k, gist_v, out, lse, dq, dk, dv, past_k, past_v
+        planned.steps.run(tensors, planned.buffers)
+        return (dq, dk, dv, past_k, past_v) if self.past else (dq, dk, dv, None, None)
+
+
+class _Forward:
+    """The launches of a forward: compaction where rows are gathered, attention or decoding, the merge of its splits."""
+
+    def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...]) -> None:
+        q, k, v, past_k, past_v, gist_k, gist_v, *_ = tensors
+        arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
+        precision, merge = products_precision(plan.device), None
+        if q.shape[2] <= DECODE_ROWS:
+            launch, merge = plan_gist_decode(arguments, precision)
+        else:
+            launch = plan_gist_attn_fwd(arguments, precision)
+        splits, stats = 1 if merge is None else launch.numbers[-1], q.shape[:3].numel()
+        work = () if merge is None else (splits * stats * q.shape[3], splits * stats)
+        self.steps = Steps(plan.device, plan.vectors, work)
+        self.strides = tuple(t.stride()[:3] for t in tensors[:7])
+        self.compacts = plan.gathers and gist_k.numel() > 0
+        if self.compacts:
+            self.steps.add(plan_gist_compact(k, plan.past, plan.compact), plan.dtype, self.strides[1:5])
+        self.steps.add(launch, plan.dtype, self.strides, splits > 1)
+        if merge is not None:
+            self.steps.add(merge, plan.dtype)
+
+    def buffers(
+        self, q, k, v, past_k, past_v, gist_k, gist_v, out, lse, begin, end, start, gather, *parts
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Those of each launch."""
+        of_q, of_k, of_v, of_past_k, of_past_v, of_gist_k, of_gist_v = self.strides
+        local = (k, of_k), (v, of_v)
+        seen = ((q, of_q), *local, (gist_k, of_gist_k), (gist_v, of_gist_v))
+        attention = (seen, *(parts or (out, lse)), (begin, end, start))
+        calls = (attention, (parts, out, lse)) if parts else (attention,)
+        if not self.compacts:
+            return calls
+        return (((*local, (past_k, of_past_k), (past_v, of_past_v)), gather, (gist_k, gist_v)), *calls)
+
+
+class _Backward:
+    """The launches of a backward for tensors of these strides: dq, compact rows, local rows, and both together."""
+
+    def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...], key: tuple[Any, ...]) -> None:
+        grad_out, q, k, v, gist_k, gist_v = tensors
+        self.key, precision = key, key[-1]
+        arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
+        gist, chunks = plan_gist_attn_bwd_dkv(q, gist_k, grad_out, True, plan.scale, precision)
+        local, _ = plan_gist_attn_bwd_dkv(q, k, grad_out, False, plan.scale, precision)
+        stats, sums = q.shape[:3].numel(), chunks * gist_k.numel()
+        self.folds = gist_k.numel() > 0
+        self.steps = Steps(plan.device, plan.vectors, (stats, stats, sums, sums) if self.folds else (stats, stats))
+        self.strides = tuple(t.stride()[:3] for t in tensors)
+        of_grad, of_q, of_k, of_v, of_gist_k, of_gist_v = self.strides
+        self.steps.add(plan_gist_attn_bwd_dq(arguments, precision), plan.dtype, self.strides)
+        if self.folds:
+            self.steps.add(gist, plan.dtype, (of_q, of_gist_k, of_gist_v, of_grad))
+        self.steps.add(local, plan.dtype, (of_q, of_k, of_v, of_grad))
+        if self.folds:
+            self.of_parts = torch.empty(gist_k.shape, device="meta").stride()[:3]
+            self.steps.add(plan_gist_fold(k, plan.past, plan.compact, chunks), plan.dtype, self.of_parts)
+
+    def buffers(self, *values: Any) -> tuple[tuple[Any, ...], ...]:
+        """Those of each launch."""
+        grad_out, q, k, v, gist_k, gist_v, out, lse, dq, dk, dv, past_k, past_v, *rest = values
+        begin, end, start, gather, rows_lse, delta, *sums = rest
+        of_grad, of_q, of_k, of_v, of_gist_k, of_gist_v = self.strides
+        queries, grad = (q, of_q), (grad_out, of_grad)
+        local, gist = ((k, of_k), (v, of_v)), ((gist_k, of_gist_k), (gist_v, of_gist_v))
+        stats, rule = (rows_lse, delta), (begin, end, start)
+        by_rows = (queries, *local, *gist, grad), (out, lse), (dq, *stats), rule
+        by_columns = (queries, *local, grad), stats, (dk, dv), (start, start)
+        if not self.folds:
+            return by_rows, by_columns
+        part_k, part_v = sums
+        by_gists = (queries, *gist, grad), stats, (part_k, part_v), (begin, end)
+        fold = ((part_k, self.of_parts), (part_v, self.of_parts)), gather, (past_k, past_v), (dk, dv)
+        return by_rows, by_gists, by_columns, fold
