@@ -19,7 +19,7 @@ __all__ = ["CopyMeta", "gist_compact_kernel", "launch_gist_compact", "plan_gist_
 
 
 class CopyMeta(NamedTuple):
-    """The compile-time constants of kernels that copy rows: tiles of `BG` rows by `BD` columns, of `HEADS` K/V heads of `D`."""
+    """Compile-time constants of kernels that copy rows of `HEADS` K/V heads of `D`: tiles of `BG` rows, `BD` wide."""
 
     HEADS: int
     D: int

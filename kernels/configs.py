@@ -209,6 +209,8 @@ _PADDED: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] =
 }
 
 _override: dict[str, Config] = {}
+# how often the choice has changed in this process, so that nobody goes on with kernels of another one
+changes = 0
 
 
 def family_of(arch: str) -> str:
@@ -255,10 +257,13 @@ def overridden(**configs: Config) -> Iterator[None]:
     """Use these configs, by kernel name, within the block (tests of tile boundaries, autotuning)."""
     if unknown := set(configs) - set(KERNELS):
         raise ValueError(f"unknown kernel {sorted(unknown)}: expected some of {', '.join(KERNELS)}")
+    global changes
     before = dict(_override)
     _override.update(configs)
+    changes += 1
     try:
         yield
     finally:
         _override.clear()
         _override.update(before)
+        changes += 1

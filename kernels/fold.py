@@ -20,7 +20,7 @@ __all__ = ["gist_fold_kernel", "launch_gist_compact_bwd", "plan_gist_fold"]
 @triton.jit
 def chunk_sum(part, o_chunk, n_chunks, i_b, i_kv, o_row, m_row, META: tl.constexpr):
     """fp32 ``[BG, BD]``: rows `o_row` of a head, summed over the chunks, `o_chunk` elements apart, in order."""
-    b_sum = tl.zeros([META.BG, META.BD], tl.float32)
+    b_sum = tl.full([META.BG, META.BD], 0.0, tl.float32)
     p_rows = head_rows(part, i_b, i_kv, o_row.to(tl.int64))
     for i_chunk in tl.range(0, n_chunks):
         b_sum += load_rows(p_rows + o_chunk * i_chunk, m_row, META.D, META.BD).to(tl.float32)

@@ -17,6 +17,7 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from gistkern.kernels.device import guard
 
@@ -67,6 +68,8 @@ class Launch(NamedTuple):
         `types` is all that `buffers` bring of what Triton specializes on beside alignment: data types and strides.
         Their addresses must be aligned.
         """
+        if not isinstance(self.kernel, JITFunction):
+            return None
         wide = tuple([isinstance(number, int) and not -_INT32 <= number < _INT32 for number in self.numbers])
         key = self.kernel, device, types, wide, self.constants, self.num_warps, self.num_stages
         chosen = _chosen.get(key)
@@ -111,9 +114,9 @@ class Steps:
             ends.append(ends[-1] + -(-4 * count // _ALIGNMENT) * _ALIGNMENT)
         self._parts, self._bytes = tuple(ends[:-1]), ends[-1]
         self._index = device.index if device.type == "cuda" else None
-        self._stream = driver.active.get_current_stream
         self._prepares = True
         self._prepared: tuple[_Prepared, ...] | None = None
+        self._stream: Callable[[int], int] = int  # unless prepared
 
     def add(self, launch: Launch, *types: Any) -> None:
         """One launch more; `types` as `Launch.prepared` takes them."""
@@ -122,8 +125,8 @@ class Steps:
     def run(self, tensors: tuple[torch.Tensor, ...], buffers_of: Callable[..., tuple[tuple[Any, ...], ...]]) -> None:
         """Launch on `tensors`.
 
-        ``buffers_of(*tensors, *vectors, *parts of the workspace)`` tells each launch's buffers; it may be given addresses
-        in the place of all of these.
+        ``buffers_of(*tensors, *vectors, *parts of the workspace)`` tells each launch's buffers; it may be given
+        addresses in the place of all of these.
         """
         work = torch.empty(self._bytes, dtype=torch.uint8, device=self.device) if self._bytes else None
         if self._prepares and not _hooked():
@@ -145,7 +148,8 @@ class Steps:
         calls = zip(self.launches, buffers_of(*self._all(tensors, work)), strict=True)
         found = [launch.prepared(self.device, types, buffers) for (launch, types), buffers in calls]
         self._prepares = None not in found
-        self._prepared = tuple(found) if self._prepares else None  # type: ignore[arg-type]
+        if self._prepares:
+            self._prepared, self._stream = tuple(found), driver.active.get_current_stream  # type: ignore[arg-type]
         return self._prepares
 
     def _run_prepared(self, calls: tuple[tuple[Any, ...], ...]) -> None:

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.plain_flash import launch_plain
 from gistkern.kernels import device
-from gistkern.kernels.arguments import AttentionArguments
+from gistkern.kernels.arguments import AttentionArguments, strided
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
@@ -37,6 +37,7 @@ HEAD_DIMS = (64, 128)
 BATCH, HEADS, KV_HEADS, ROWS, GISTS = 1, 32, 8, 2048, 256
 # the bits of the scale are no compile-time constant, and neither is anything else that depends on sizes
 SCALE = 0.125
+CHUNKS = 8
 
 
 class Launch(NamedTuple):
@@ -72,7 +73,7 @@ def _attention(dim: int) -> dict[str, Callable[[], Any]]:
     stat = tensor(HEADS, ROWS, dtype=torch.float32)
     rule = tensor(ROWS, dtype=torch.int32)
     token, token_rule = tensor(HEADS, 1, dim), tensor(1, dtype=torch.int32)
-    gather = tensor(GISTS, dtype=torch.int64)
+    gather, wide = tensor(GISTS, dtype=torch.int64), tensor(KV_HEADS, GISTS, dim, dtype=torch.float32)
     how = SCALE, "ieee"
     arguments = AttentionArguments(q, k, k, g, g, rule, rule, rule, SCALE)
     step = AttentionArguments(token, k, k, g, g, token_rule, token_rule, token_rule, SCALE)
@@ -83,7 +84,7 @@ def _attention(dim: int) -> dict[str, Callable[[], Any]]:
         "bwd_dkv_local": lambda: launch_gist_attn_bwd_dkv((q, k, k, q), (rule,), (stat, stat), *how),
         "decode": lambda: launch_gist_decode(step, "ieee"),
         "compact": lambda: launch_gist_compact(k, k, None, None, gather),
-        "compact_bwd": lambda: launch_gist_compact_bwd(g, g, gather, ROWS),
+        "fold": lambda: plan_gist_fold(k, 0, GISTS, CHUNKS)(k.device, strided(wide, wide), gather, (k, k), (k, k)),
         "plain_fwd": lambda: launch_plain("fwd", (q, k, k), (q, stat), *how),
         "plain_bwd_dq": lambda: launch_plain("bwd_dq", (q, k, k, q), (q, stat, stat, q), *how),
         "plain_bwd_dkv": lambda: launch_plain("bwd_dkv", (q, k, k, q), (stat, stat, k, k), *how),
@@ -91,7 +92,7 @@ def _attention(dim: int) -> dict[str, Callable[[], Any]]:
 
 
 _CALLS = ("fwd", "bwd_dq", "bwd_dkv_gist", "bwd_dkv_local", "sum_chunks", "decode", "merge_splits")
-_CALLS += ("compact", "compact_bwd", "plain_fwd", "plain_bwd_dq", "plain_bwd_dkv")
+_CALLS += ("compact", "fold", "plain_fwd", "plain_bwd_dq", "plain_bwd_dkv")
 _SECOND = {"sum_chunks": "bwd_dkv_gist", "merge_splits": "decode"}
 # row name -> (the call that launches it, which of that call's launches it is)
 KERNELS = {name: (_SECOND.get(name, name), int(name in _SECOND)) for name in _CALLS}

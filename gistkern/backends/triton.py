@@ -53,4 +53,3 @@ def compact_backward(
     """Gradients of k and v, repeated tokens added up in a fixed order; arguments as `gistkern.rows`."""
     grads = dense_rows(grad_gist_k), dense_rows(grad_gist_v)
     return launch_gist_compact_bwd(*grads, gather.contiguous(), num_local)
-

@@ -16,7 +16,6 @@ from gistkern.kernels.device import products_precision
 from gistkern.kernels.fold import plan_gist_fold
 from gistkern.kernels.launch import Steps
 from gistkern.kernels.schedule import DECODE_ROWS
-from gistkern.layout import GistLayout
 from gistkern.rows import dense_rows
 
 __all__ = ["TritonPlan"]
@@ -31,8 +30,8 @@ class TritonPlan:
         As of `gistkern.gist_attention`; the calls bring others like them.
     past_k, past_v : Tensor, optional
         ``[B, Hkv, past, D]``.
-    layout : GistLayout
-        Checked; its tensors must stay as they are.
+    vectors : tuple of Tensor
+        gist_begin, gist_end, local_begin and gather of a checked layout, contiguous, which stay as they are.
     scale : float
         Of the scores.
     """
@@ -44,15 +43,15 @@ class TritonPlan:
         v: torch.Tensor,
         past_k: torch.Tensor | None,
         past_v: torch.Tensor | None,
-        layout: GistLayout,
+        vectors: tuple[torch.Tensor, ...],
         scale: float,
     ) -> None:
         self.device, self.dtype, self.scale = q.device, q.dtype, scale
-        vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
-        self.vectors = tuple(vector.contiguous() for vector in vectors)
+        self.vectors = vectors
         given = [q, k, v] if past_k is None or past_v is None else [q, k, v, past_k, past_v]
         self.copies = any(tensor.stride(-1) != 1 for tensor in given)
-        self.past, self.compact = layout.past, layout.num_compact
+        self.past = 0 if past_k is None else past_k.shape[2]
+        self.compact = self.past + vectors[3].shape[1]
         self.gathers = past_k is None or self.compact > self.past
         self.out_shape, self.lse_shape, self.key_shape = q.shape, q.shape[:3], k.shape
         self.gist_shape = (*k.shape[:2], self.compact, k.shape[3])
@@ -61,7 +60,12 @@ class TritonPlan:
         self._backward: _Backward | None = None
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past_k: torch.Tensor | None,
+        past_v: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values: the past ones where none are new."""
         if self.copies:
@@ -74,14 +78,16 @@ class TritonPlan:
             gist_k = torch.empty(self.gist_shape, dtype=dtype, device=device)
             gist_v = torch.empty(self.gist_shape, dtype=dtype, device=device)
         else:
-            assert past_k is not None and past_v is not None
+            assert past_k is not None
+            assert past_v is not None
             gist_k, gist_v = past_k, past_v
         if past_k is None or past_v is None:
             past_k, past_v = k, v  # not read
         tensors = q, k, v, past_k, past_v, gist_k, gist_v, out, lse
+        precision = products_precision(device) if dtype == torch.float32 else "ieee"  # the user's setting by now
         planned = self._forward
-        if planned is None:
-            planned = self._forward = _Forward(self, tensors)
+        if planned is None or planned.precision != precision:
+            planned = self._forward = _Forward(self, tensors, precision)
         planned.steps.run(tensors, planned.buffers)
         return out, lse, gist_k, gist_v
 
@@ -103,7 +109,6 @@ class TritonPlan:
         """
         dtype, device = self.dtype, self.device
         strides = grad_out.stride(), q.stride(), k.stride(), v.stride(), gist_k.stride(), gist_v.stride()
-        # the user's setting at the time of the backward
         key = strides, out.stride(), lse.stride(), products_precision(device) if dtype == torch.float32 else "ieee"
         planned = self._backward
         if planned is None or planned.key != key:
@@ -112,7 +117,7 @@ class TritonPlan:
             if any(one is not other for one, other in zip(dense, given, strict=True)) or not (
                 out.is_contiguous() and lse.is_contiguous()
             ):
-                return self.backward(*dense, out.contiguous(), lse.contiguous())
+                return self.backward(*dense, out.contiguous(), lse.contiguous())  # type: ignore[call-arg]
             planned = self._backward = _Backward(self, given, key)
         dq = torch.empty(self.out_shape, dtype=dtype, device=device)
         dk = torch.empty(self.key_shape, dtype=dtype, device=device)
@@ -127,10 +132,10 @@ class TritonPlan:
 class _Forward:
     """The launches of a forward: compaction where rows are gathered, attention or decoding, the merge of its splits."""
 
-    def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...]) -> None:
-        q, k, v, past_k, past_v, gist_k, gist_v, *_ = tensors
+    def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...], precision: str) -> None:
+        self.precision, merge = precision, None
+        q, k, v, _, _, gist_k, gist_v, *_ = tensors
         arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
-        precision, merge = products_precision(plan.device), None
         if q.shape[2] <= DECODE_ROWS:
             launch, merge = plan_gist_decode(arguments, precision)
         else:

@@ -24,6 +24,8 @@ __all__ = [
     "check_now",
     "check_once",
     "check_shapes",
+    "is_checked",
+    "state_of",
     "still_trusted",
     "trusted",
 ]
@@ -143,7 +145,7 @@ def check_once(layout: LayoutFields) -> None:
     """`check_intervals`, unless these very tensors have passed. Nothing while compiling or capturing a CUDA graph."""
     if torch.compiler.is_compiling():
         return
-    state = _state(layout)
+    state = state_of(layout)
     if state is None or layout.__dict__.get("_checked") == state:
         return
     if layout.gist_begin.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -152,16 +154,21 @@ def check_once(layout: LayoutFields) -> None:
     layout.__dict__["_checked"] = state
 
 
+def is_checked(layout: LayoutFields) -> bool:
+    """Whether `check_once` would look at no value."""
+    return layout.__dict__.get("_checked", 0) == state_of(layout)
+
+
 def check_now(layout: LayoutFields) -> None:
     """`check_intervals`, where there are values to read."""
-    if not torch.compiler.is_compiling() and _state(layout) is not None:
+    if not torch.compiler.is_compiling() and state_of(layout) is not None:
         check_intervals(layout)
 
 
 def trusted(layout: Layout, *sources: LayoutFields) -> Layout:
     """Remember that `layout` holds by construction: if it was made from other layouts, if those do."""
-    if not torch.compiler.is_compiling() and all(s.__dict__.get("_checked", 0) == _state(s) for s in sources):
-        layout.__dict__["_checked"] = _state(layout)
+    if not torch.compiler.is_compiling() and all(s.__dict__.get("_checked", 0) == state_of(s) for s in sources):
+        layout.__dict__["_checked"] = state_of(layout)
     return layout
 
 
@@ -171,7 +178,7 @@ def still_trusted(layout: LayoutFields, before: LayoutFields) -> None:
         layout.__dict__["_checked"] = (known[0], layout.tail, *known[2:])
 
 
-def _state(layout: LayoutFields) -> tuple[Any, ...] | None:
+def state_of(layout: LayoutFields) -> tuple[Any, ...] | None:
     """What changes when the tensors do; None where there are no values to read (shapes without data)."""
     # asked at every layer: attributes only, and no loop
     begin, end, local, gather = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather

@@ -1,19 +1,23 @@
-"""The public op: validate, choose a backend, fill the compact rows, call."""
+"""The public op: what an eager call runs is planned once for a layout; torch.compile and its like see operators."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from gistkern import backends
 from gistkern.layout import GistLayout
-from gistkern.layout.checks import check_once
+from gistkern.layout.checks import check_once, state_of
 from gistkern.ops import library
 from gistkern.ops.checks import check_scale, refuse_forward_mode
+from gistkern.ops.plan import Found, keep, kept, key_of, plan_for
 from gistkern.ops.sinks import check_learned_sinks
 
-__all__ = ["AttentionOptions", "attend", "gist_attention"]
+__all__ = ["AttentionOptions", "attend", "gist_attention", "needs_operators"]
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 class AttentionOptions(NamedTuple):
@@ -82,8 +86,12 @@ def gist_attention(
     torch.Size([1, 4, 11, 16])
     """
     options = AttentionOptions(scale, backend, learned_sinks)
-    out, lse, _, _ = attend(q, k, v, layout, options, past_key=past_key, past_value=past_value)
-    return (out, lse) if return_lse else out
+    rows = {"past_key": past_key, "past_value": past_value}
+    out, lse, _, _ = attend(q, k, v, layout, options, **rows, wants_lse=return_lse)
+    if not return_lse:
+        return out
+    assert lse is not None  # wanted
+    return out, lse
 
 
 def attend(
@@ -95,43 +103,90 @@ def attend(
     *,
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    wants_lse: bool = False,
+) -> Found:
     """`gist_attention` that also hands back what it compacted.
 
     Returns
     -------
     (Tensor, Tensor, Tensor, Tensor)
-        Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values that attention has read: what a cache
-        stores. They are `past_key` and `past_value` themselves where the call gathers none.
+        Output, LSE (perhaps None unless `wants_lse`), and the compact rows ``[B, Hkv, G, D]`` of keys and values that
+        attention has read: what a cache stores. They are `past_key` and `past_value` themselves where the call gathers
+        none.
     """
-    _check_tensors(q, k, v, layout, past_key, past_value)
     scale, backend, learned_sinks = options
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    check_scale(scale)
-    check_learned_sinks(learned_sinks, q)
-    check_once(layout)
+    tensors = q, k, v, past_key, past_value, learned_sinks
+    if torch.compiler.is_compiling() or needs_operators(layout, tensors):
+        return _by_operators(*tensors[:5], layout, options)
+    gradient = torch.is_grad_enabled() and _any_learns(*tensors)
+    try:
+        key = key_of(*tensors, scale, backend, gradient, wants_lse, state_of(layout))
+    except (AttributeError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
+        key = None
+    plan = None if key is None else kept(layout, key)
+    if plan is None:
+        scale = _checked(tensors, layout, scale)
+        plan = plan_for(backend, tensors[:5], layout, scale, gradient, wants_lse, learned_sinks is not None)
+        assert key is not None
+        keep(layout, key, plan)
+    return plan.attend(*tensors)
+
+
+def needs_operators(layout: GistLayout, tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether somebody has to see `torch.library` operators in an eager call.
+
+    Subclasses of tensors, dispatch modes, `torch.func`, tangents and `torch.jit.trace` look at operators. What they see
+    are those of `gistkern.ops.library`; where nobody looks a plan is run.
+    """
+    q, k, v, past_key, past_value, learned_sinks = tensors
+    types = {type(q), type(k), type(v), type(past_key), type(past_value), type(learned_sinks)}
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or not types <= _PLAIN
+    )
+
+
+def _any_learns(q, k, v, past_key, past_value, learned_sinks) -> bool:
+    # asked at every layer: no loop
+    return bool(
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (past_key is not None and past_key.requires_grad)
+        or (past_value is not None and past_value.requires_grad)
+        or (learned_sinks is not None and learned_sinks.requires_grad)
+    )
+
+
+def _by_operators(q, k, v, past_key, past_value, layout: GistLayout, options: AttentionOptions) -> Found:
+    """Compaction and attention as two operators."""
+    scale, backend, learned_sinks = options
     given = (q, k, v, past_key, past_value, learned_sinks)
-    refuse_forward_mode(*given)
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    scale = _checked(given, layout, scale)
+    gradient = torch.is_grad_enabled() and _any_learns(*given)
     name = backends.choose(backend, q, gradient)
     if layout.gather.shape[1] == 0 and past_key is not None and past_value is not None:
         gist_k, gist_v = past_key, past_value  # decoding: nothing new to gather, nothing to copy
     else:
         gist_k, gist_v = library.compact(k, v, past_key, past_value, layout.gather, name)
-    out, lse = library.attention(
-        q,
-        k,
-        v,
-        gist_k,
-        gist_v,
-        layout.gist_begin,
-        layout.gist_end,
-        layout.local_begin,
-        scale,
-        name,
-        learned_sinks,
-    )
+    vectors = layout.gist_begin, layout.gist_end, layout.local_begin
+    out, lse = library.attention(q, k, v, gist_k, gist_v, *vectors, scale, name, learned_sinks)
     return out, lse, gist_k, gist_v
+
+
+def _checked(tensors: tuple[Any, ...], layout: GistLayout, scale: float | None) -> float:
+    """The scale, of tensors and a layout that fit each other."""
+    q, k, v, past_key, past_value, learned_sinks = tensors
+    _check_tensors(q, k, v, layout, past_key, past_value)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_scale(scale)
+    check_learned_sinks(learned_sinks, q)
+    check_once(layout)
+    refuse_forward_mode(*tensors)
+    return scale
 
 
 def _check_tensors(

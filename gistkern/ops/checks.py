@@ -24,6 +24,7 @@ __all__ = [
     "check_compact",
     "check_compact_backward",
     "check_devices",
+    "check_folded_backward",
     "check_scale",
     "refuse_forward_mode",
     "refuse_second_derivative",
@@ -91,6 +92,17 @@ def check_backward(arguments: AttentionArguments, grad_out: torch.Tensor, out: t
     _require("grad_out", grad_out, tuple(q.shape), q)
     _require("out", out, tuple(q.shape), q)
     _require("lse", lse, tuple(q.shape[:3]), q, torch.promote_types(q.dtype, torch.float32))
+
+
+def check_folded_backward(
+    arguments: AttentionArguments, gather: torch.Tensor, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Of a backend's `folded_backward`."""
+    check_backward(arguments, grad_out, out, lse)
+    batch, rows, width = arguments.k.shape[0], arguments.k.shape[2], arguments.gist_k.shape[2]
+    _require_gather(gather, batch, rows, arguments.q)
+    if gather.shape[1] > width:
+        raise ValueError(f"gather must list at most the {width} compact rows, got {gather.shape[1]}")
 
 
 def check_compact(

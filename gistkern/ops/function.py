@@ -1,7 +1,7 @@
 """Compaction and attention as one node of the autograd graph: what eager calls with gradients go through.
 
-The operators of `gistkern.ops.library` would be two nodes, with two gradients of k and v of full size that autograd
-adds up. They serve what must see operators: torch.compile, tracing, dispatch modes, and gradients of gradients.
+The operators of `gistkern.ops.library` are two nodes, with two full-size gradients of k and of v that autograd adds up.
+They serve what has to see operators: torch.compile, tracing, dispatch modes, and gradients of gradients.
 """
 
 from __future__ import annotations
@@ -15,17 +15,89 @@ from gistkern.ops.sinks import gradient_of_sinks, with_learned_sinks
 
 __all__ = ["GistAttention", "Plan"]
 
+Tensors = tuple[torch.Tensor | None, ...]
+
 
 class Plan(Protocol):
-    """What runs the calls of one layout on tensors of one kind; `gistkern.ops.plan` makes them."""
+    """What computes the calls of one layout on tensors of one kind (plan.py)."""
 
-    scale: float
-    backend: str
-    gathers: bool  # whether calls bring new compact rows
-    vectors: tuple[torch.Tensor, ...]  # gist_begin, gist_end, local_begin and gather
+    backend: str  # a name of `gistkern.backends.BACKENDS`
+    scale: float  # of the scores
+    gathers: bool  # whether calls bring new compact rows; otherwise attention reads the past ones
+    vectors: tuple[torch.Tensor, ...]  # gist_begin, gist_end, local_begin and gather, contiguous
 
     def forward(self, q, k, v, past_k, past_v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, LSE, and the compact rows of keys and values."""
+        """Output ``[B, Hq, N, D]``, LSE ``[B, Hq, N]``, and compact rows ``[B, Hkv, G, D]`` of keys and values."""
 
-    def backward(self, grad_out, q, k, v, gist_k, gist_v, out, lse) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of q, k, v and the past rows (None without), those of gathered rows added into k's and v's."""
+    def backward(self, grad_out, q, k, v, gist_k, gist_v, out, lse) -> Tensors:
+        """Gradients of q, k, v, and of past rows (None without); those of gathered rows are in k's and v's."""
+
+
+class GistAttention(torch.autograd.Function):
+    """Output, LSE (not differentiable), and the compact rows where the call gathers new ones."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, q, k, v, past_k, past_v, learned_sinks) -> Tensors:
+        """As `Plan.forward`, and keep what the backward needs."""
+        out, lse, gist_k, gist_v = plan.forward(q, k, v, past_k, past_v)
+        out, lse = with_learned_sinks(out, lse, learned_sinks)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)  # the LSE's would be a tensor of zeros
+        ctx.mark_non_differentiable(lse)
+        # the layout's vectors are the plan's own; saved, so that a change of one before the backward is an error
+        ctx.save_for_backward(q, k, v, gist_k, gist_v, out, lse, learned_sinks, *plan.vectors)
+        return (out, lse, gist_k, gist_v) if plan.gathers else (out, lse)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out, _, grad_gist_k=None, grad_gist_v=None) -> Tensors:
+        """None for the plan, and the gradients of the six tensors."""
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return (None, *_by_operators(ctx.plan, saved, grad_out, grad_gist_k, grad_gist_v))
+        q, k, v, gist_k, gist_v, out, lse, learned_sinks, *_ = saved
+        dq = dk = dv = past_k = past_v = sinks = None
+        if grad_out is not None:
+            dq, dk, dv, past_k, past_v = ctx.plan.backward(grad_out, q, k, v, gist_k, gist_v, out, lse)
+            if learned_sinks is not None and ctx.needs_input_grad[6]:
+                sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)
+        if grad_gist_k is not None or grad_gist_v is not None:  # somebody uses the compact rows themselves
+            more = _of_compact_rows(ctx.plan, saved, grad_gist_k, grad_gist_v)
+            dk, dv, past_k, past_v = (_sum(a, b) for a, b in zip((dk, dv, past_k, past_v), more, strict=True))
+        return None, dq, dk, dv, past_k, past_v, sinks
+
+
+def _by_operators(plan: Plan, saved: tuple[Any, ...], grad_out, grad_gist_k, grad_gist_v) -> Tensors:
+    """The same by operators, whose own derivatives are known (compaction's) or refused (attention's)."""
+    q, k, v, gist_k, gist_v, out, lse, learned_sinks, *vectors = saved
+    dq = dk = dv = sinks = None
+    if grad_out is not None:
+        seen = (q, k, v, gist_k, gist_v)
+        dq, dk, dv, dgist_k, dgist_v = library.attention_backward(
+            grad_out, *seen, out, lse, *vectors[:3], plan.scale, plan.backend
+        )
+        grad_gist_k, grad_gist_v = _sum(grad_gist_k, dgist_k), _sum(grad_gist_v, dgist_v)
+        if learned_sinks is not None:
+            sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)
+    more = _of_compact_rows(plan, saved, grad_gist_k, grad_gist_v)
+    return dq, _sum(dk, more[0]), _sum(dv, more[1]), more[2], more[3], sinks
+
+
+def _of_compact_rows(plan: Plan, saved: tuple[Any, ...], grad_k, grad_v) -> Tensors:
+    """Gradients of k, v and past rows from those of the compact rows."""
+    k, gist_k, gather = saved[1], saved[3], saved[-1]
+    if grad_k is None and grad_v is None:
+        return None, None, None, None
+    grad_k, grad_v = (torch.zeros_like(gist_k) if grad is None else grad for grad in (grad_k, grad_v))
+    past = gist_k.shape[2] - gather.shape[1]
+    # copies of the past ones, not views: the caller may add into a gradient in place
+    past_k, past_v = (grad[:, :, :past].clone() if past else None for grad in (grad_k, grad_v))
+    if not gather.shape[1]:
+        return None, None, past_k, past_v
+    dk, dv = library.compact_backward(grad_k[:, :, past:], grad_v[:, :, past:], gather, k.shape[2], plan.backend)
+    return dk, dv, past_k, past_v
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other

@@ -1,0 +1,168 @@
+"""What the calls of one layout do on tensors of one kind, worked out once for all layers and kept on the layout.
+
+A layer's call compares one tuple (`key_of`) with that of the plan. All that `gist_attention` refuses is refused when a
+plan is made, so that tensors with the same tuple need no more questions.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gistkern import backends
+from gistkern.backends import plain
+from gistkern.kernels import configs
+from gistkern.kernels.arguments import AttentionArguments
+from gistkern.layout import GistLayout
+from gistkern.layout.checks import is_checked
+from gistkern.ops import checks, library
+from gistkern.ops.function import GistAttention
+from gistkern.ops.sinks import with_learned_sinks
+
+__all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for"]
+
+# plans that a layout keeps: for layers of several kinds, with and without gradients
+_MOST = 16
+Found = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+
+class Plan:
+    """By a backend's functions, one after the other.
+
+    Attributes
+    ----------
+    backend : str
+        A name of `gistkern.backends.BACKENDS`.
+    scale : float
+        Of the scores.
+    gradient : bool
+        Whether something is differentiable.
+    gathers : bool
+        Whether calls bring new compact rows; otherwise attention reads the past ones.
+    vectors : tuple of Tensor
+        gist_begin, gist_end, local_begin and gather of the layout, contiguous.
+    """
+
+    key: tuple[Any, ...]
+
+    def __init__(self, backend: str, scale: float, gradient: bool, layout: GistLayout, has_past: bool) -> None:
+        self.backend, self.scale, self.gradient = backend, scale, gradient
+        self.module: ModuleType = backends.get(backend).load()
+        self.gathers = layout.gather.shape[1] > 0 or not has_past
+        vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
+        self.vectors = tuple(vector.contiguous() for vector in vectors)
+
+    def attend(self, q, k, v, past_k, past_v, learned_sinks) -> Found:
+        """Output, LSE, and the compact rows that attention has read: the past ones themselves where none are new."""
+        if not self.gradient:
+            out, lse, gist_k, gist_v = self.forward(q, k, v, past_k, past_v)
+            return *with_learned_sinks(out, lse, learned_sinks), gist_k, gist_v
+        found = GistAttention.apply(self, q, k, v, past_k, past_v, learned_sinks)
+        return found if self.gathers else (*found, past_k, past_v)
+
+    def forward(self, q, k, v, past_k, past_v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `gistkern.ops.function.Plan`."""
+        *rule, gather = self.vectors
+        if self.gathers:
+            rows = checks.call(self.module, "compact", checks.check_compact, k, v, past_k, past_v, gather)
+        else:
+            rows = past_k, past_v
+        arguments = AttentionArguments(q, k, v, *rows, *rule, self.scale)
+        return *checks.call(self.module, "forward", checks.check_attention, arguments), *rows
+
+    def backward(self, grad_out, q, k, v, gist_k, gist_v, out, lse) -> tuple[torch.Tensor | None, ...]:
+        """See `gistkern.ops.function.Plan`."""
+        *rule, gather = self.vectors
+        past, saved = gist_k.shape[2] - gather.shape[1], (grad_out, out, lse)
+        arguments = AttentionArguments(q, k, v, gist_k, gist_v, *rule, self.scale)
+        if hasattr(self.module, "folded_backward"):
+            check = checks.check_folded_backward
+            folded = checks.call(self.module, "folded_backward", check, arguments, gather, *saved)
+            return folded if past else (*folded[:3], None, None)
+        dq, dk, dv, *dgist = checks.call(self.module, "backward", checks.check_backward, arguments, *saved)
+        past_k, past_v = (grad[:, :, :past].clone() if past else None for grad in dgist)
+        if gather.shape[1]:
+            gathered = *(grad[:, :, past:] for grad in dgist), gather, k.shape[2]
+            more_k, more_v = checks.call(self.module, "compact_backward", checks.check_compact_backward, *gathered)
+            dk, dv = dk + more_k, dv + more_v
+        return dq, dk, dv, past_k, past_v
+
+
+class _OfTriton(Plan):
+    """By launches that are prepared once."""
+
+    def __init__(self, tensors: tuple[Any, ...], *rest: Any) -> None:
+        super().__init__(*rest)
+        launches = self.module.TritonPlan(*tensors, self.vectors, self.scale)
+        self.forward, self.backward = launches.forward, launches.backward  # type: ignore[method-assign]
+
+
+class _OfTorch(Plan):
+    """By torch's own causal attention, which sees no compact row: new ones are gathered beside it."""
+
+    def __init__(self, compacts: str, *rest: Any) -> None:
+        super().__init__(*rest)
+        self.compacts = compacts
+
+    def attend(self, q, k, v, past_k, past_v, learned_sinks) -> Found:
+        """See `Plan.attend`. No LSE."""
+        rows = past_k, past_v
+        if self.gathers:
+            rows = library.compact(k, v, past_k, past_v, self.vectors[3], self.compacts)
+        return plain.attend(q, k, v, self.scale), None, *rows
+
+
+def key_of(q, k, v, past_k, past_v, learned_sinks, *rest: Any) -> tuple[Any, ...]:
+    """All that a plan depends on beside the layout: of the tensors, of `rest`, and of the kernels' configs.
+
+    Raises RuntimeError, torch's own, for tensors that have no strides (nested and sparse ones).
+    """
+    past: Any = past_k is None and past_v is None  # one without the other is refused
+    sinks = None
+    if past_k is not None and past_v is not None:
+        past = (
+            *(past_k.shape, past_k.stride(), past_k.dtype, past_k.device, past_k.is_neg()),
+            *(past_v.shape, past_v.stride(), past_v.dtype, past_v.device, past_v.is_neg()),
+        )
+    if learned_sinks is not None:
+        sinks = learned_sinks.shape, learned_sinks.dtype, learned_sinks.device
+    return (
+        *(q.shape, q.stride(), q.dtype, q.device, q.is_neg(), k.shape, k.stride(), k.dtype, k.device, k.is_neg()),
+        *(v.shape, v.stride(), v.dtype, v.device, v.is_neg(), past, sinks, rest, configs.changes),
+    )
+
+
+def kept(layout: GistLayout, key: tuple[Any, ...]) -> Plan | None:
+    """The plan of a layout for calls of this key, if there is one and the layout's tensors are as they were."""
+    last: Plan | None = layout.__dict__.get("_plan")
+    if last is not None and last.key == key:
+        return last
+    plan = layout.__dict__.get("_plans", {}).get(key)
+    if plan is not None:
+        layout.__dict__["_plan"] = plan
+    return plan
+
+
+def keep(layout: GistLayout, key: tuple[Any, ...], plan: Plan) -> None:
+    """Keep a plan on the layout, unless its values could not be read to check them (a CUDA graph is captured)."""
+    plan.key = key
+    if not is_checked(layout):
+        return
+    plans = layout.__dict__.setdefault("_plans", {})
+    if len(plans) >= _MOST:
+        plans.clear()
+    plans[key] = layout.__dict__["_plan"] = plan
+
+
+def plan_for(
+    backend: str, tensors: tuple[Any, ...], layout: GistLayout, scale: float, gradient: bool, lse: bool, sinks: bool
+) -> Plan:
+    """The plan for checked tensors q, k, v, past_k and past_v. Raises as `gistkern.backends.choose`."""
+    q, has_past = tensors[0], tensors[3] is not None
+    name = backends.choose(backend, q, gradient, plain=layout.plain, lse=lse, sinks=sinks)
+    rest = name, scale, gradient, layout, has_past
+    if name == "torch":
+        return _OfTorch(backends.choose("auto", q, gradient), *rest)
+    return _OfTriton(tensors, *rest) if name == "triton" else Plan(*rest)
