@@ -36,7 +36,9 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 
 def call(module: ModuleType, name: str, check: Callable[..., None], *arguments: Any) -> Any:
     """Function `name` of a backend on arguments that `check` lets pass."""
-    compute = getattr(module, name)
+    compute = getattr(module, name, None)
+    if compute is None:
+        raise RuntimeError(f"the backend of {module.__name__} has no {name}: take another for the operators")
     if name not in getattr(module, "CHECKED", ()):
         check(*arguments)
         return compute(*arguments)
