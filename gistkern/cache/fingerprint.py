@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -65,14 +66,14 @@ def fingerprint(inner: nn.Module) -> str:
         config["windows"] = windows
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     values: list[torch.Tensor] = []
-    idle = _idle_adapters(inner)
-    for prefix, module in inner.named_modules():
-        own = dict(module.named_parameters(prefix, recurse=False))
-        if not own or any(f".{adapter}." in f"{prefix}." for adapter in idle):
+    modules = list(inner.named_modules())  # once: a walk takes longer than what is asked of a module
+    idle = [f".{adapter}." for adapter in _idle_adapters([module for _, module in modules])]
+    for prefix, module in modules:
+        if not module._parameters or any(adapter in f"{prefix}." for adapter in idle):
             continue
-        with on_device(module):
+        with on_device(module) if "_hf_hook" in vars(module) else nullcontext():
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                if any(f".{adapter}." in f"{name}." for adapter in idle):
+                if any(adapter in f"{name}." for adapter in idle):
                     continue
                 digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
                 values += [_sampled(part) for part in _plain(parameter)]
@@ -124,14 +125,14 @@ def weights_in_use(inner: nn.Module) -> tuple[int, Hashable]:
     return version, adapters_in_use(inner)
 
 
-def _idle_adapters(inner: nn.Module) -> set[str]:
+def _idle_adapters(modules: Iterable[nn.Module]) -> set[str]:
     """Names of the peft adapters that are loaded and not in use: they do not change what the model computes."""
     loaded: set[str] = set()
     active: set[str] = set()
-    for module in inner.modules():
+    for module in modules:
         for holder in ("lora_A", "modules_to_save"):
-            loaded |= set(getattr(module, holder, {}))
-        if hasattr(module, "active_adapters") and not getattr(module, "disable_adapters", False):
+            loaded |= set(module._modules.get(holder) or ())  # type: ignore[arg-type]
+        if hasattr(type(module), "active_adapters") and not getattr(module, "disable_adapters", False):
             active |= set(module.active_adapters)  # type: ignore[arg-type]
     return loaded - active
 

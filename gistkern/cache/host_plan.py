@@ -11,9 +11,10 @@ front. Only then a ragged batch's rows are moved to the right, where a cache kee
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,18 @@ from gistkern.layout.layout import layout_of
 from gistkern.layout.plain import marked
 from gistkern.layout.schemes import from_roles
 
-__all__ = ["Call", "Context", "Reading", "on_device", "plan_segments", "plan_summary", "right_aligned"]
+__all__ = [
+    "Call",
+    "Context",
+    "Placed",
+    "Reading",
+    "on_device",
+    "place_documents",
+    "plan_segments",
+    "plan_summary",
+    "right_aligned",
+    "summarize_documents",
+]
 
 # of a document: its segments, int64 [tokens] each
 Context = Sequence[np.ndarray]
@@ -223,6 +235,61 @@ def plan_summary(calls: list[Call], sinks: np.ndarray, gist_ids: Sequence[int], 
     of_both = slice(columns + behind - most, columns + behind) if most < columns + behind else None
     plan = _closed(layout, place + after.tail_position[:, None], state, valid, of_both)
     return [*calls[:-1], moved, Call.of(ids, reading.first_id, plan)]
+
+
+# ---- documents one behind the other in one row of the batch
+
+
+class Placed(NamedTuple):
+    """Where a document's rows stand among the compact rows (columns, int64), its tokens, the position behind them."""
+
+    columns: np.ndarray
+    seen: int
+    tail_position: int
+
+
+def place_documents(calls: list[Call], documents: Sequence[Context], gists: int, reading: Reading) -> list[Placed]:
+    """Each document's rows after calls that one sample of all of them makes, each segment with so many gists."""
+    tokens = [sum(map(len, one)) + gists * len(one) for one in documents]
+    begins = np.cumsum([0, *(call.plan.layout.num_rows for call in calls)])
+    gathered = [call.plan.layout.gather[0] + begin for call, begin in zip(calls, begins, strict=False)]
+    rows = np.searchsorted(np.concatenate(gathered), np.cumsum([0, *tokens]))
+    behind = tokens if reading.scheme == "absolute" else [gists * len(one) for one in documents]
+    return [
+        Placed(np.arange(*between), seen, position)
+        for between, seen, position in zip(itertools.pairwise(rows), tokens, behind, strict=True)
+    ]
+
+
+def summarize_documents(
+    calls: list[Call], documents: Sequence[Context], segment_gists: int, gist_ids: Sequence[int], reading: Reading
+) -> tuple[list[Call], list[Placed]]:
+    """`plan_summary` of documents in one row: the calls, and where each document's sinks and summary stand."""
+    placed, count = place_documents(calls, documents, segment_gists, reading), len(gist_ids)
+    sinks = [min(len(one[0]), reading.sink_tokens) for one in documents]
+    order: Any = np.concatenate([np.roll(one.columns, -raw) for one, raw in zip(placed, sinks, strict=True)])
+    moved = replace(calls[-1], plan=replace(calls[-1].plan, keep_gists=order[None]))
+    begin = np.array([one.columns[0] for one in placed]).repeat(count)[None]
+    end = np.array([one.columns[-1] + 1 for one in placed]).repeat(count)[None]
+
+    valid = np.ones(begin.shape, dtype=bool)
+    starts = np.arange(valid.size)[None] % count == 0
+    layout = from_roles(valid, valid, sink_tokens=0, documents=starts)
+    first = len(order)
+    changes: dict[str, Any] = {"gist_begin": begin.astype(np.int32), "gist_end": end.astype(np.int32)}
+    layout = replace(layout, **changes, past=first)
+    behind = [one.seen if reading.scheme == "absolute" else segment_gists for one in placed]
+    place = layout.stream_position if reading.scheme == "absolute" else layout.gist_first_position
+    state = calls[-1].plan.after
+    state = _state(state.seen + valid.size, state.gist_rows + valid.size, state.tail_position)
+    plan = _closed(layout, place + np.array(behind).repeat(count), state, valid)
+    ids = np.tile(np.asarray(gist_ids, dtype=np.int64), (1, len(placed)))
+    found = []
+    for number, (one, raw, position) in enumerate(zip(placed, sinks, behind, strict=True)):
+        of_sinks = one.columns[len(one.columns) - raw :]
+        summary = first + np.arange(number * count, (number + 1) * count)
+        found.append(Placed(np.concatenate([of_sinks, summary]), one.seen + count, position + count))
+    return [*calls[:-1], moved, Call.of(ids, reading.first_id, plan)], found
 
 
 # ---- to the device

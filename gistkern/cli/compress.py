@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segment-length", type=at_least(1), help="tokens per segment; by default as in training")
     parser.add_argument("--segment-overlap", type=at_least(0), help="by default as in training")
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the chat template; as in training")
-    parser.add_argument("--batch-tokens", type=at_least(1), default=16384, help="compressed together, with padding")
+    parser.add_argument("--batch-tokens", type=at_least(1), default=16384, help="compressed together")
     parser.add_argument("--chunk-documents", type=at_least(1), default=256, help="documents of one file, at most")
     parser.add_argument("--chunk-length", type=at_least(1), default=4_000_000, help="characters of one file, at most")
     parser.add_argument(

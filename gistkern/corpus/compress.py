@@ -18,14 +18,13 @@ from gistkern.corpus.chunk_file import ChunkFile, chunk_path, write_chunk
 from gistkern.corpus.index import INDEX, write_index
 from gistkern.corpus.journal import Journal
 from gistkern.corpus.plan import Document, Documents, batches_of, chunks_of, read_chunk
-from gistkern.corpus.rows import CompressedDocument, from_cache
+from gistkern.corpus.rows import CompressedDocument, documents_of
 from gistkern.corpus.store import GistStore
 from gistkern.corpus.workplace import Workplace
-from gistkern.hf.compress import compress
-from gistkern.hf.handle import handle_of
+from gistkern.hf.compress import compress_documents
 from gistkern.hf.peft_state import active_adapters
 from gistkern.layout.arguments import check_count
-from gistkern.layout.streams import check_segmentation, left_padded
+from gistkern.layout.streams import check_segmentation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +69,8 @@ def compress_corpus(
         As `gistkern.ask`: whether texts go through the chat template, and whose turn they begin. Ids are taken as they
         are.
     batch_tokens : int
-        Tokens compressed together, padding included.
+        Tokens of the documents that are read together, one behind the other; a longer document stands alone. They take
+        as many calls of the model as `gistkern.compress` makes of so many tokens, all of them full.
     chunk_documents, chunk_length : int
         Documents of one file: at most so many, and of at most so many characters (texts) or tokens (ids) together. A
         chunk is one process's, which holds its rows until it is finished: take less where processes would have none,
@@ -196,9 +196,7 @@ def _compress_chunk(
             if number in journal.done:
                 _check_record(journal, number, batch)
             else:
-                device = input_device(handle_of(model).inner)
-                ids, mask = left_padded([torch.tensor(one.ids, device=device) for one in batch])
-                compressed = from_cache(compress(model, ids, mask, **segments))
+                compressed = documents_of(*compress_documents(model, [one.ids for one in batch], **segments))
                 if wrong := [one.name for one, rows in zip(batch, compressed, strict=True) if not finite(rows.rows)]:
                     raise ValueError(
                         f"the rows of document {wrong[0]!r} hold inf or NaN: the model overflowed, compress it in "

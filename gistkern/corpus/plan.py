@@ -1,8 +1,8 @@
 """Which documents are compressed together: the same batches however often a run is started again, by however many.
 
 Documents are taken in chunks of consecutive ones; a chunk is one file of the store, and one process's. Within a chunk
-batches hold documents of about the same length. So what a batch computes, bit for bit, follows from the documents and
-the settings alone.
+batches hold consecutive documents too, which the model reads one behind the other. So what a batch computes, bit for
+bit, follows from the documents and the settings alone.
 """
 
 from __future__ import annotations
@@ -177,12 +177,13 @@ def read_chunk(
 
 
 def batches_of(documents: Sequence[Document], batch_tokens: int) -> list[list[int]]:
-    """Places of documents in batches of at most `batch_tokens` tokens, padding included (a longer one stands alone)."""
+    """Places of consecutive documents in batches of at most `batch_tokens` tokens; a longer one stands alone."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(documents)), key=lambda one: (-len(documents[one].ids), one)):
-        # longest first: the first of a batch says how long its rows are
-        if batches and (len(batches[-1]) + 1) * len(documents[batches[-1][0]].ids) <= batch_tokens:
-            batches[-1].append(place)
-        else:
-            batches.append([place])
+    filled = 0
+    for place, document in enumerate(documents):
+        filled += len(document.ids)
+        if not batches or filled > batch_tokens:
+            batches.append([])
+            filled = len(document.ids)
+        batches[-1].append(place)
     return batches

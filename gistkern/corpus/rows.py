@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from gistkern.cache.cache import GistCache
+from gistkern.cache.host_plan import Placed
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.plan import CacheState
 from gistkern.cache.tail import TailRows
 from gistkern.cache.tokens_read import ContextRead
 from gistkern.rows import KeyValueRows
 
-__all__ = ["CompressedDocument", "bytes_of", "from_cache", "to_cache"]
+__all__ = ["CompressedDocument", "bytes_of", "documents_of", "to_cache"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,13 @@ class CompressedDocument:
     context: ContextRead | None = None
 
 
-def from_cache(cache: GistCache) -> list[CompressedDocument]:
-    """The samples of a cache that `gistkern.compress` made."""
-    state = cache.without_tail("only compressed documents are stored")
-    layers = [torch.stack(cache.compact(index)) for index in range(len(cache.layers))]  # [2, B, Hkv, G, D]
-    rows = torch.stack(layers).permute(2, 4, 0, 1, 3, 5).cpu()  # [B, G, layers, 2, Hkv, D]
+def documents_of(cache: GistCache, placed: Sequence[Placed]) -> list[CompressedDocument]:
+    """The documents that `gistkern.hf.compress.compress_documents` read as one sample."""
+    layers = [torch.stack(cache.compact(index)) for index in range(len(cache.layers))]  # [2, 1, Hkv, G, D]
+    rows = torch.stack(layers)[:, :, 0].permute(3, 0, 1, 2, 4).cpu()  # [G, layers, 2, Hkv, D]
     return [
-        CompressedDocument(rows[sample, state.gist_columns - own :].contiguous(), seen, position)
-        for sample, (own, seen, position) in enumerate(
-            zip(state.gist_rows.tolist(), state.seen.tolist(), state.tail_position.tolist(), strict=True)
-        )
+        CompressedDocument(rows[torch.from_numpy(one.columns)].contiguous(), one.seen, one.tail_position)
+        for one in placed
     ]
 
 

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 
 from gistkern.cache.cache import GistCache
-from gistkern.cache.host_plan import Call, Reading, on_device, plan_segments, plan_summary, right_aligned
+from gistkern.cache.host_plan import (
+    Call,
+    Placed,
+    Reading,
+    on_device,
+    place_documents,
+    plan_segments,
+    plan_summary,
+    right_aligned,
+    summarize_documents,
+)
 from gistkern.cache.offload import input_device
 from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["compress"]
+__all__ = ["compress", "compress_documents"]
 
 # raw tokens per model call of a compression in segments: enough to fill the machine, small beside a context
 CALL_TOKENS = 4096
@@ -101,9 +111,7 @@ def compress(
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     check_gist_dtype(gist_dtype, handle.model.dtype)
     ids, valid = read_context(handle, input_ids, attention_mask)
-    handle.check_settings()
-    handle.warn_if_untrained()
-    handle.warn_if_cut_otherwise(segment_length, segment_overlap)
+    _check(handle, segment_length, segment_overlap)
 
     real = [sample[mask] for sample, mask in zip(ids, valid, strict=True)]
     length = segment_length or ids.shape[1]
@@ -114,23 +122,69 @@ def compress(
     cache.contexts = {ContextRead.of(torch.from_numpy(sample)) for sample in real}
     # asked first: what looks at the weights waits for the device, and would wait for the calls
     cache.fingerprint = handle.fingerprint()
-    device = input_device(handle.inner)
-    with evaluating(handle.inner):
-        for call in on_device(_plan(handle, segments, length, device), device):
-            # each layer's raw rows go as soon as the layer is through
-            handle.inner(gist_plan=call, use_cache=True, **{CACHE: cache})
+    _read(handle, cache, _plan(handle, segments, length))
     return cache.to(gist_dtype=gist_dtype)
 
 
-def _plan(handle: GistHandle, samples: list[list[list[np.ndarray]]], length: int, device: torch.device) -> list[Call]:
-    """All calls: segments that see the gists of those before them, or independent ones and a summary of their gists."""
-    if not handle.segment_gist_token_ids:
-        tokens = CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS
-        reading = Reading(handle.positions, handle.sink_tokens, handle.first_id, length, tokens)
-        return right_aligned(plan_segments(samples, handle.gist_token_ids, reading))
-    if handle.sink_tokens > length:
+@torch.no_grad()
+def compress_documents(
+    model: PreTrainedModel, documents: Sequence[Sequence[int]], segment_length: int | None, segment_overlap: int
+) -> tuple[GistCache, list[Placed]]:
+    """Documents one behind the other as one sample, of which none sees another: every call is full, without padding.
+
+    Parameters
+    ----------
+    model, segment_length, segment_overlap
+        As `compress` takes them, and checks them.
+    documents : sequence
+        Ids of words of the model, at least one in each.
+
+    Returns
+    -------
+    (GistCache, list of Placed)
+        A cache of one sample, which nothing goes on from, and where each document's rows stand in it.
+    """
+    handle = handle_of(model)
+    _check(handle, segment_length, segment_overlap)
+    arrays = [np.asarray(one, dtype=np.int64) for one in documents]
+    segments = [segments_of(one, segment_length or len(one), segment_overlap) for one in arrays]
+    reading, gists = _reading(handle, segment_length or 1), handle.segment_gist_token_ids
+    calls = plan_segments([segments], gists or handle.gist_token_ids, reading, apart=bool(gists))
+    if gists:
+        calls, placed = summarize_documents(calls, segments, len(gists), handle.gist_token_ids, reading)
+    else:
+        placed = place_documents(calls, segments, len(handle.gist_token_ids), reading)
+    cache = GistCache()
+    _read(handle, cache, calls)
+    return cache, placed
+
+
+def _check(handle: GistHandle, segment_length: int | None, segment_overlap: int) -> None:
+    handle.check_settings()
+    handle.warn_if_untrained(stacklevel=5)
+    handle.warn_if_cut_otherwise(segment_length, segment_overlap, stacklevel=5)
+
+
+def _read(handle: GistHandle, cache: GistCache, calls: list[Call]) -> None:
+    """Run the calls: each layer's raw rows go as soon as the layer is through."""
+    with evaluating(handle.inner):
+        for call in on_device(calls, input_device(handle.inner)):
+            handle.inner(gist_plan=call, use_cache=True, **{CACHE: cache})
+
+
+def _reading(handle: GistHandle, length: int) -> Reading:
+    if handle.segment_gist_token_ids and handle.sink_tokens > length:
         raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
-    reading = Reading(handle.positions, handle.sink_tokens, handle.first_id, length, CALL_TOKENS)
+    small = input_device(handle.inner).type == "cpu" and not handle.segment_gist_token_ids
+    tokens = CPU_CALL_TOKENS if small else CALL_TOKENS
+    return Reading(handle.positions, handle.sink_tokens, handle.first_id, length, tokens)
+
+
+def _plan(handle: GistHandle, samples: list[list[list[np.ndarray]]], length: int) -> list[Call]:
+    """All calls: segments that see the gists of those before them, or independent ones and a summary of their gists."""
+    reading = _reading(handle, length)
+    if not handle.segment_gist_token_ids:
+        return right_aligned(plan_segments(samples, handle.gist_token_ids, reading))
     calls = plan_segments(samples, handle.segment_gist_token_ids, reading, apart=True)
     # a raw sink stands apart from the gists; in a context shorter than sink_tokens gists are sinks as well
     sinks = np.array([min(len(sample[0][0]), handle.sink_tokens) for sample in samples])

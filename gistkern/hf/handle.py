@@ -302,7 +302,7 @@ class GistHandle:
                 self._untrained = known = (weight, _version(weight), _equal(rows.weight, self._drawn))
         return known[2]
 
-    def warn_if_untrained(self) -> None:
+    def warn_if_untrained(self, stacklevel: int = 4) -> None:
         """Say once, outside training, that rows which were never trained carry nothing of a context."""
         if not self._warned and not self.model.training and self.untrained():
             self._warned = True
@@ -310,10 +310,10 @@ class GistHandle:
                 "the gist rows were never trained, so a compressed context says nothing yet: train them "
                 "(gistkern.training), or load a checkpoint or an adapter that holds trained ones",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
-    def warn_if_cut_otherwise(self, segment_length: int | None, segment_overlap: int) -> None:
+    def warn_if_cut_otherwise(self, segment_length: int | None, segment_overlap: int, stacklevel: int = 4) -> None:
         """Say once that contexts are cut otherwise than in training, where that is known: the rows were never so."""
         trained = self.training
         wanted, given = (trained.segment_length, trained.segment_overlap), (segment_length, segment_overlap)
@@ -323,7 +323,7 @@ class GistHandle:
                 f"the context is compressed with segment_length={segment_length}, segment_overlap={segment_overlap}; "
                 f"the model was trained with {wanted[0]} and {wanted[1]} (handle.training)",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def unpatch(self) -> None:

@@ -20,7 +20,7 @@ def handle():
 
 @pytest.fixture
 def nothing_computed(monkeypatch):
-    monkeypatch.setattr(compressing, "compress", lambda *_, **__: pytest.fail("a document was compressed"))
+    monkeypatch.setattr(compressing, "compress_documents", lambda *_, **__: pytest.fail("a document was compressed"))
 
 
 def letters(text):
@@ -87,7 +87,10 @@ def test_paths_are_refused_and_ranks_of_the_environment_are_counts(handle, tmp_p
 def test_what_streams_is_refused_before_its_chunk(handle, tmp_path, monkeypatch):
     """And what came before it is kept, for the run that gets a better stream."""
     begun = []
-    monkeypatch.setattr(compressing, "compress", lambda *given, **more: begun.append(1) or compress(*given, **more))
+    real = compressing.compress_documents
+    monkeypatch.setattr(
+        compressing, "compress_documents", lambda *given, **more: begun.append(1) or real(*given, **more)
+    )
     options = {**SMALL, "chunk_documents": 2}
     with pytest.raises(ValueError, match="two documents are called 'a'"):
         compress_corpus(handle.model, iter([("a", [1]), ("b", [2]), ("c", [3]), ("a", [4])]), tmp_path, **options)

@@ -8,7 +8,7 @@ import torch
 from conftest import make_model, random_ids
 
 import gistkern
-from gistkern.corpus.rows import from_cache
+from gistkern.corpus.rows import documents_of
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ OPERATIONS = {
     "shared": lambda cache: cache.shared(),
     "deepcopy": copy.deepcopy,
     "pickle": pickle.dumps,
-    "rows of a store": from_cache,
+    "rows of a store": lambda cache: documents_of(cache, []),
     "compact rows": lambda cache: cache.compact(0),
 }
 

@@ -13,6 +13,8 @@ import gistkern
 from gistkern.cache.cache import GistCache
 from gistkern.cache.host_plan import Call, Reading, _tensors, on_device, plan_segments, plan_summary, right_aligned
 from gistkern.cache.plan import CacheState, plan_call, plan_layout
+from gistkern.corpus.rows import documents_of
+from gistkern.hf.compress import compress_documents
 from gistkern.layout import positions
 from gistkern.layout.checks import check_intervals, check_kept
 from gistkern.layout.layout import layout_of
@@ -216,3 +218,27 @@ def test_what_is_sent_to_a_device_is_the_same():
         assert view.is_contiguous()
         assert view.storage_offset() * view.itemsize % 16 == 0
     assert len({view.untyped_storage().data_ptr() for view in views}) == 3
+
+
+@pytest.mark.parametrize("summary_of", [0, 2], ids=["segments", "hierarchical"])
+@pytest.mark.parametrize("scheme", positions.SCHEMES)
+@pytest.mark.parametrize(("length", "overlap"), [(7, 0), (7, 3), (None, 0)])
+def test_documents_in_one_row_are_what_each_is_alone(monkeypatch, summary_of, scheme, length, overlap):
+    if summary_of and length is None:
+        pytest.skip("a hierarchical model compresses in segments")
+    model = make_model()
+    gistkern.patch(model, num_gist_tokens=3, num_segment_gist_tokens=summary_of, positions=scheme, sink_tokens=2)
+    documents = [random_ids(1, count, seed=count)[0].tolist() for count in (40, 3, 23, 1, 2, 16, 9)]
+    for name in ("CALL_TOKENS", "CPU_CALL_TOKENS"):
+        monkeypatch.setattr(f"gistkern.hf.compress.{name}", 16)
+    calls = []
+    with model.model.register_forward_pre_hook(lambda module, given, more: calls.append(more), with_kwargs=True):
+        cache, placed = compress_documents(model, documents, length, overlap)
+    full = [call["attention_mask"] for call in calls]
+    assert all(bool(one.all()) for one in full), "no padding"
+    for document, found in zip(documents, documents_of(cache, placed), strict=True):
+        alone = gistkern.compress(model, [document], segment_length=length, segment_overlap=overlap)
+        rows = torch.stack([torch.stack(alone.compact(layer))[:, 0] for layer in range(len(alone.layers))])
+        torch.testing.assert_close(found.rows, rows.permute(3, 0, 1, 2, 4), rtol=0, atol=1e-12)
+        assert found.seen == int(alone.state.seen)
+        assert found.tail_position == int(alone.state.tail_position)
