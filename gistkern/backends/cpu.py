@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gistkern.backends import native
@@ -10,7 +12,16 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import compact_backward, dense_rows
 
-__all__ = ["backward", "compact", "compact_backward", "folded_backward", "forward", "pool_compact", "pool_decode"]
+__all__ = [
+    "backward",
+    "compact",
+    "compact_backward",
+    "folded_backward",
+    "forward",
+    "pool_compact",
+    "pool_decode",
+    "prepared_decode",
+]
 
 # whose operators check by themselves that no call reaches outside a buffer
 CHECKED = frozenset({"forward", "backward", "folded_backward", "compact", "pool_decode", "pool_compact"})
@@ -24,6 +35,11 @@ def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
     arguments = arguments.readable()
     return native.decode_rows(arguments) if _decodes(arguments) else native.operators().cpu_attention(*arguments)
+
+
+def prepared_decode(arguments: AttentionArguments) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """`native.prepared_decode` where the decode kernel serves."""
+    return native.prepared_decode(arguments) if _decodes(arguments) else None
 
 
 def backward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gistkern.backends import native
@@ -9,7 +11,7 @@ from gistkern.backends.native import compact, pool_compact
 from gistkern.kernels.arguments import AttentionArguments, DecodeArguments
 from gistkern.kernels.device import facts_of
 
-__all__ = ["compact", "forward", "pool_compact", "pool_decode"]
+__all__ = ["compact", "forward", "pool_compact", "pool_decode", "prepared_decode"]
 
 # whose operators check by themselves that no call reaches outside a buffer
 CHECKED = frozenset({"forward", "compact", "pool_decode", "pool_compact"})
@@ -18,6 +20,11 @@ CHECKED = frozenset({"forward", "compact", "pool_decode", "pool_compact"})
 def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
     return native.decode_rows(arguments.readable(), facts_of(arguments.q.device).multiprocessors)
+
+
+def prepared_decode(arguments: AttentionArguments) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """See `native.prepared_decode`."""
+    return native.prepared_decode(arguments, facts_of(arguments.q.device).multiprocessors)
 
 
 def pool_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:

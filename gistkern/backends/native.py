@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "operators",
     "pool_compact",
     "pool_decode",
+    "prepared_decode",
 ]
 
 # kernels of gistkern/decode.h; "automatic" chooses by shape
@@ -136,12 +138,31 @@ def compact(
 
 def decode_rows(arguments: AttentionArguments, multiprocessors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """The decode kernel on the arguments of an attention call with at most 8 query rows."""
-    q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale = arguments
-    no_scales = (None, None)
-    return operators().decode(
-        *(q, gist_k, gist_v, *no_scales, gist_begin, gist_end, k, v, *no_scales, None, local_begin, None),
-        *(gist_k.shape[2], k.shape[2], scale, VARIANTS["automatic"], multiprocessors),
-    )
+    return _decoder(arguments, multiprocessors)(*arguments.buffers)
+
+
+def prepared_decode(
+    arguments: AttentionArguments, multiprocessors: int = 1
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """`decode_rows` as a function of q, k, v, gist_k and gist_v alone; None where a tensor's D is not contiguous.
+
+    They may have any number of local rows, the last of which is the last query's own. Strides are as they are here.
+    """
+    if any(tensor.stride(-1) != 1 for tensor in arguments.buffers):
+        return None
+    return _decoder(arguments, multiprocessors)
+
+
+def _decoder(arguments: AttentionArguments, multiprocessors: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    begin, end, local = arguments.intervals
+    rows, scale, variant = arguments.gist_k.shape[2], arguments.scale, VARIANTS["automatic"]
+    decode = operators().decode.default
+
+    def decoded(q, k, v, gist_k, gist_v):
+        vectors = None, None, begin, end, k, v, None, None, None, local, None
+        return decode(q, gist_k, gist_v, *vectors, rows, k.shape[2], scale, variant, multiprocessors)
+
+    return decoded
 
 
 def pool_decode(arguments: DecodeArguments, multiprocessors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from gistkern.cache.plan import CacheState, CallPlan, plan_raw
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import still_trusted
+from gistkern.ops.plan import plan_of_next
 
 __all__ = ["Steps", "next_step"]
 
@@ -54,6 +55,7 @@ def next_step(last: CallPlan) -> CallPlan:
     known = before.__dict__
     layout.__dict__.update(zip(_FIELDS, map(known.__getitem__, _FIELDS), strict=True), tail=before.tail + 1)
     still_trusted(layout, before)
+    plan_of_next(layout, before)
     columns = state.tail_columns + 1
     after = CacheState(
         state.seen + 1,

@@ -185,7 +185,7 @@ def state_of(layout: LayoutFields) -> tuple[Any, ...] | None:
     plain = torch.Tensor
     if not (type(begin) is type(end) is type(local) is type(gather) is plain) or begin.is_meta:
         return None
-    ids = (layout.past, layout.tail, id(begin), id(end), id(local), id(gather))
+    ids = (layout.past, layout.tail, begin._cdata, end._cdata, local._cdata, gather._cdata)  # as id() says
     try:
         return (*ids, begin._version, end._version, local._version, gather._version)
     except RuntimeError:  # of inference tensors, which count no versions

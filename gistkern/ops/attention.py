@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from gistkern import backends
 from gistkern.layout import GistLayout
-from gistkern.layout.checks import check_once, state_of
+from gistkern.layout.checks import check_once
 from gistkern.ops import library
 from gistkern.ops.checks import check_scale, refuse_forward_mode
 from gistkern.ops.plan import Found, keep, kept, key_of, plan_for
@@ -120,8 +120,8 @@ def attend(
         return _by_operators(*tensors[:5], layout, options)
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
     try:
-        key = key_of(*tensors, scale, backend, gradient, wants_lse, state_of(layout))
-    except (AttributeError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
+        key = key_of(*tensors, layout, scale, backend, gradient, wants_lse)
+    except (AttributeError, IndexError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
         key = None
     plan = None if key is None else kept(layout, key)
     if plan is None:

@@ -6,6 +6,7 @@ plan is made, so that tensors with the same tuple need no more questions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +17,12 @@ from gistkern.backends import plain
 from gistkern.kernels import configs
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout import GistLayout
-from gistkern.layout.checks import is_checked
+from gistkern.layout.checks import is_checked, state_of
 from gistkern.ops import checks, library
 from gistkern.ops.function import GistAttention
 from gistkern.ops.sinks import with_learned_sinks
 
-__all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for"]
+__all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for", "plan_of_next"]
 
 # plans that a layout keeps: for layers of several kinds, with and without gradients
 _MOST = 16
@@ -46,6 +47,7 @@ class Plan:
     """
 
     key: tuple[Any, ...]
+    follows = False  # whether it serves the layout of the next decode step too, behind a tail that is longer
 
     def __init__(self, backend: str, scale: float, gradient: bool, layout: GistLayout, has_past: bool) -> None:
         self.backend, self.scale, self.gradient = backend, scale, gradient
@@ -114,23 +116,51 @@ class _OfTorch(Plan):
         return plain.attend(q, k, v, self.scale), None, *rows
 
 
-def key_of(q, k, v, past_k, past_v, learned_sinks, *rest: Any) -> tuple[Any, ...]:
-    """All that a plan depends on beside the layout: of the tensors, of `rest`, and of the kernels' configs.
+class _OfDecode(Plan):
+    """By a function that decodes over any number of local rows (`prepared_decode` of a backend)."""
 
-    Raises RuntimeError, torch's own, for tensors that have no strides (nested and sparse ones).
+    follows = True
+
+    def __init__(self, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]], *rest: Any) -> None:
+        super().__init__(*rest)
+        self.decode = decode
+
+    def attend(self, q, k, v, past_k, past_v, learned_sinks) -> Found:
+        """See `Plan.attend`."""
+        try:
+            out, lse = self.decode(q, k, v, past_k, past_v)
+        except Exception:
+            checks.check_attention(AttentionArguments(q, k, v, past_k, past_v, *self.vectors[:3], self.scale))
+            raise
+        if learned_sinks is not None:
+            out, lse = with_learned_sinks(out, lse, learned_sinks)
+        return out, lse, past_k, past_v
+
+
+def key_of(q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, *rest: Any) -> tuple[Any, ...]:
+    """All that a plan depends on: of the tensors, the layout's vectors, `rest`, and the kernels' configs.
+
+    Local rows are counted from the end of the layout's tail: a plan that knows no more (`Plan.follows`) serves the next
+    decode step too. Raises AttributeError, IndexError or RuntimeError for what are no dense tensors.
     """
+    state, tail, sinks = state_of(layout), layout.tail, None
     past: Any = past_k is None and past_v is None  # one without the other is refused
-    sinks = None
     if past_k is not None and past_v is not None:
         past = (
-            *(past_k.shape, past_k.stride(), past_k.dtype, past_k.device, past_k.is_neg()),
-            *(past_v.shape, past_v.stride(), past_v.dtype, past_v.device, past_v.is_neg()),
+            *(past_k.shape, past_k.stride(), past_k.dtype, past_k.device),
+            *(past_v.shape, past_v.stride(), past_v.dtype, past_v.device),
         )
     if learned_sinks is not None:
         sinks = learned_sinks.shape, learned_sinks.dtype, learned_sinks.device
+    shape, twin = k.shape, v.shape
+    local = *shape[:2], shape[2] - tail, *shape[3:], *twin[:2], twin[2] - tail, *twin[3:]
+    negative = None
+    if not q.is_cpu:  # whose operators see it themselves
+        given = (q, k, v) if past_k is None or past_v is None else (q, k, v, past_k, past_v)
+        negative = tuple([tensor.is_neg() for tensor in given])
     return (
-        *(q.shape, q.stride(), q.dtype, q.device, q.is_neg(), k.shape, k.stride(), k.dtype, k.device, k.is_neg()),
-        *(v.shape, v.stride(), v.dtype, v.device, v.is_neg(), past, sinks, rest, configs.changes),
+        *(q.shape, q.stride(), q.dtype, q.device, local, k.stride(), k.dtype, k.device, v.stride(), v.dtype, v.device),
+        *(past, sinks, negative, state and (state[0], state[2:]), rest, configs.changes),
     )
 
 
@@ -156,6 +186,13 @@ def keep(layout: GistLayout, key: tuple[Any, ...], plan: Plan) -> None:
     plans[key] = layout.__dict__["_plan"] = plan
 
 
+def plan_of_next(layout: GistLayout, before: GistLayout) -> None:
+    """Keep for a layout what serves it of the plans of `before`, whose vectors it has, behind a tail that is longer."""
+    last: Plan | None = before.__dict__.get("_plan")
+    if last is not None and last.follows:
+        layout.__dict__["_plan"] = last
+
+
 def plan_for(
     backend: str, tensors: tuple[Any, ...], layout: GistLayout, scale: float, gradient: bool, lse: bool, sinks: bool
 ) -> Plan:
@@ -163,6 +200,12 @@ def plan_for(
     q, has_past = tensors[0], tensors[3] is not None
     name = backends.choose(backend, q, gradient, plain=layout.plain, lse=lse, sinks=sinks)
     rest = name, scale, gradient, layout, has_past
+    plan = Plan(*rest)
+    prepare = getattr(plan.module, "prepared_decode", None)
+    if prepare is not None and not gradient and not plan.gathers:
+        decode = prepare(AttentionArguments(*tensors, *plan.vectors[:3], scale))
+        if decode is not None:
+            return _OfDecode(decode, *rest)
     if name == "torch":
         return _OfTorch(backends.choose("auto", q, gradient), *rest)
-    return _OfTriton(tensors, *rest) if name == "triton" else Plan(*rest)
+    return _OfTriton(tensors, *rest) if name == "triton" else plan

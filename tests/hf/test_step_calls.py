@@ -12,8 +12,7 @@ import gistkern
 from bench.measured.calls import Calls, Operations, count
 from gistkern.cache.step import Steps
 
-# of an unpatched model's calls of Python, of C and on tensors
-LIMITS = {2: (1.35, 1.35, 1.1), 16: (1.66, 1.58, 1.1)}
+LIMIT = 1.15  # of an unpatched model's calls of Python, of C and on tensors
 SHORT, LONG = 12, 16  # tokens; between them no tail finds its room full
 pytestmark = pytest.mark.filterwarnings("ignore:the gist rows were never trained")
 
@@ -39,7 +38,7 @@ def per_step(model, cache=None):
     return [number / steps for number in (*(calls[1] - calls[0]), long.total - short.total)], long.waits - short.waits
 
 
-@pytest.mark.parametrize("layers", LIMITS)
+@pytest.mark.parametrize("layers", [2, 16])
 def test_a_step_calls_little_more_than_the_unpatched_models(layers):
     model = make_model(dtype=torch.float32, num_hidden_layers=layers)
     plain, plain_waits = per_step(copy.deepcopy(model))
@@ -47,7 +46,7 @@ def test_a_step_calls_little_more_than_the_unpatched_models(layers):
     found, waits = per_step(model, gistkern.compress(model, random_ids(1, 25)))
     ratios = [one / other for one, other in zip(found, plain, strict=True)]
     print(f"{layers} layers: Python, C and tensor calls of a step {found}, unpatched {plain}: {ratios}")
-    assert all(ratio <= limit for ratio, limit in zip(ratios, LIMITS[layers], strict=True)), ratios
+    assert max(ratios) <= LIMIT, ratios
     assert waits.total() <= plain_waits.total()
 
 
@@ -169,9 +168,10 @@ def test_a_call_of_other_ids_than_announced_is_looked_at():
     assert cache.gist_rows.tolist() == plain.gist_rows.tolist() == [5]
 
 
-def test_announced_steps_say_what_others_say():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_announced_steps_say_what_others_say(dtype):
     """Where a segment is open, after crops and selections, in ragged batches: the same state and the same logits."""
-    model = make_model()
+    model = make_model(dtype=dtype)
     handle = gistkern.patch(model, num_gist_tokens=2)
     contexts = gistkern.left_padded([random_ids(1, n, n)[0] for n in (20, 9)])
     cache = gistkern.compress(model, contexts[0], contexts[1].long())
@@ -181,6 +181,7 @@ def test_announced_steps_say_what_others_say():
         ids = random_ids(2, 1, seed)
         if tell:
             cache.steps.announce(ids)
+        others.steps.last = None  # whose call is planned anew
         found, expected = (model(ids, past_key_values=one).logits for one in (cache, others))
         assert torch.equal(found, expected)
         for name, value in vars(others.state).items():
@@ -188,18 +189,18 @@ def test_announced_steps_say_what_others_say():
             assert same(getattr(cache.state, name), value), name
 
     with torch.no_grad():
-        for seed in range(3):
+        for seed in range(18):  # through a room that is full
             step(seed)
         for one in (cache, others):
             one.crop(-2)
-        step(4)
-        step(5)
+        step(20)
+        step(21)
         for one in (cache, others):
             one.batch_select_indices(torch.tensor([1, 0]))
-        step(6)
-        step(7, tell=False)
-        step(8)
+        step(22)
+        step(23, tell=False)
+        step(24)
         for one in (cache, others):  # gists that stay open
             model(torch.tensor([handle.gist_token_ids] * 2), past_key_values=one)
-        step(9)
-        step(10)
+        step(25)
+        step(26)
