@@ -248,13 +248,15 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor gist_k, Tensor gist_v, MaybeT
   if (q.is_cpu()) check(gistkern::cpu::leaves_buffers(arguments, {gist_rows, pages, gist_axes.sample >= 0}));
 #if defined(GISTKERN_WITH_CUDA)
   if (gistkern::runs_on_gpu(q)) {
-    const auto chosen = static_cast<DecodeVariant>(variant);
     const gistkern::OnDevice device(q);
-    check(gistkern_decode_refuses(&arguments, chosen));
-    const int64_t floats = gistkern_decode_workspace_floats(&arguments, chosen);
-    Tensor workspace = torch::stable::new_empty(q, {floats}, ScalarType::Float);
-    arguments.workspace = floats ? static_cast<float*>(workspace.data_ptr()) : nullptr;
-    check(gistkern_decode(&arguments, chosen, device.stream()));
+    std::pair<const Tensor&, MaybeTensor> memory{q, std::nullopt};  // freed in the stream's order, after the launch
+    const auto workspace = [](void* context, int64_t floats) {
+      auto& [like, allocated] = *static_cast<decltype(memory)*>(context);
+      allocated = torch::stable::new_empty(like, {floats}, ScalarType::Float);
+      return static_cast<float*>(allocated->data_ptr());
+    };
+    const gistkern::DecodeScratch scratch{workspace, &memory};
+    check(gistkern_decode(&arguments, static_cast<DecodeVariant>(variant), &scratch, device.stream()));
     return {out, lse};
   }
 #endif

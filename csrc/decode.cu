@@ -1,6 +1,6 @@
-// Launchers of decoding: validate, plan, choose the kernel, launch.
+// Launcher of decoding: validate, plan, choose the kernel, launch.
+#include "gistkern/arrivals.h"
 #include "gistkern/decode.h"
-#include "gistkern/decode_merge.cuh"
 #include "gistkern/decode_mma.cuh"
 #include "gistkern/decode_simt.cuh"
 #include "gistkern/plan.h"
@@ -66,34 +66,36 @@ DecodeKernel kernel_of(const DecodePlan& plan) {
 template <typename T>
 const char* launch_decode(const DecodeArguments& a, const DecodePlan& plan, void* stream) {
   dim3 grid(plan.splits * plan.blocks), block(plan.warps * 32);
-  if (const char* error = launch(kernel_of<T>(plan), grid, block, plan.shared_bytes, stream, a, plan)) return error;
-  if (plan.splits == 1) return nullptr;
+  return launch_early(kernel_of<T>(plan), grid, block, plan.shared_bytes, stream, a, plan);
+}
+
+// Memory for the splits.
+const char* plan_splits(DecodePlan& plan, const DecodeArguments& a, const DecodeScratch* scratch, void* stream) {
+  static Arrivals& arrivals = *new Arrivals;  // launches may outlive what is destroyed at exit
+  if (scratch == nullptr || scratch->workspace == nullptr) return "this decode launch is split and needs a workspace";
   int64_t rows = static_cast<int64_t>(a.batch) * a.query_heads * a.query_rows;
-  dim3 merge_grid(static_cast<unsigned>(divide_up(rows, kMergeWarps)));
-  return launch(gist_decode_merge_kernel<T>, merge_grid, dim3(kMergeWarps * 32), 0, stream, a, plan);
+  plan.workspace = scratch->workspace(scratch->context, plan.splits * rows * (a.head_dim + 1));
+  if (plan.workspace == nullptr) return "there is no workspace for a split decode launch";
+  plan.stores_aligned = plan.stores_aligned && reinterpret_cast<int64_t>(plan.workspace) % 16 == 0;
+  return arrivals.of_launch(stream, plan.units, &plan.arrivals);
 }
 
 }  // namespace
-
-extern "C" int64_t gistkern_decode_workspace_floats(const DecodeArguments* arguments, DecodeVariant variant) {
-  const DecodeArguments& a = *arguments;
-  if (invalid(a) != nullptr || a.batch == 0) return 0;
-  int splits = plan_decode(a, variant).splits;
-  int64_t rows = static_cast<int64_t>(a.batch) * a.query_heads * a.query_rows;
-  return splits == 1 ? 0 : splits * rows * (a.head_dim + 1);
-}
 
 extern "C" const char* gistkern_decode_refuses(const DecodeArguments* arguments, DecodeVariant variant) {
   if (const char* error = invalid(*arguments)) return error;
   return variant == DecodeVariant::kTensorCore ? tensor_core_refuses(*arguments) : nullptr;
 }
 
-extern "C" const char* gistkern_decode(const DecodeArguments* arguments, DecodeVariant variant, void* stream) {
+extern "C" const char* gistkern_decode(const DecodeArguments* arguments, DecodeVariant variant,
+                                       const DecodeScratch* scratch, void* stream) {
   if (const char* error = gistkern_decode_refuses(arguments, variant)) return error;
   const DecodeArguments& a = *arguments;
   if (a.batch == 0) return nullptr;
   DecodePlan plan = plan_decode(a, variant);
-  if (plan.splits > 1 && a.workspace == nullptr) return "this decode launch is split and needs a workspace";
+  if (plan.splits > 1) {
+    if (const char* error = plan_splits(plan, a, scratch, stream)) return error;
+  }
   if (a.type == ElementType::kFloat32) return launch_decode<float>(a, plan, stream);
   if (a.type == ElementType::kFloat16) return launch_decode<half>(a, plan, stream);
   return launch_decode<__nv_bfloat16>(a, plan, stream);

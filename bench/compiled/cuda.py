@@ -32,7 +32,7 @@ _SIMT = 1
 class CudaKernel(NamedTuple):
     """A kernel as `make aot` lists it.
 
-    A call of the launcher of csrc/`source`.cu, with `numbers` beyond the layer's, launches it as its `index`-th kernel.
+    A call of the launcher of csrc/`source`.cu, with `numbers` beyond the layer's, launches it and nothing else.
     `working` marks its inner loop (see `describe_cubin`); `needs` are the `FORMS` its code must have.
     """
 
@@ -40,7 +40,6 @@ class CudaKernel(NamedTuple):
     numbers: dict[str, int]
     working: str
     needs: tuple[str, ...]
-    index: int = 0
 
 
 class CudaLaunch(NamedTuple):
@@ -69,7 +68,6 @@ CUDA_KERNELS = {
     "cuda_decode_simt_rows_quantized": CudaKernel(
         "decode", {"variant": _SIMT, "quantized": 1}, _SIMT_LOOP, ("LDG 128",)
     ),
-    "cuda_merge_splits": CudaKernel("decode", {}, _SIMT_LOOP, ("LDG 128",), index=1),
     "cuda_compact": CudaKernel("compact", {}, _WIDE, ("LDG 128",)),
 }
 
@@ -112,16 +110,14 @@ def _launch(program: Path, kernel: CudaKernel, arch: str, dim: int) -> CudaLaunc
     words = [f"{name}={number}" for name, number in numbers.items()]
     done = subprocess.run([program, kernel.source, *words], check=True, capture_output=True, text=True)
     report = json.loads(done.stdout)
-    launch = report["launches"][kernel.index]
+    (launch,) = report["launches"]
     warps = launch["threads"] // 32
-    if kernel.index:  # merging has no tile: a warp takes a row
-        config = {"BM": warps}
-    elif report["columns"]:
+    if report["columns"]:
         config = {"PACK": report["packed_rows"], "BM": report["rows"], "BN": report["columns"]}
     else:
         config = {"BG": report["rows"]}
     config["num_warps"] = warps
-    if report["stages"] and not kernel.index:
+    if report["stages"]:
         config["num_stages"] = report["stages"]
     readable = re.search(r"gistkern::(\w+(<[^(]*>)?)\(", launch["function"])
     assert readable, launch["function"]

@@ -53,7 +53,7 @@ enum class Meeting : int {
 };
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-void sync_threads();
+bool sync_threads(bool predicate);  // whether any thread's is true
 void sync_warp(uint32_t mask);
 uint32_t shuffle(Meeting meeting, uint32_t mask, uint32_t value, uint32_t operand);
 uint32_t ballot(uint32_t mask, bool predicate);
@@ -63,7 +63,11 @@ void* shared_memory();
 void copy_async(void* shared_destination, const void* source, int valid_bytes);
 void copy_async_commit();
 void copy_async_wait(int groups_in_flight);
-const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arguments);
+void await_earlier_launches();
+void touch(const char* name, int64_t bytes);
+uint32_t arrive(uint32_t* count, uint32_t others);
+const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arguments,
+                bool early);
 
 template <typename T>
 T shuffle_value(Meeting meeting, uint32_t mask, T value, uint32_t operand) {
@@ -90,6 +94,7 @@ T* shared_memory() {
 
 inline uint4 load_128(const void* source) {
   uint4 value;
+  emulator::touch("load_128", sizeof(value));
   std::memcpy(&value, emulator::aligned_128("load_128", source), sizeof(value));
   return value;
 }
@@ -124,13 +129,16 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Ta
   emulator::mma(kHalf ? emulator::Meeting::kMmaFloat16 : emulator::Meeting::kMmaBFloat16, d, a, b);
 }
 
+inline uint32_t arrive(uint32_t* count, uint32_t others) { return emulator::arrive(count, others); }
+inline void await_earlier_launches() { emulator::await_earlier_launches(); }
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 
 // Runs the kernel to its end. Null, or the message of what a real launch would refuse.
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
-                   Arguments&&... arguments) {
+const char* launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                      Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> arguments;
@@ -140,8 +148,27 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     const Call& call = *static_cast<const Call*>(opaque);
     std::apply(call.kernel, call.arguments);
   };
-  return emulator::run(grid, block, shared_bytes, body, &call);
+  return emulator::run(grid, block, shared_bytes, body, &call, early);
 }
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
+                   Arguments&&... arguments) {
+  return launch_as(false, kernel, grid, block, shared_bytes, std::forward<Arguments>(arguments)...);
+}
+
+// Every thread of such a launch has to await_earlier_launches() before it touches memory.
+template <typename... Parameters, typename... Arguments>
+const char* launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
+                         Arguments&&... arguments) {
+  return launch_as(true, kernel, grid, block, shared_bytes, std::forward<Arguments>(arguments)...);
+}
+
+// One device, whose streams are any numbers; emulator_capture() says whether calls are recorded into a graph.
+inline const char* current_device(int& device) { return device = 0, nullptr; }
+const char* describe_stream(void* stream, unsigned long long& id, bool& captured);
+const char* allocate_zeros(size_t bytes, void** memory);
+extern "C" __attribute__((visibility("default"))) void emulator_capture(bool enabled);
 
 // For tests. From here on an error is returned by launch() (true) or aborts the process (false, the default).
 extern "C" __attribute__((visibility("default"))) void emulator_return_errors(bool enabled);
@@ -149,9 +176,17 @@ extern "C" __attribute__((visibility("default"))) void emulator_return_errors(bo
 // Extra passes over the shared-memory banks that ldmatrix needed so far in this process.
 extern "C" __attribute__((visibility("default"))) int64_t emulator_bank_conflicts();
 
+// Of this process: launches, barriers (of blocks), arrivals, and bytes by load_128 and copy_async_16 from global
+// memory.
+struct EmulatorCounts {
+  int64_t launches, barriers, arrivals, bytes;
+};
+extern "C" __attribute__((visibility("default"))) EmulatorCounts emulator_counts();
+
 }  // namespace gistkern
 
-inline void __syncthreads() { gistkern::emulator::sync_threads(); }
+inline void __syncthreads() { gistkern::emulator::sync_threads(false); }
+inline int __syncthreads_or(int predicate) { return gistkern::emulator::sync_threads(predicate != 0); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { gistkern::emulator::sync_warp(mask); }
 
 template <typename T>

@@ -25,7 +25,7 @@ struct Launch {
 
 std::vector<Launch> launches;
 
-const char* run(dim3 /*grid*/, dim3 block, size_t shared_bytes, void (*)(const void*), const void* call) {
+const char* run(dim3 /*grid*/, dim3 block, size_t shared_bytes, void (*)(const void*), const void* call, bool) {
   Dl_info found;
   // launch() hands over its Call, whose first member is the kernel
   if (dladdr(*static_cast<void* const*>(call), &found) == 0 || found.dli_sname == nullptr) return "a nameless kernel";
@@ -38,7 +38,7 @@ const char* run(dim3 /*grid*/, dim3 block, size_t shared_bytes, void (*)(const v
 // The kernels need these names; no kernel runs.
 const Indices* running = nullptr;
 void fail(const char*, ...) { std::abort(); }
-void sync_threads() { std::abort(); }
+bool sync_threads(bool) { std::abort(); }
 void sync_warp(uint32_t) { std::abort(); }
 uint32_t shuffle(Meeting, uint32_t, uint32_t, uint32_t) { std::abort(); }
 uint32_t ballot(uint32_t, bool) { std::abort(); }
@@ -48,8 +48,13 @@ void* shared_memory() { std::abort(); }
 void copy_async(void*, const void*, int) { std::abort(); }
 void copy_async_commit() { std::abort(); }
 void copy_async_wait(int) { std::abort(); }
+void await_earlier_launches() { std::abort(); }
+void touch(const char*, int64_t) { std::abort(); }
+uint32_t arrive(uint32_t*, uint32_t) { std::abort(); }
 
 }  // namespace emulator
+
+const char* describe_stream(void*, unsigned long long& id, bool& captured) { return id = 0, captured = false, nullptr; }
 
 namespace {
 
@@ -73,7 +78,7 @@ Rows rows_of(ElementType type, int head_dim, int rows, int heads) {
 const char* decode(Numbers& numbers, Tile& tile) {
   DecodeArguments a;
   a.query = a.out = buffer;
-  a.lse = a.workspace = reinterpret_cast<float*>(buffer);
+  a.lse = reinterpret_cast<float*>(buffer);
   a.gist_begin = a.gist_end = reinterpret_cast<const int32_t*>(buffer);
   a.batch = 1, a.query_heads = numbers["query_heads"], a.kv_heads = numbers["kv_heads"];
   a.query_rows = 1, a.head_dim = numbers["head_dim"], a.multiprocessors = numbers["multiprocessors"];
@@ -88,7 +93,8 @@ const char* decode(Numbers& numbers, Tile& tile) {
   tile.rows = plan.unit_rows, tile.packed_rows = packed_rows(a), tile.stages = tensor_core ? kMmaStages : 0;
   tile.columns =
       tensor_core ? mma_columns(plan.width) : 32 / plan.lanes * simt_columns(element_bytes(a.type), plan.quantized);
-  return gistkern_decode(&a, variant, nullptr);
+  const DecodeScratch scratch{[](void*, int64_t) { return reinterpret_cast<float*>(buffer); }, nullptr};
+  return gistkern_decode(&a, variant, &scratch, nullptr);
 }
 
 const char* compact(Numbers& numbers, Tile& tile) {
@@ -124,6 +130,9 @@ int report(const std::string& call, Numbers numbers) {
 }
 
 }  // namespace
+
+const char* allocate_zeros(size_t, void** memory) { return *memory = buffer, nullptr; }
+
 }  // namespace gistkern
 
 int main(int argc, char** argv) {

@@ -262,7 +262,6 @@ def test_cuda_launches_are_those_of_the_host_code(cuda_launch_of):
         "cuda_decode_simt_rows": "gist_decode_simt_kernel<__nv_bfloat16, 4, false>",
         "cuda_decode_simt_quantized": "gist_decode_simt_kernel<__nv_bfloat16, 1, true>",
         "cuda_decode_simt_rows_quantized": "gist_decode_simt_kernel<__nv_bfloat16, 4, true>",
-        "cuda_merge_splits": "gist_decode_merge_kernel<__nv_bfloat16>",
         "cuda_compact": "gist_compact_kernel",
     }
 

@@ -96,6 +96,33 @@ def test_two_runs_are_bit_identical(cuda, variant):
     assert all(torch.equal(a, b) for a, b in zip(case.call("cuda"), case.call("cuda"), strict=True))
 
 
+@pytest.mark.skipif(EMULATED, reason="an emulated launch has ended when it returns")
+def test_split_launches_side_by_side(cuda):
+    """On two streams and from two replayed graphs: no launch counts another's arrivals."""
+    cases = [
+        make_case((9000,), ((0, 5),), kv_heads=2, heads=8, head_dim=128, dtype=torch.float16, seed=s).to(cuda)
+        for s in (1, 2)
+    ]
+    wanted = [case.call("cuda") for case in cases]
+    graphs = [torch.cuda.CUDAGraph() for _ in cases]
+    replayed = []
+    for graph, case in zip(graphs, cases, strict=True):
+        with torch.cuda.graph(graph):
+            replayed.append(case.call("cuda"))
+    streams, found = [torch.cuda.Stream() for _ in range(4)], []
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for stream, case, want in zip(streams[2:], cases, wanted, strict=True):
+            with torch.cuda.stream(stream):
+                found.append((case.call("cuda"), want))
+    torch.cuda.synchronize()
+    for have, want in (*found, *zip(replayed, wanted, strict=True)):
+        assert all(map(torch.equal, have, want))
+
+
 @pytest.mark.skipif(EMULATED, reason="captures a CUDA graph, which takes a GPU")
 def test_a_cuda_graph_replays_the_call_with_new_lengths(cuda):
     """Lengths are read on the device: after the capture other documents and tails are decoded without a new plan."""

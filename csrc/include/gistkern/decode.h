@@ -16,7 +16,6 @@ struct DecodeArguments {
   int64_t query_stride[3] = {0, 0, 0};
   void* out = nullptr;   // like query, contiguous
   float* lse = nullptr;  // [batch, query_heads, query_rows], contiguous, natural log, -inf on rows that see nothing
-  float* workspace = nullptr;                 // decode_workspace_floats() floats, may be null where that is 0
   ElementType type = ElementType::kBFloat16;  // of query and out: kFloat32, kFloat16 or kBFloat16
 
   Rows gist_key, gist_value, tail_key, tail_value;  // each of the query's type, or quantized with scales
@@ -38,13 +37,19 @@ struct DecodeArguments {
 
 enum class DecodeVariant : int32_t { kAutomatic = 0, kSimt = 1, kTensorCore = 2 };
 
-// Floats of workspace that a launch of these arguments needs (0 where it is not split).
-extern "C" int64_t gistkern_decode_workspace_floats(const DecodeArguments* arguments, DecodeVariant variant);
+// What a launch that is split needs beside its arguments. The launcher asks for it once it knows how much: a launch
+// that is not split asks for nothing.
+struct DecodeScratch {
+  // Device memory for so many floats, free until the launch has run.
+  float* (*workspace)(void* context, int64_t floats) = nullptr;
+  void* context = nullptr;
+};
 
 // Null, or why `variant` cannot serve these arguments (a static string for an error message).
 extern "C" const char* gistkern_decode_refuses(const DecodeArguments* arguments, DecodeVariant variant);
 
-// Launches on `stream` (a cudaStream_t). Returns null, or an error message with static storage.
-extern "C" const char* gistkern_decode(const DecodeArguments* arguments, DecodeVariant variant, void* stream);
+// Launches one kernel on `stream` (a cudaStream_t). Returns null, or an error message with static storage.
+extern "C" const char* gistkern_decode(const DecodeArguments* arguments, DecodeVariant variant,
+                                       const DecodeScratch* scratch, void* stream);
 
 }  // namespace gistkern

@@ -7,7 +7,7 @@
 // one of every 8 columns of scores and outputs.
 #pragma once
 
-#include "gistkern/partial.cuh"
+#include "gistkern/decode_merge.cuh"
 #include "gistkern/pipeline.cuh"
 
 namespace gistkern {
@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(mma_warps(kWidth) * 32)
   static_assert(kMmaRows <= Pipeline::kColumns, "the query takes the place of a value tile");
   constexpr float kSmallest = 1.17549435e-38f;
   Place place = place_of(plan);
+  await_earlier_launches();
   if (place.unit >= plan.units) return;  // only where units do not share a block's barrier
   Unit unit = unit_of(place.unit, arguments, plan);
   Window window = window_of(arguments, unit);

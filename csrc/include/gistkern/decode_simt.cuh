@@ -6,7 +6,7 @@
 #pragma once
 
 #include "gistkern/chunk.cuh"
-#include "gistkern/partial.cuh"
+#include "gistkern/decode_merge.cuh"
 
 namespace gistkern {
 
@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(kSimtWarps * 32, simt_blocks(kRows, kQuantized
     gist_decode_simt_kernel(const DecodeArguments arguments, const DecodePlan plan) {
   using Tile = SimtTile<T, kQuantized>;
   Place place = place_of(plan);
+  await_earlier_launches();
   if (place.unit >= plan.units) return;  // only where units do not share a block's barrier
   Unit unit = unit_of(place.unit, arguments, plan);
   Window window = window_of(arguments, unit);

@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_elements(T* out, const float (&values)[4])
 }
 
 // Merges the unit's warps by their maxima (docs/concepts/numerics.md) and writes every row once: its output, or with
-// several splits its part of the workspace: [splits, rows of all, head_dim] outputs, then [splits, rows of all] LSEs.
+// several splits its part of the workspace.
 template <typename T, int kWarps, int kCount>
 __device__ __forceinline__ void merge_warps(const DecodeArguments& arguments, const DecodePlan& plan, const Unit& unit,
                                             const Partials& partials, int first_warp, int split) {
@@ -102,34 +102,12 @@ __device__ __forceinline__ void merge_warps(const DecodeArguments& arguments, co
     if (plan.splits == 1) {
       store_elements(static_cast<T*>(arguments.out) + index * arguments.head_dim + first, values);
     } else {
-      store_elements(arguments.workspace + part_index * arguments.head_dim + first, values);
+      store_elements(plan.workspace + part_index * arguments.head_dim + first, values);
     }
   }
   if (thread % row_threads == 0) {
-    float* part_lse = arguments.workspace + plan.splits * all_rows * arguments.head_dim + part_index;
+    float* part_lse = plan.workspace + plan.splits * all_rows * arguments.head_dim + part_index;
     *(plan.splits == 1 ? arguments.lse + index : part_lse) = log_sum_exp(merged, arguments.scale);
-  }
-}
-
-// To be called by all warps of the unit, after each has stored its partial result.
-template <typename T, int kWarps>
-__device__ __forceinline__ void finish_unit(const DecodeArguments& arguments, const DecodePlan& plan, const Unit& unit,
-                                            const Partials& partials, int split) {
-  if (plan.warps_per_unit == 1) {
-    __syncwarp();
-    int warp = threadIdx.x / 32;
-    if (plan.stores_aligned) {
-      merge_warps<T, 1, 4>(arguments, plan, unit, partials, warp, split);
-    } else {
-      merge_warps<T, 1, 1>(arguments, plan, unit, partials, warp, split);
-    }
-  } else {
-    __syncthreads();
-    if (plan.stores_aligned) {
-      merge_warps<T, kWarps, 4>(arguments, plan, unit, partials, 0, split);
-    } else {
-      merge_warps<T, kWarps, 1>(arguments, plan, unit, partials, 0, split);
-    }
   }
 }
 

@@ -20,6 +20,8 @@ constexpr int kMaxQueryRows = 8;
 // Below so many columns a split costs more in merging than it saves, and a split should not be shorter.
 constexpr int kUnsplitColumns = 512;
 constexpr int kSplitColumns = 256;
+// The units of a launch that is split: more would fill two of the largest devices twice.
+constexpr int kMaxSplitUnits = 512;
 
 // Blocks that a multiprocessor's registers should hold at least: as many as do without spills.
 __host__ __device__ constexpr int simt_blocks(int rows, bool quantized) {
@@ -74,6 +76,9 @@ struct DecodePlan {
   int warps_per_unit = 0;  // all warps of a block, or 1: then a block holds `warps` units
   int blocks = 0;          // per split
   int shared_bytes = 0;
+  float* workspace =
+      nullptr;  // of the splits: [splits, rows of all, head_dim] outputs, then [splits, rows of all] LSEs
+  uint32_t* arrivals = nullptr;  // [units], zero before the launch and after it: how many splits of a unit are done
   int64_t query_stride[3] = {0, 0, 0};  // in bytes
   ByteStrides keys, values, key_scales, value_scales;
   // 128-bit loads are possible: of the query, and of each buffer
@@ -119,8 +124,7 @@ inline void plan_alignment(DecodePlan& plan, const DecodeArguments& arguments, i
   plan.gist_value_aligned = !uses_gists(a) || aligned(a.gist_value, one_sample);
   plan.tail_key_aligned = !uses_tail(a) || aligned(a.tail_key, one_page);
   plan.tail_value_aligned = !uses_tail(a) || aligned(a.tail_value, one_page);
-  bool out_aligned = (reinterpret_cast<int64_t>(a.out) | reinterpret_cast<int64_t>(a.workspace)) % 16 == 0;
-  plan.stores_aligned = a.head_dim % 4 == 0 && out_aligned;
+  plan.stores_aligned = a.head_dim % 4 == 0 && reinterpret_cast<int64_t>(a.out) % 16 == 0;
 }
 
 inline ByteStrides byte_strides(const int64_t (&gist)[3], int gist_bytes, const int64_t (&tail)[3], int tail_bytes,
@@ -211,10 +215,11 @@ inline DecodePlan plan_decode(const DecodeArguments& arguments, DecodeVariant va
 
   // Few columns: a warp per unit, where more would have nothing to do or where the units alone fill the device.
   int64_t columns = static_cast<int64_t>(a.gist_capacity) + a.tail_capacity;
+  // Such a unit is not split: the splits of a unit meet in blocks that are theirs alone.
   bool few = columns <= tile_columns || (columns <= tile_columns * plan.warps && plan.units >= a.multiprocessors);
   plan.warps_per_unit = few ? 1 : plan.warps;
   plan.blocks = static_cast<int>(divide_up(plan.units, plan.warps / plan.warps_per_unit));
-  if (columns > kUnsplitColumns && plan.units > 0) {
+  if (!few && columns > kUnsplitColumns && plan.units > 0 && plan.units <= kMaxSplitUnits) {
     int64_t wanted = divide_up(int64_t{2} * a.multiprocessors, plan.units);
     plan.splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, divide_up(columns, kSplitColumns))));
   }

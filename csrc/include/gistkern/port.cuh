@@ -95,19 +95,60 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return __byte_perm(a, b, selector);
 }
 
+// Counts an arrival and returns how many there were before it; the one after `others` makes the count 0 again. What
+// happened before an arrival is visible after a later one, for the whole device.
+__device__ __forceinline__ uint32_t arrive(uint32_t* count, uint32_t others) {
+  uint32_t before;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;\n" : "=r"(before) : "l"(count), "r"(others) : "memory");
+  return before;
+}
+
+// For kernels that are launched by launch_early(): before a thread touches memory that an earlier launch of the stream
+// may use. From there on all that they wrote is visible.
+__device__ __forceinline__ void await_earlier_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+}  // namespace gistkern
+
+#include "gistkern/device.h"
+
+namespace gistkern {
+
 // Returns null, or the error as a static string.
+template <typename... Parameters>
+const char* launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                      void* stream, Parameters... arguments) {
+  int device = 0;
+  if (const char* error = current_device(device)) return error;
+  if (const char* error = allow_shared(reinterpret_cast<const void*>(kernel), device, shared_bytes)) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early && starts_early(device) ? 1 : 0;
+  return why(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  if (shared_bytes > kSharedWithoutAsking) {
-    cudaError_t refused =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (refused != cudaSuccess) return cudaGetErrorString(refused);
-  }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_as<Parameters...>(false, kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
+// The same for a kernel that calls await_earlier_launches(): where the device can, its blocks start while those of the
+// launch before it end.
+template <typename... Parameters, typename... Arguments>
+const char* launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                         const Arguments&... arguments) {
+  return launch_as<Parameters...>(true, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace gistkern

@@ -1,5 +1,6 @@
 // broken NAME mistaken|correct: exit status 1 if the kernel's values are wrong, 2 for a wrong command line. One
 // translation unit: most of a build's time is NVIDIA's headers.
+#include "arrival.cu"
 #include "async_copy.cu"
 #include "block_race.cu"
 #include "divergence.cu"

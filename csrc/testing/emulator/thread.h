@@ -40,6 +40,7 @@ struct Thread {
 
   std::vector<AsyncCopy> copies;
   int groups_committed;
+  bool awaited;  // the launches before an early one
 };
 
 // Lanes of one warp that wait for the same collective with the same mask.
@@ -74,12 +75,14 @@ struct Launch {
   dim3 grid, block;
   void (*body)(const void*);
   const void* arguments;
+  bool early;
   Fiber* scheduler;
   Block* running_block;
   Thread* running_thread;
 };
 
 extern Launch launched;
+extern EmulatorCounts counts;
 extern std::string failure;  // the message of the launch that runs; empty while it is well
 
 const char* name_of(Meeting meeting);

@@ -1,9 +1,11 @@
 // Decode cases: which are run, and how one is judged.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "emulator.h"
+#include "gistkern/arrivals.h"
 #include "suite/decode_oracle.h"
 
 namespace gistkern::suite {
@@ -64,6 +66,17 @@ inline Outcome judge(DecodeProblem& problem, float scale, const char* out, const
   return {Outcome::Kind::kPassed, measured};
 }
 
+// Memory of the splits, of exactly the size asked for.
+struct Workspace {
+  std::unique_ptr<Array<float>> memory;
+  DecodeScratch scratch{[](void* self, int64_t floats) {
+                          auto& memory = static_cast<Workspace*>(self)->memory;
+                          memory = std::make_unique<Array<float>>(floats);
+                          return memory->get();
+                        },
+                        this};
+};
+
 inline Outcome run_decode(const DecodeSpec& spec, DecodeVariant variant, uint64_t seed) {
   Generator generator(seed);
   DecodeProblem problem(spec, generator);
@@ -75,14 +88,12 @@ inline Outcome run_decode(const DecodeSpec& spec, DecodeVariant variant, uint64_
   Array<float> lse(rows);
   arguments.out = out, arguments.lse = lse.get();
   if (const char* why = gistkern_decode_refuses(&arguments, variant)) return skipped(why);
-  const int64_t floats = gistkern_decode_workspace_floats(&arguments, variant);
-  Array<float> workspace(floats);
-  arguments.workspace = floats > 0 ? workspace.get() : nullptr;
+  Workspace workspace;
   const int64_t conflicts = emulator_bank_conflicts();
-  if (const char* error = gistkern_decode(&arguments, variant, nullptr)) return failed(error);
+  if (const char* error = gistkern_decode(&arguments, variant, &workspace.scratch, nullptr)) return failed(error);
   if (emulator_bank_conflicts() != conflicts) return failed("bank conflicts of ldmatrix");
   Outcome outcome = judge(problem, arguments.scale, out, lse.get());
-  if (floats > 0) outcome.detail += ", split";
+  if (workspace.memory) outcome.detail += ", split";
   return outcome;
 }
 
@@ -170,9 +181,9 @@ inline Outcome run_refusals(uint64_t seed) {
     arguments.out = &lse, arguments.lse = &lse;
     change(arguments);
     const char* const why = gistkern_decode_refuses(&arguments, variant);
-    const char* const error = gistkern_decode(&arguments, variant, nullptr);
-    return why != nullptr && error != nullptr && std::string(why) == error && lse == 7.0f &&
-           gistkern_decode_workspace_floats(&arguments, variant) == 0;
+    Workspace workspace;
+    const char* const error = gistkern_decode(&arguments, variant, &workspace.scratch, nullptr);
+    return why != nullptr && error != nullptr && std::string(why) == error && lse == 7.0f && !workspace.memory;
   };
   const auto any = DecodeVariant::kAutomatic, mma = DecodeVariant::kTensorCore;
   if (!refused(any, [](DecodeArguments& a) { a.head_dim = 257; })) return failed("head_dim 257");
@@ -189,8 +200,99 @@ inline Outcome run_refusals(uint64_t seed) {
   return passed();
 }
 
+// Split launches: one kernel each, the same bits whichever block comes last, and what splitting costs.
+inline Outcome run_split(const DecodeSpec& spec, DecodeVariant variant, uint64_t seed) {
+  Generator generator(seed);
+  DecodeProblem problem(spec, generator);
+  DecodeArguments arguments = problem.arguments();
+  if (const char* why = gistkern_decode_refuses(&arguments, variant)) return skipped(why);
+  const int64_t rows = int64_t{spec.batch} * spec.query_heads * spec.query_rows;
+  const int64_t out_bytes = rows * spec.head_dim * element_bytes(spec.type);
+  std::string first;
+  int64_t bytes_per_split = 0, bytes_unsplit = 0;
+  const char* const order = std::getenv("GISTKERN_EMULATOR_SEED");
+  const std::string restored = order == nullptr ? "1" : order;
+  Outcome outcome = passed();
+  for (int run = 0; run < 4 && outcome.kind == Outcome::Kind::kPassed; ++run) {
+    // the last run has two splits, and need not have the same bits
+    arguments.multiprocessors = spec.multiprocessors;
+    if (run == 3) arguments.multiprocessors = plan_decode(arguments, variant).units;
+    const DecodePlan plan = plan_decode(arguments, variant);
+    if (plan.splits < 2) return failed("this case is not split");
+    Bytes out(out_bytes);
+    Array<float> lse(rows);
+    arguments.out = out.data(), arguments.lse = lse.get();
+    Workspace workspace;
+    setenv("GISTKERN_EMULATOR_SEED", std::to_string(100 + run).c_str(), 1);
+    const EmulatorCounts before = emulator_counts();
+    const char* const error = gistkern_decode(&arguments, variant, &workspace.scratch, nullptr);
+    const EmulatorCounts after = emulator_counts();
+    setenv("GISTKERN_EMULATOR_SEED", restored.c_str(), 1);
+    if (error != nullptr) return failed(error);
+    const int64_t blocks = int64_t{plan.units} * plan.splits, bytes = after.bytes - before.bytes;
+    if (after.launches - before.launches != 1) return failed("not one launch");
+    if (after.arrivals - before.arrivals != blocks) return failed("not one arrival a block");
+    if (after.barriers - before.barriers != 3 * blocks) return failed("not three barriers a block");
+    outcome = judge(problem, arguments.scale, out.data(), lse.get());
+    std::string bits(out.data(), out.data() + out_bytes);
+    bits.append(reinterpret_cast<const char*>(lse.get()), rows * sizeof(float));
+    if (run == 0) first = bits;
+    if (run < 3 && bits != first) return failed("the bits depend on the order of blocks");
+    if (plan.variant != DecodeVariant::kTensorCore) continue;
+    // every warp reads its unit's query; keys and values are read once, however many splits there are
+    bytes_per_split = rows * spec.head_dim * element_bytes(spec.type) * plan.warps;
+    if (run == 0) bytes_unsplit = bytes - plan.splits * bytes_per_split;
+    if (bytes != bytes_unsplit + plan.splits * bytes_per_split) return failed("splits read rows more than once");
+  }
+  return outcome;
+}
+
+// Counters of streams, and of launches that are recorded into a graph.
+inline Outcome run_arrivals(uint64_t) {
+  Arrivals arrivals;
+  const auto take = [&](uintptr_t stream, int units) {
+    uint32_t* counters = nullptr;
+    const char* const error = arrivals.of_launch(reinterpret_cast<void*>(stream), units, &counters);
+    for (int i = 0; error == nullptr && i < units; ++i) {
+      if (counters[i] != 0) return static_cast<uint32_t*>(nullptr);
+    }
+    return error == nullptr ? counters : nullptr;
+  };
+  uint32_t* const one = take(1, kMaxSplitUnits);
+  uint32_t* const two = take(2, 8);
+  if (one == nullptr || two == nullptr || take(1, 3) != one || take(2, 8) != two) return failed("a stream has its own");
+  emulator_capture(true);
+  std::vector<uint32_t*> taken = {one, two};
+  for (int i = 0; i < 300; ++i) taken.push_back(take(1 + i % 2, kMaxSplitUnits));
+  emulator_capture(false);
+  std::sort(taken.begin(), taken.end());
+  if (taken[0] == nullptr) return failed("no counters, or not zero");
+  for (size_t i = 1; i < taken.size(); ++i) {
+    if (taken[i] - taken[i - 1] < kMaxSplitUnits) return failed("two launches share counters");
+  }
+  return take(1, 8) == one ? passed() : failed("a stream keeps its own");
+}
+
+inline void add_split_cases(std::vector<Case>& cases) {
+  cases.push_back({"arrivals", run_arrivals});
+  DecodeSpec spec;
+  spec.gist_capacity = 900, spec.tail_capacity = 30, spec.multiprocessors = 132, spec.batch = 1, spec.query_rows = 2;
+  std::vector<DecodeSpec> specs(4, spec);
+  specs[0].query_heads = 4, specs[0].kv_heads = 1;  // four blocks, all of fibers of their own under TSan
+  specs[1].head_dim = 128, specs[1].query_heads = 16, specs[1].query_rows = 1;
+  specs[2].head_dim = 200, specs[2].type = specs[2].rows_type = ElementType::kFloat16, specs[2].some_see_nothing = true;
+  specs[3].gist_capacity = 9000, specs[3].kv_heads = 1, specs[3].head_dim = 8;  // more splits than lanes
+  for (const DecodeSpec& item : specs) {
+    for (DecodeVariant variant : {DecodeVariant::kSimt, DecodeVariant::kTensorCore}) {
+      const std::string name = variant == DecodeVariant::kSimt ? "split-simt-" : "split-mma-";
+      cases.push_back({name + item.name(), [=](uint64_t seed) { return run_split(item, variant, seed); }});
+    }
+  }
+}
+
 inline void add_decode_cases(std::vector<Case>& cases) {
   cases.push_back({"decode-refusals", run_refusals});
+  add_split_cases(cases);
   for (const DecodeSpec& spec : decode_specs()) {
     for (DecodeVariant variant : {DecodeVariant::kSimt, DecodeVariant::kTensorCore}) {
       const std::string name = variant == DecodeVariant::kSimt ? "decode-simt-" : "decode-mma-";
