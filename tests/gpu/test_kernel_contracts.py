@@ -1,34 +1,55 @@
 """What surrounds the kernels: chunked sums, addresses beyond 2^31, precision, opcheck, compile, checkpointing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulation import EMULATED, SANITIZED
 from torch.utils.checkpoint import checkpoint
 
 from gistkern import GistLayout, gist_attention
+from gistkern.backends import triton_plan
 from gistkern.kernels import attn_bwd_dkv, attn_bwd_dq, attn_fwd, decode, schedule
-from gistkern.ops import library
+from gistkern.ops import attention, library
 from gistkern.rows import gather_rows
 from gistkern.testing import Inputs, compare, make_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("by_operators", [False, True], ids=["folded", "operators"])
 @pytest.mark.slow
-def test_gist_gradients_in_row_chunks(dtype, device, small_tiles, monkeypatch):
+def test_gist_gradients_in_row_chunks(by_operators, dtype, device, small_tiles, monkeypatch):
     """Several chunks, some of them empty (late gists have short row intervals), add up to the same gradient."""
     monkeypatch.setattr(schedule, "MIN_CHUNK_ROWS", 8)
-    summed = []
-    kernel = attn_bwd_dkv.sum_chunks_kernel
+    monkeypatch.setattr(attention, "needs_operators", lambda *call: by_operators)
+    chunks = []
+    plan = attn_bwd_dkv.plan_gist_attn_bwd_dkv
 
-    class Counted:
-        def __getitem__(self, grid):
-            summed.append(grid)
-            return kernel[grid]
+    def noted(*arguments):
+        launch, count = plan(*arguments)
+        chunks.append(count)
+        return launch, count
 
-    monkeypatch.setattr(attn_bwd_dkv, "sum_chunks_kernel", Counted())
+    for module in (attn_bwd_dkv, triton_plan):
+        monkeypatch.setattr(module, "plan_gist_attn_bwd_dkv", noted)
     layout = GistLayout.from_segments([12, 9, 15, 11], 5, tail=7).to(device)
     compare(make_inputs(layout, dtype=dtype), layout, "triton")
-    assert len(summed) == 1
+    assert len(chunks) == 2
+    assert max(chunks) > 1
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_a_token_listed_often_has_all_its_gradients(past, device, small_tiles, monkeypatch):
+    """In the plan's backward: repeats, fillers and past rows, in chunks."""
+    monkeypatch.setattr(schedule, "MIN_CHUNK_ROWS", 8)
+    layout = GistLayout.from_segments([20, 11], 3, tail=12, sink_tokens=2, past=past)
+    gather = torch.cat([layout.gather, layout.gather.new_tensor([[-1, 1, 1]])], 1)
+    begin, end = layout.gist_begin.clone(), layout.gist_end.clone()
+    begin[0, -6:], end[0, -6:] = layout.num_compact + 1, layout.num_compact + 2  # the last rows see the sink once more
+    begin[0, -3:], end[0, -3:] = layout.num_compact + 2, layout.num_compact + 3
+    layout = replace(layout, gist_begin=begin, gist_end=end, gather=gather).to(device)
+    inputs = make_inputs(layout, heads=4, kv_heads=2, head_dim=24, dtype=torch.float16)
+    compare(inputs, layout, "triton")
 
 
 @pytest.mark.skipif(SANITIZED, reason="ttsem copies whole storages; this one has 5 GiB")

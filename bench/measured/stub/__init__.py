@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Launch", "activate", "fail_next", "grid", "last", "launches", "record"]
+__all__ = ["Launch", "activate", "active", "fail_next", "grid", "last", "launches", "record"]
 
 FOLDER = Path(__file__).resolve().parents[3] / "build" / "stub"
 _state: _Record | None = None
@@ -88,6 +88,11 @@ def activate(arch: int = 90) -> None:
             return torch.device("cpu")
 
     driver.set_active(StubDriver())
+
+
+def active() -> bool:
+    """Whether it is the driver of this process."""
+    return _state is not None
 
 
 def _build() -> Path:

@@ -1,0 +1,138 @@
+"""Launches by address over a stub of the driver, beside Triton's own. test_prepared.py runs this in its own process."""
+
+# ruff: noqa: E402 (the stub comes before Triton)
+
+import pytest
+import torch
+
+from bench.measured import stub
+
+stub.activate()
+
+from triton import knobs
+
+from bench.measured.host import COUNTS, cases, counted
+from gistkern import GistLayout, gist_attention
+from gistkern.backends.launcher import kernel_parameters
+from gistkern.kernels.launch import Launch, Steps
+from gistkern.testing import make_inputs
+
+_address = torch.Tensor.data_ptr
+ONE = {"heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
+CASES = {
+    "a segment and its tail": (GistLayout.from_segments([100], 8, tail=20), ONE),
+    "samples with sinks and fillers": (
+        GistLayout.stack(
+            [GistLayout.sliding(90, 16, 8, gists=2), GistLayout.from_segments([30], 2, tail=9, sink_tokens=2)]
+        ),
+        ONE,
+    ),
+    "past rows": (GistLayout.from_segments([40], 4, tail=5, past=6), ONE),
+    "past rows alone": (GistLayout.from_segments([], 1, tail=40, past=6), ONE),
+    "no compact rows": (GistLayout.from_segments([], 1, tail=40), ONE),
+    "fp32, padded heads": (GistLayout.from_segments([100], 8, tail=20), ONE | {"head_dim": 80, "dtype": torch.float32}),
+    "one head each": (GistLayout.from_segments([100], 8, tail=20), ONE | {"kv_heads": 4, "head_dim": 128}),
+    "rows before heads, 24 wide": (GistLayout.from_segments([33], 3, tail=20), ONE | {"head_dim": 24}),
+    "a decode step": (GistLayout.decode(10, 16), ONE),
+    "a split decode step": (GistLayout.decode(3000, 16), ONE),
+}
+
+
+@pytest.fixture
+def by_triton(monkeypatch):
+    """Names of the kernels that went through Triton's front end."""
+    names = []
+    call = Launch.__call__
+
+    def noted(self, *arguments):
+        names.append(self.kernel.__name__)
+        call(self, *arguments)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    return names
+
+
+def run(layout, inputs, grad=None):
+    past = {"past_key": inputs.past_key, "past_value": inputs.past_value} if layout.past else {}
+    out = gist_attention(inputs.q, inputs.k, inputs.v, layout, backend="triton", **past)
+    if out.requires_grad:
+        torch.autograd.grad(out, list(inputs.leaves().values()), inputs.grad_out if grad is None else grad)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_driver_is_given_what_triton_gives_it(name, monkeypatch):
+    """Function, grid, block, shared memory, and the bytes of all parameters, of the sizes that the cubin says."""
+    layout, sizes = CASES[name]
+    compared = []
+
+    def both_ways(steps, tensors, buffers_of):
+        work = torch.empty(steps._bytes, dtype=torch.uint8) if steps._bytes else None
+        everything = steps._all(tensors, work)
+        assert steps._prepare(tensors, work, buffers_of)
+        by_address = buffers_of(*map(_address, everything))
+        for number, ((launch, _), buffers) in enumerate(zip(steps.launches, buffers_of(*everything), strict=True)):
+            rest = (*launch.numbers, *launch.constants)
+            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            kernel = launch.kernel.warmup(*buffers, *rest, grid=(1,), **options)
+            parameters = kernel_parameters(kernel.asm["cubin"], kernel.metadata.name)
+            kernel.run  # noqa: B018 - loads the code
+            stub.record(kernel.function, [parameter.size for parameter in parameters])
+            launch(tensors[0].device, *buffers)
+            expected = stub.last()
+            everyone, steps._prepared = steps._prepared, steps._prepared[number : number + 1]
+            steps._run_prepared(by_address[number : number + 1])
+            steps._prepared = everyone
+            assert stub.last() == expected
+            assert sum(map(len, expected.parameters)) > 0
+            compared.append(launch.kernel.__name__)
+
+    monkeypatch.setattr(Steps, "run", both_ways)
+    inputs = make_inputs(layout, **sizes)
+    if name.startswith("rows before heads"):
+        for leaf in inputs.leaves().values():
+            leaf.data = leaf.data.transpose(1, 2).contiguous().transpose(1, 2)
+    run(layout, inputs)
+    run(layout, inputs, grad=torch.ones((), dtype=inputs.q.dtype).expand(inputs.q.shape))  # as of sum().backward()
+    assert "gist_attn_bwd_dq_kernel" in compared
+    assert ("gist_fold_kernel" in compared) == (layout.num_compact > 0)
+    assert ("merge_splits_kernel" in compared) == (name == "a split decode step")
+
+
+def test_only_aligned_tensors_are_launched_by_address(by_triton):
+    layout = GistLayout.from_segments([100], 8, tail=20)
+    inputs = make_inputs(layout, **ONE)
+    run(layout, inputs)
+    assert not by_triton
+    askew = torch.empty(inputs.k.numel() + 1, dtype=torch.bfloat16)[1:].view(inputs.k.shape)
+    before = stub.launches()
+    gist_attention(inputs.q.detach(), askew, inputs.v.detach(), layout, backend="triton")
+    assert stub.launches() == before + 2
+    assert by_triton == ["gist_compact_kernel", "gist_attn_fwd_kernel"]
+    gist_attention(inputs.q.detach(), inputs.k.detach(), inputs.v.detach(), layout, backend="triton")
+    assert stub.launches() == before + 4
+    assert len(by_triton) == 2
+
+
+def test_whoever_asks_triton_of_launches_hears_of_them(by_triton):
+    layout = GistLayout.from_segments([100], 8, tail=20)
+    inputs = make_inputs(layout, **ONE)
+    run(layout, inputs)
+    heard = []
+    hook = lambda metadata: heard.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        run(layout, inputs)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert heard == by_triton
+    assert len(heard) == 6
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_call_costs_so_many_calls(name, monkeypatch):
+    """Exact with the versions of constraints.txt; another Python or torch may need fewer."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest's poison
+    found, known = counted(cases()[name]), COUNTS[name]
+    assert found.python <= known.python
+    assert found.c <= known.c
+    assert found[2:] == known[2:]
