@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup try demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench bench-report bench-check docs clean
+.PHONY: help setup try demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench host bench-report bench-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -117,6 +117,9 @@ format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 
 bench: setup ## microbenchmarks, as ratios within one process
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+host: setup ## what a call costs the host: Python and C calls, launches, and times, on a stub of the driver
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.host $(ARGS)
 
 bench-report: setup ## everything beside its baselines, into docs/results.md and results/cpu.json (40 min)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report $(ARGS)
