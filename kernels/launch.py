@@ -128,7 +128,9 @@ class Steps:
         ``buffers_of(*tensors, *vectors, *parts of the workspace)`` tells each launch's buffers; it may be given
         addresses in the place of all of these.
         """
-        work = torch.empty(self._bytes, dtype=torch.uint8, device=self.device) if self._bytes else None
+        work = None
+        if self._bytes:
+            work = torch.empty(self._bytes, dtype=torch.uint8, device=tensors[0].device)
         if self._prepares and not _hooked():
             addresses = (*map(_address, tensors), *self._vectors)
             if work is not None:

@@ -71,7 +71,7 @@ class TritonPlan:
         if self.copies:
             q, k, v = map(dense_rows, (q, k, v))
             past_k, past_v = (None if t is None else dense_rows(t) for t in (past_k, past_v))
-        dtype, device = self.dtype, self.device
+        dtype, device = q.dtype, q.device
         out = torch.empty(self.out_shape, dtype=dtype, device=device)
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device)
         if self.gathers:
@@ -107,9 +107,14 @@ class TritonPlan:
         Without atomics: two runs are bit-identical. Tensors may lie otherwise than in the forward: what offloads saved
         tensors brings them back contiguous.
         """
-        dtype, device = self.dtype, self.device
+        dtype, device = q.dtype, q.device
         strides = grad_out.stride(), q.stride(), k.stride(), v.stride(), gist_k.stride(), gist_v.stride()
-        key = strides, out.stride(), lse.stride(), products_precision(device) if dtype == torch.float32 else "ieee"
+        key = (
+            strides,
+            out.stride(),
+            lse.stride(),
+            products_precision(q.device) if self.dtype == torch.float32 else "ieee",
+        )
         planned = self._backward
         if planned is None or planned.key != key:
             given = grad_out, q, k, v, gist_k, gist_v

@@ -74,7 +74,7 @@ def patch(
     sink_tokens : int
         First tokens of a document that stay visible.
     backend : str
-        Passed to `gistkern.gist_attention`.
+        Passed to `gistkern.gist_attention`: ``"triton"`` keeps all layers on kernels that repeat themselves exactly.
     num_segment_gist_tokens : int
         Extra gist tokens that close the segments of a hierarchical compression, whose summary the
         `num_gist_tokens` then are. 0 for none.

@@ -60,7 +60,10 @@ def gist_attention(
         ``[Hq]``, floats: for each head one logit that takes part in every row's softmax and carries no value, as
         gpt-oss has them (Agarwal et al. 2025). Differentiable (docs/concepts/numerics.md).
     backend : str
-        ``"auto"`` or a name of `gistkern.backends.BACKENDS`. A named backend never falls back.
+        ``"auto"`` or a name of `gistkern.backends.BACKENDS`. A named backend never falls back. On a GPU ``"auto"``
+        hands layouts that hide nothing (`GistLayout.plain`) to torch's own attention, whose gradients may differ in
+        the last bits from run to run; ``"triton"`` keeps to kernels that repeat themselves bit for bit, and so does
+        ``torch.use_deterministic_algorithms(True)``.
     return_lse : bool
         Also return the log-sum-exp of each row's scores (its learned sink among them), ``[B, Hq, N]``, natural log, not
         differentiable.
@@ -124,6 +127,8 @@ def attend(
     except (AttributeError, IndexError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
         key = None
     plan = None if key is None else kept(layout, key)
+    if plan is not None and plan.backend == "torch" and backends.get("torch").refuses(q) is not None:
+        plan = None  # the user has changed what torch may use since
     if plan is None:
         scale = _checked(tensors, layout, scale)
         plan = plan_for(backend, tensors[:5], layout, scale, gradient, wants_lse, learned_sinks is not None)

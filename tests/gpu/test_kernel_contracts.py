@@ -38,6 +38,7 @@ def test_gist_gradients_in_row_chunks(by_operators, dtype, device, small_tiles, 
     assert max(chunks) > 1
 
 
+@pytest.mark.skipif(SANITIZED, reason="a layout made by hand is read back from the device, which ttsem only pretends")
 @pytest.mark.parametrize("past", [0, 5])
 def test_a_token_listed_often_has_all_its_gradients(past, device, small_tiles, monkeypatch):
     """In the plan's backward: repeats, fillers and past rows, in chunks."""
@@ -47,7 +48,8 @@ def test_a_token_listed_often_has_all_its_gradients(past, device, small_tiles, m
     begin, end = layout.gist_begin.clone(), layout.gist_end.clone()
     begin[0, -6:], end[0, -6:] = layout.num_compact + 1, layout.num_compact + 2  # the last rows see the sink once more
     begin[0, -3:], end[0, -3:] = layout.num_compact + 2, layout.num_compact + 3
-    layout = replace(layout, gist_begin=begin, gist_end=end, gather=gather).to(device)
+    layout = replace(layout, gist_begin=begin, gist_end=end, gather=gather)
+    layout = layout.to(device)
     inputs = make_inputs(layout, heads=4, kv_heads=2, head_dim=24, dtype=torch.float16)
     compare(inputs, layout, "triton")
 
@@ -149,6 +151,7 @@ def test_compiles_as_one_graph(device, small_tiles):
         torch.testing.assert_close(ours, theirs)
 
 
+@untraceable
 def test_activation_checkpointing_changes_nothing(device, small_tiles):
     layout = GistLayout.from_segments([12, 9], 3, tail=6).to(device)
     inputs = make_inputs(layout)
