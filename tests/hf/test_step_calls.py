@@ -4,15 +4,21 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, random_ids
+from packaging.version import Version
 from tokenizers import Tokenizer, models
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 import gistkern
 from bench.measured.calls import Calls, Operations, count
+from gistkern.backends import native
 from gistkern.cache.step import Steps
 
-LIMIT = 1.15  # of an unpatched model's calls of Python, of C and on tensors
+# of an unpatched model's calls of Python, of C and on tensors; steps over a fixed cache are there to be compiled
+LIMIT, FIXED = 1.15, 1.8
+# an older transformers calls less by itself, and without the extension a step is many operators
+COMPARABLE = native.missing() is None and Version(transformers.__version__) >= Version("5.24")
 SHORT, LONG = 12, 16  # tokens; between them no tail finds its room full
 pytestmark = pytest.mark.filterwarnings("ignore:the gist rows were never trained")
 
@@ -43,11 +49,14 @@ def test_a_step_calls_little_more_than_the_unpatched_models(layers):
     model = make_model(dtype=torch.float32, num_hidden_layers=layers)
     plain, plain_waits = per_step(copy.deepcopy(model))
     gistkern.patch(model, num_gist_tokens=3)
-    found, waits = per_step(model, gistkern.compress(model, random_ids(1, 25)))
-    ratios = [one / other for one, other in zip(found, plain, strict=True)]
-    print(f"{layers} layers: Python, C and tensor calls of a step {found}, unpatched {plain}: {ratios}")
-    assert max(ratios) <= LIMIT, ratios
-    assert waits.total() <= plain_waits.total()
+    cache = gistkern.compress(model, random_ids(1, 25))
+    limits = {"GistCache": (cache, LIMIT)} | ({"fixed": (cache.fixed(40), FIXED)} if layers == 2 else {})
+    for name, (held, limit) in limits.items():
+        found, waits = per_step(model, held)
+        ratios = [one / other for one, other in zip(found, plain, strict=True)]
+        print(f"{layers} layers, {name}: Python, C and tensor calls {found}, unpatched {plain}: {ratios}")
+        assert max(ratios) <= limit or not COMPARABLE, ratios
+        assert waits.total() <= plain_waits.total()
 
 
 def test_calls_are_counted_exactly():
