@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup try demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench host bench-report bench-check docs clean
+.PHONY: help setup try demo test test-all compat resolve wheel emulate sanitize aot work roofline scale compare lint format bench host bench-report bench-check gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -126,6 +126,10 @@ bench-report: setup ## everything beside its baselines, into docs/results.md and
 
 bench-check: setup ## compare with the recorded ratios of docs/results/cpu.json; not part of CI
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.check $(ARGS)
+
+# no setup: where a GPU is there may be no network (docs/internals/gpu-run.md says what to carry)
+gpu: ## everything worth eight minutes of a GPU, into runs/gpu and docs/results (ARGS=--dry-run rehearses on the CPU)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 docs: setup ## build the documentation site into build/site; any warning fails
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet

@@ -10,7 +10,7 @@ from bench.measured import tables as measured
 
 MEASURED = {
     RESULTS / "cpu.json": measured.tables,
-    RESULTS / "nvidia-h100-80gb-hbm3.json": measured.tables,
+    **dict.fromkeys(sorted(RESULTS.glob("nvidia-*.json")), measured.tables),
     RESULTS / "context-parallel.json": context_parallel.tables,
     RESULTS / "compare.json": measured.compared,
 }

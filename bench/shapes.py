@@ -21,13 +21,16 @@ HEADS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64), "2 heads, D 64"
 # shapes as published with the models; fewer layers where all of them would take hours on a CPU
 _SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "tie_word_embeddings": True}
 _SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3}
+_TINY = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
 _LLAMA = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "tie_word_embeddings": True}
 _LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8}
 MODELS = {
     "SmolLM2-135M": _SMOLLM2 | {"num_hidden_layers": 30},
     "SmolLM2-135M, 4 of 30 layers": _SMOLLM2 | {"num_hidden_layers": 4},
     "Llama-3-8B, 2 of 32 layers": _LLAMA | {"num_hidden_layers": 2},
+    "Llama-3-8B, 8 of 32 layers": _LLAMA | {"num_hidden_layers": 8},
     "Llama-3-8B": _LLAMA | {"num_hidden_layers": 32, "tie_word_embeddings": False},
+    "tiny": _TINY | {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
 
 # raw tokens of the documents of a packed batch, over and over: ragged, as a training set is

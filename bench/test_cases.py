@@ -12,10 +12,9 @@ import torch
 from bench.measured import decoding, layouts
 from bench.measured.attention import PASSES
 from bench.measured.baselines import BASELINES
-from bench.measured.case import OURS
+from bench.measured.case import FULL, OURS, PREFILL
 from bench.measured.grid import GRIDS, LLAMA, SMOLLM2
 from bench.measured.memory import peak_bytes
-from bench.measured.models import FULL, PREFILL
 from bench.measured.sections import BESIDE
 from bench.measured.timing import finished
 from bench.shapes import LAYOUTS

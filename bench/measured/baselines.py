@@ -130,13 +130,31 @@ def _causal(layout: GistLayout) -> Attention:
 
 
 def of_package(package: str) -> Callable[[GistLayout], Callable[..., torch.Tensor]]:
-    """flash-attn 2 (``flash_attn``) or 3, a package of its own, some versions of which also return the log-sum-exp."""
+    """flash-attn by its package (`FLASH`), some versions of which also return the log-sum-exp."""
 
     def planned(layout: GistLayout) -> Callable[..., torch.Tensor]:
         varlen = importlib.import_module(package).flash_attn_varlen_func
         return flash_varlen(layout, lambda *tensors, **options: _first(varlen(*tensors, **options)))
 
     return planned
+
+
+def flashinfer_ragged(layout: GistLayout) -> Callable[..., torch.Tensor]:
+    """FlashInfer's prefill over ragged keys, planned for the layout's runs as the others are."""
+    flashinfer = importlib.import_module("flashinfer")
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=layout.device)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+    shapes: list[tuple[int, ...]] = []
+
+    def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        shape = q.shape[1], k.shape[1], q.shape[2]
+        if shapes != [shape]:  # planned once, as for all layers
+            starts = options["cu_seqlens_q"], options["cu_seqlens_k"]
+            wrapper.plan(*starts, *shape, causal=True, q_data_type=q.dtype, kv_data_type=k.dtype)
+            shapes[:] = [shape]
+        return wrapper.run(q.contiguous(), k, v)
+
+    return flash_varlen(layout, varlen)
 
 
 def _first(found: Any) -> torch.Tensor:
@@ -171,13 +189,21 @@ def flash_varlen(layout: GistLayout, varlen: Callable[..., torch.Tensor]) -> Cal
     return attend
 
 
+def installed(package: str) -> bool:
+    """Whether a package, or a part of one, is there to be imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package that it would be a part of
+        return False
+
+
 def lacks(package: str, moves: Callable[[GistLayout, int], str]) -> Callable[[GistLayout, int], str]:
     """Why a package cannot serve a layout."""
 
     def reason(layout: GistLayout, heads: int) -> str:
         if layout.device.type == "cpu":
             return f"{package} needs a GPU"
-        if importlib.util.find_spec(package) is None:
+        if not installed(package):
             return f"{package} is not installed"
         return moves(layout, heads)
 
@@ -185,6 +211,8 @@ def lacks(package: str, moves: Callable[[GistLayout, int], str]) -> Callable[[Gi
 
 
 OURS = Baseline("gistkern", _ours)
+# what has flash_attn_varlen_func of each version
+FLASH = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
 BASELINES = {
     "sdpa dense": Baseline("SDPA, dense mask", _dense, _dense_fits),
     "sdpa per segment": Baseline("SDPA per segment, gists gathered", _per_segment, _moves),
@@ -192,15 +220,20 @@ BASELINES = {
     "flex permuted": Baseline(
         "FlexAttention, compiled, keys as [gists, raw]", flex.permuted, flex.why_not, flex.no_backward
     ),
-    "causal": Baseline("SDPA, causal: the mask ignored", _causal, masked=False),
-    "flash-attn 2": Baseline(
-        "flash-attn 2 varlen, gists gathered",
-        of_package("flash_attn"),
-        lacks("flash_attn", _moves),
+    "flex flash": Baseline(
+        "FlexAttention, compiled, keys as [gists, raw], BACKEND=FLASH",
+        lambda layout: flex.permuted(layout, {"BACKEND": "FLASH"}),
+        lambda layout, heads: lacks("flash_attn.cute", flex.why_not)(layout, heads),
     ),
-    "flash-attn 3": Baseline(
-        "flash-attn 3 varlen, gists gathered",
-        of_package("flash_attn_interface"),
-        lacks("flash_attn_interface", _moves),
+    "causal": Baseline("SDPA, causal: the mask ignored", _causal, masked=False),
+    **{
+        name: Baseline(f"{name} varlen, gists gathered", of_package(package), lacks(package, _moves))
+        for name, package in FLASH.items()
+    },
+    "flashinfer": Baseline(
+        "FlashInfer, ragged, gists gathered",
+        flashinfer_ragged,
+        lacks("flashinfer", _moves),
+        lambda layout: "FlashInfer has no backward",
     ),
 }

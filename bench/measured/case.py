@@ -1,5 +1,6 @@
 """A case: calls that compute the same, to be timed side by side, and why others are not among them."""
 
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from bench.measured.timing import Call, interleaved, ratio
 
 OURS = "ours"
+# of whole models
+FULL, PREFILL = "DynamicCache", "plain prefill"
 
 
 @dataclass
@@ -16,7 +19,7 @@ class Case:
     `limit` is the name of the call that stands for the device's peak; a call with `work` (FLOPs or bytes, of all calls
     or by name) would reach that peak in `work / limit_work` of its time. `repeat` is how many times each call is made
     in a row for one time: more than once where one alone is shorter than starting it. `queued` is that of
-    `bench.measured.timing.spent`.
+    `bench.measured.timing.spent`. Of calls that read or write `tokens` the speed is told too.
     """
 
     device: str
@@ -27,6 +30,7 @@ class Case:
     limit_work: float = 1.0
     repeat: int = 1
     queued: bool = False
+    tokens: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +61,10 @@ def measured(case: Case, rounds: int, warmup: int = 1) -> dict[str, Any]:
     seconds = interleaved(repeated | once, rounds, case.device, warmup, case.queued)
     others = [name for name in calls if name != OURS]
     found: dict[str, Any] = {"slower_than_ours": {name: ratio(seconds, name, OURS) for name in others}}
+    if case.tokens:
+        found["tokens per second"] = {name: case.tokens / statistics.median(seconds[name]) for name in calls}
+    if case.device == "cuda":
+        found["milliseconds"] = {name: 1e3 * statistics.median(seconds[name]) / case.repeat for name in calls}
     if case.limit:  # what share of the device's peak each call reaches, counting the work that the mask asks for
         work = case.work if isinstance(case.work, Mapping) else dict.fromkeys(calls, case.work)
         shares = {name: case.repeat * work[name] / case.limit_work for name in (OURS, *others)}

@@ -1,7 +1,7 @@
 """Compare this machine's ratios with the recorded ones: a guard against regressions, outside CI's pass and fail.
 
     make bench-check                                   # the quicker rows of docs/results/cpu.json, again
-    python -m bench.measured.check --recorded docs/results/nvidia-h100.json --device cuda
+    python -m bench.measured.check --recorded docs/results/nvidia-h100-80gb-hbm3.json --device cuda
 
 A row has regressed where the median of a baseline's new ratios (its time / ours) is below the recorded median by more
 than the tolerance, and below the smallest recorded ratio, or where a baseline that was measured is not any more. The

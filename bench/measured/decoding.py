@@ -12,10 +12,10 @@ from bench.measured.case import OURS, Case, serve
 from bench.measured.timing import captured, copy
 from bench.shapes import HEADS, layout_of
 from gistkern import GistLayout, backends, gist_attention
-from gistkern.ops import library
+from gistkern.ops import attention, library
 from gistkern.testing import make_inputs
 
-LIMIT, SDPA = "copy", "sdpa"
+LIMIT, SDPA, OPERATORS = "copy", "sdpa", "by operators"
 CALLS = 50  # queued in a row for one time
 BASELINES = {"sdpa": "SDPA over one buffer of all rows", "sdpa cuDNN": "SDPA, cuDNN"}
 COMPACTION = ("indexing",)
@@ -31,10 +31,10 @@ def decoding_case(
     """
     query_heads, kv_heads, dim = HEADS[heads]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # drawn where they stay: half a gigabyte
 
     def draw(count: int, rows: int) -> torch.Tensor:
-        return torch.randn(batch, count, rows, dim, generator=generator).to(device, dtype)
+        return torch.randn(batch, count, rows, dim, generator=generator, device=device, dtype=dtype)
 
     layout = GistLayout.decode(gists, tail, batch_size=batch).to(device)
     q, gist_k, gist_v = draw(query_heads, 1), draw(kv_heads, gists), draw(kv_heads, gists)
@@ -82,7 +82,10 @@ def compaction_case(layout_name: str, rows: int, heads: str, device: str = "cpu"
 
 
 def queued_calls(heads: str, device: str) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Ours and SDPA by what is called, at sizes where the device is done first; SDPA sees all rows, causally."""
+    """Ours and SDPA by what is called, at sizes where the device is done first; SDPA sees all rows, causally.
+
+    `OPERATORS` is ours as `torch.library` operators, which torch.compile sees: what the plan took the place of.
+    """
     query_heads, kv_heads, dim = HEADS[heads]
     sizes = {"heads": query_heads, "kv_heads": kv_heads, "head_dim": dim, "dtype": torch.bfloat16}
     layout = GistLayout.from_segments([100], 8, tail=20, device=device)
@@ -103,7 +106,7 @@ def queued_calls(heads: str, device: str) -> dict[str, dict[str, Callable[[], An
     def both(attend: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(attend(*leaves), leaves, inputs.grad_out)
 
-    return {
+    found = {
         "forward": {OURS: lambda: ours(*plain), SDPA: lambda: sdpa(*plain)},
         "both": {OURS: both(ours), SDPA: both(sdpa)},
         "decoding": {
@@ -111,13 +114,31 @@ def queued_calls(heads: str, device: str) -> dict[str, dict[str, Callable[[], An
             SDPA: lambda: F.scaled_dot_product_attention(q, keys, values, enable_gqa=True),
         },
     }
+    return {
+        what: {OURS: calls[OURS], OPERATORS: by_operators(calls[OURS]), SDPA: calls[SDPA]}
+        for what, calls in found.items()
+    }
 
 
-def microseconds(call: Callable[[], Any], rounds: int) -> dict[str, float]:
+def by_operators(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call without a plan. Its own share of the time is two assignments."""
+
+    def called(*given: Any) -> Any:
+        before, attention.needs_operators = attention.needs_operators, lambda *asked: True
+        try:
+            return call(*given)
+        finally:
+            attention.needs_operators = before
+
+    return called
+
+
+def microseconds(call: Callable[[], Any], rounds: int, device: str) -> dict[str, float]:
     """Of the host for one call: median, smallest and largest of the rounds; the first round does not count."""
     found = []
     for _ in range(rounds + 1):
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(CALLS):
             call()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -47,8 +48,11 @@ def natural(layout: GistLayout) -> Callable[..., torch.Tensor]:
     return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def permuted(layout: GistLayout) -> Callable[..., torch.Tensor]:
-    """Keys as [gists, raw], which leaves whole blocks to skip; putting them so is part of the call."""
+def permuted(layout: GistLayout, options: dict[str, Any] | None = None) -> Callable[..., torch.Tensor]:
+    """Keys as [gists, raw], which leaves whole blocks to skip; putting them so is part of the call.
+
+    `options` are FlexAttention's ``kernel_options``.
+    """
     begin, end, local = layout.gist_begin[0], layout.gist_end[0], layout.local_begin[0]
     gists, gather = layout.num_compact, layout.gather[0]
 
@@ -61,7 +65,7 @@ def permuted(layout: GistLayout) -> Callable[..., torch.Tensor]:
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = (torch.cat([t[:, :, gather], t], 2) for t in (k, v))
-        return attend(q, keys, values, block_mask=mask, enable_gqa=True)
+        return attend(q, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options)
 
     return call
 

@@ -28,8 +28,8 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": str(1 << 2
 def peak_bytes(case: Sequence[Any], name: str) -> int | str:
     """Peak bytes of a call, or why they are not known.
 
-    `case` is ``("attention", ...)`` with the arguments of `attention_plan`, or ``("compressing", ...)`` with those of
-    `compressing_case`; `name` the call's.
+    `case` is ``("attention", ...)`` with the arguments of `attention_plan`, or ``("compressing", model, tokens,
+    device)``; `name` is the call's.
     """
     if case[-1] == "cuda":
         return _measure(case, name)
@@ -45,8 +45,9 @@ def _measure(case: Sequence[Any], name: str) -> int | str:
     if what == "compressing":
         from bench.measured.models import compressing_case  # brings transformers
 
-        call = compressing_case(*arguments).calls[name]
-        return _peak(lambda: call, arguments[-1])
+        model, tokens, device = arguments
+        call = compressing_case(model, tokens, 512, 512 if device == "cpu" else 4096, device).calls[name]
+        return _peak(lambda: call, device)
     from bench.measured.attention import attention_plan
 
     plan = attention_plan(name, *arguments)

@@ -6,20 +6,19 @@ Weights are random: time and bytes depend on shapes alone. Both sides have the s
 import copy
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from bench.measured.case import OURS, Case
+from bench.measured.case import FULL, OURS, PREFILL, Case
 from bench.measured.timing import copy as copy_limit
 from bench.measured.timing import largest
 from bench.shapes import MODELS
 from gistkern import GistCache, GistHandle, GistLayout, compress, patch_llama
 
-GISTS, SEGMENT = 10, 512
+GISTS = 10
 LIMIT = "copy"
-FULL = "DynamicCache"
-PREFILL = "plain prefill"
 
 
 @lru_cache(maxsize=1)
@@ -120,8 +119,11 @@ def _step(model: LlamaForCausalLM, cache: Any, token: torch.Tensor) -> Any:
 
 
 @torch.no_grad()
-def compressing_case(name: str, tokens: int, device: str = "cpu") -> Case:
-    """`compress` in segments and as one segment, beside the plain prefill that fills a DynamicCache."""
+def compressing_case(name: str, tokens: int, segment: int, call_tokens: int, device: str = "cpu") -> Case:
+    """`compress` in segments and as one segment, beside the plain prefill that fills a DynamicCache.
+
+    The model reads `call_tokens` raw tokens a call where segments are shorter.
+    """
     handle, full = models(name, device)
     gist = handle.model
     ids = torch.randint(0, 1000, (1, tokens), device=device)
@@ -135,13 +137,15 @@ def compressing_case(name: str, tokens: int, device: str = "cpu") -> Case:
     return Case(
         device,
         {
-            OURS: lambda: _compressed(gist, ids, SEGMENT),
-            "compress, one segment": lambda: _compressed(gist, ids, None),
+            OURS: lambda: _compressed(gist, ids, segment, call_tokens),
+            "compress, one segment": lambda: _compressed(gist, ids, None, call_tokens),
             PREFILL: prefill,
         },
+        tokens=tokens,
     )
 
 
-def _compressed(gist: LlamaForCausalLM, ids: torch.Tensor, segment_length: int | None) -> GistCache:
-    with torch.no_grad():
+def _compressed(gist: LlamaForCausalLM, ids: torch.Tensor, segment_length: int | None, call_tokens: int) -> GistCache:
+    sizes = dict.fromkeys(("CALL_TOKENS", "CPU_CALL_TOKENS"), call_tokens)
+    with torch.no_grad(), mock.patch.multiple("gistkern.hf.compress", **sizes):
         return compress(gist, ids, segment_length=segment_length)

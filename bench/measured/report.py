@@ -1,10 +1,10 @@
-"""Measure everything in one process, write docs/results/cpu.json, and fill its tables of docs/results.md.
+"""Measure everything on this CPU, write docs/results/cpu.json, and fill its tables of docs/results.md.
 
-    make bench-report                                  # on this CPU, one thread (40 minutes on a quiet machine)
-    python -m bench.measured.report --device cuda       # the same for a GPU: docs/results/<its name>.json
+    make bench-report                                  # one thread (40 minutes on a quiet machine)
     python -m bench.measured.report --section decoding  # a part of it, printed only
 
-Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing.
+Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing. The same
+sections on a GPU: `make gpu`.
 """
 
 import argparse
@@ -26,24 +26,28 @@ from bench.rows import write_report
 from gistkern.backends import native
 
 # beside our own: whose speed the baselines depend on
-PACKAGES = ("gistkern", "torch", "transformers", "triton", "flash-attn", "flash-attn-3")
+PACKAGES = ("gistkern", "torch", "transformers", "triton", "peft", "flash-attn", "flash-attn-3", "flash-attn-4")
+PACKAGES += ("flashinfer-python",)
 
 
-def measure(device: str, rounds: int, sections: list[str]) -> Iterator[dict[str, Any]]:
-    """The report of some sections, with what it was measured on: once more after each of them, whatever follows."""
-    command = "make bench-report" if device == "cpu" else f"python -m bench.measured.report --device {device}"
-    report: dict[str, Any] = {
+def header(device: str, command: str) -> dict[str, Any]:
+    """What a report was measured with, and on what."""
+    return {
         "grade": "measured",
         "command": command,
         "device": device_name(device),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor()}",
-        "instruction_set": native.instruction_set() if device == "cpu" else None,
+        "instruction_set": native.instruction_set() if device == "cpu" and native.missing() is None else None,
         "threads": torch.get_num_threads(),
         "versions": _versions(),
-        "rounds": rounds,
     }
+
+
+def measure(rounds: int, sections: list[str]) -> Iterator[dict[str, Any]]:
+    """The report of some sections on this CPU: once more after each of them, whatever follows."""
+    report = header("cpu", "make bench-report") | {"rounds": rounds}
     for name in sections:
-        report[name] = SECTIONS[name](GRIDS[device], device, rounds)
+        report[name] = list(SECTIONS[name](GRIDS["cpu"], "cpu", rounds))
         yield report
 
 
@@ -68,11 +72,19 @@ def _processor() -> str:
     return named[1] if named else platform.processor() or "unknown processor"
 
 
-def _target(device: str) -> Path:
-    if device == "cpu":
-        return RESULTS / "cpu.json"
-    slug = re.sub("[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return RESULTS / f"{slug}.json"
+def target_of(device: str, folder: Path) -> Path:
+    """The report of a device by its name."""
+    return folder / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """A report with the sections of an older one that it did not measure; its notes say which those are."""
+    kept = {name: rows for name, rows in old.items() if name in SECTIONS and rows and not new.get(name)}
+    if not kept:
+        return new
+    versions = ", ".join(f"{name} {number}" for name, number in old["versions"].items())
+    note = f"From before: {', '.join(kept)}: `{old['command']}`; {versions}."
+    return new | {"notes": [*new.get("notes", []), note, *old.get("notes", [])]} | kept
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -84,21 +96,19 @@ def write(report: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=sorted(GRIDS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; nothing is written")
     given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
     torch.set_num_threads(given.threads)
-    for report in measure(given.device, given.rounds, given.section or list(SECTIONS)):
+    path = RESULTS / "cpu.json"
+    for report in measure(given.rounds, given.section or list(SECTIONS)):
         if not given.section:
-            write_report(_target(given.device), report)
+            write_report(path, report)
     if given.section:
         print("\n\n".join(tables(report).values()))
     else:
-        write(report, _target(given.device))
+        write(report, path)
 
 
 if __name__ == "__main__":

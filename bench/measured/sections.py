@@ -1,7 +1,8 @@
-"""The sections of docs/results/cpu.json as rows: what each measures, and what is said where it cannot."""
+"""The sections of reports as rows: what each measures, and what is said where it cannot."""
 
 import gc
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,15 +12,13 @@ from tqdm import tqdm
 from bench.counted.work import visible_pairs
 from bench.measured.attention import attention_case
 from bench.measured.case import OURS, Case, measured
-from bench.measured.decoding import compaction_case, decoding_case, microseconds, queued_calls
+from bench.measured.decoding import microseconds, queued_calls
 from bench.measured.grid import Grid
-from bench.measured.layouts import layout_case
 from bench.measured.memory import peak_bytes
-from bench.measured.models import compressing_case, model_decoding_case
 from bench.measured.timing import Call, interleaved, ratio
 from bench.shapes import layout_of
 
-Rows = list[dict[str, Any]]
+Rows = Iterable[dict[str, Any]]
 # what grows with the rows: a layout and, but for ours, a baseline
 GROWTH = (
     ("512/8", OURS),
@@ -49,7 +48,13 @@ def _batches(grid: Grid) -> list[tuple]:
     return [(name, context, batch) for name, context, batches in grid.models for batch in batches]
 
 
+def _of(module: str, name: str) -> Callable[..., Case]:
+    """A case of a module that brings transformers, which most stages of a GPU's minutes do not wait for."""
+    return lambda *values: getattr(importlib.import_module(f"bench.measured.{module}"), name)(*values[:-1])
+
+
 _OP = ("gist rows", "tail rows", "batch", "heads")
+_READ = ("model", "tokens", "segment", "tokens a call")
 BESIDE = {
     "attention": Beside(
         ("layout", "rows", "heads", "pass"),
@@ -58,28 +63,27 @@ BESIDE = {
         1,
         0,
     ),
-    "compaction": Beside(
-        ("layout", "rows", "heads"), lambda g: g.compaction, lambda *values: compaction_case(*values[:-1])
-    ),
-    "decoding": Beside(_OP, lambda g: g.decoding, lambda *values: decoding_case(*values[:-1]), 2, 0),
-    "models": Beside(("model", "context", "batch"), _batches, lambda *values: model_decoding_case(*values[:-1])),
-    "compressing": Beside(("model", "tokens"), lambda g: g.compressing, lambda *values: compressing_case(*values[:-1])),
-    "layouts": Beside(("layout", "rows"), lambda g: g.layouts, lambda *values: layout_case(*values[:-1])),
+    "compaction": Beside(("layout", "rows", "heads"), lambda g: g.compaction, _of("decoding", "compaction_case")),
+    "decoding": Beside(_OP, lambda g: g.decoding, _of("decoding", "decoding_case"), 2, 0),
+    "models": Beside(("model", "context", "batch"), _batches, _of("models", "model_decoding_case")),
+    "generating": Beside(("model",), lambda g: g.generating, _of("step", "generating_case")),
+    "compressing": Beside(_READ, lambda g: g.compressing, _of("models", "compressing_case")),
+    "training": Beside(("model", "layout", "rows"), lambda g: g.training, _of("training", "training_case")),
+    "layouts": Beside(("layout", "rows"), lambda g: g.layouts, _of("layouts", "layout_case")),
 }
 
 
-def beside(name: str, grid: Grid, device: str, rounds: int) -> Rows:
-    """The rows of a section of cases."""
-    section, found = BESIDE[name], []
+def beside(name: str, grid: Grid, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows of a section of cases, each as soon as it is measured."""
+    section = BESIDE[name]
     for place in tqdm(list(section.places(grid)), desc=name, disable=None):
         case = section.make(*place, device, grid)
         row = dict(zip(section.keys, place, strict=True)) | case.facts
-        found.append(row | measured(case, section.times * rounds, section.warmup))
+        yield row | measured(case, section.times * rounds, section.warmup)
         case.calls.clear()
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    return found
 
 
 def growth(grid: Grid, device: str, rounds: int) -> Rows:
@@ -110,23 +114,20 @@ def growth(grid: Grid, device: str, rounds: int) -> Rows:
 
 def queueing(grid: Grid, device: str, rounds: int) -> Rows:
     """The host's part of a call for a GPU."""
-    if device == "cpu":
-        return []
-    return [
-        {"call": what, "heads": grid.growth_heads} | {name: microseconds(call, rounds) for name, call in both.items()}
-        for what, both in queued_calls(grid.growth_heads, device).items()
-    ]
+    for heads in grid.queueing:
+        for what, calls in queued_calls(heads, device).items():
+            yield {"call": what, "heads": heads} | {
+                name: microseconds(call, rounds, device) for name, call in calls.items()
+            }
 
 
 def memory(grid: Grid, device: str, rounds: int) -> Rows:
     """Peak memory, one process per number."""
-    found = []
     for case, names in grid.memory:
         for name in tqdm(names, desc="memory", disable=None):
             peak = peak_bytes(case, name)
             known = {"peak bytes": peak} if isinstance(peak, int) else {"not_measured": peak}
-            found.append({"case": list(case), "name": name, **known})
-    return found
+            yield {"case": list(case), "name": name, **known}
 
 
 SECTIONS: dict[str, Callable[[Grid, str, int], Rows]] = {name: partial(beside, name) for name in BESIDE}

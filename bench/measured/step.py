@@ -10,34 +10,41 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import gistkern
 from bench.measured.calls import Operations, count
+from bench.measured.case import OURS, Case
+from bench.shapes import MODELS as SHAPES
 
 ROUNDS, QUESTION = 15, 21
 SHORT, LONG = 24, 40  # tokens; between them no tail finds its room full
-# hidden size, layers, query heads, key/value heads, intermediate size, vocabulary
+UNPATCHED = "unpatched, DynamicCache"
+_SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
+_SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
-    "2 layers of 64": (64, 2, 4, 2, 128, 256),
-    "16 layers of 64": (64, 16, 4, 2, 128, 256),
-    "6 of SmolLM2-135M": (576, 6, 9, 3, 1536, 49152),
+    "2 layers of 64": _SMALL | {"num_hidden_layers": 2},
+    "16 layers of 64": _SMALL | {"num_hidden_layers": 16},
+    "6 of SmolLM2-135M": SHAPES["SmolLM2-135M"] | {"num_hidden_layers": 6, "tie_word_embeddings": False},
 }
 
 
-def ways(name: str, compiled: bool) -> dict[str, Callable[[int], Any]]:
+def ways(name: str, compiled: bool, device: str = "cpu") -> dict[str, Callable[[int], Any]]:
     """Answers of so many tokens to one question, by an unpatched model and over each kind of cache."""
-    hidden, layers, heads, kv_heads, inner, words = MODELS[name]
     torch.manual_seed(0)
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": words}
-    config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, eos_token_id=None)
-    plain = LlamaForCausalLM(config).eval()
+    config = LlamaConfig(**(MODELS | SHAPES)[name], eos_token_id=None)
+    with torch.device(device):  # drawn where they stay
+        plain = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if device == "cpu" else torch.bfloat16
+        ).eval()
     model = copy.deepcopy(plain)
     gistkern.patch(model, num_gist_tokens=10)
-    cache, question = gistkern.compress(model, torch.randint(0, 200, (1, 512))), torch.randint(0, 200, (1, QUESTION))
+    context, question = (torch.randint(0, 200, (1, tokens), device=device) for tokens in (512, QUESTION))
+    cache = gistkern.compress(model, context)
     fixed, token = cache.fixed(QUESTION + LONG), question[:, :1]
     shown = {"attention_mask": torch.ones_like(question), "pad_token_id": 0, "do_sample": False}
 
@@ -51,7 +58,7 @@ def ways(name: str, compiled: bool) -> dict[str, Callable[[int], Any]]:
         return fixed
 
     found = {
-        "unpatched, DynamicCache": answer(plain),
+        UNPATCHED: answer(plain),
         "GistCache": answer(model, past_key_values=cache.clone),
         "GistCache, int8": answer(model, past_key_values=cache.to(gist_dtype=torch.int8).clone),
         "GistCache, shared": answer(model, past_key_values=cache.shared().clone),
@@ -68,6 +75,13 @@ def ways(name: str, compiled: bool) -> dict[str, Callable[[int], Any]]:
 
         found["FixedGistCache, compiled"] = by_hand
     return found
+
+
+def generating_case(name: str, device: str = "cpu") -> Case:
+    """An answer by `generate` from gist rows, beside the unpatched model's: tokens per second, the question's too."""
+    found = ways(name, False, device)
+    calls = {OURS: found.pop("GistCache"), **found}
+    return Case(device, {way: partial(answer, LONG) for way, answer in calls.items()}, tokens=LONG)
 
 
 def counts(answer: Callable[[int], Any]) -> list[float]:
@@ -102,7 +116,7 @@ def main(names: list[str], compiled: bool) -> None:
         turns = [{way: seconds(answer) for way, answer in found.items()} for _ in range(ROUNDS)]
         base: list[float] = []
         for way, answer in found.items():
-            ratio = statistics.median(turn[way] / turn["unpatched, DynamicCache"] for turn in turns)
+            ratio = statistics.median(turn[way] / turn[UNPATCHED] for turn in turns)
             numbers = counts(answer) if "compiled" not in way else []
             base = base or numbers
             said = [f"{one:,.0f} ({one / other:.2f})" for one, other in zip(numbers[:3], base, strict=False)] or [

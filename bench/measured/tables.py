@@ -6,9 +6,8 @@ from typing import Any
 from bench.markdown import columns, measured_on, median, table
 from bench.measured import decoding
 from bench.measured.baselines import BASELINES
-from bench.measured.case import OURS
-from bench.measured.decoding import SDPA
-from bench.measured.models import FULL, PREFILL
+from bench.measured.case import FULL, OURS, PREFILL
+from bench.measured.decoding import OPERATORS, SDPA
 
 Rows = Sequence[Mapping[str, Any]]
 BOTH_OF = "512/8"  # the layout whose backward is in the table
@@ -74,14 +73,47 @@ def _plain(*keys: str, **cells: Callable[[Any], str]) -> Callable[[Rows], str]:
     return lambda rows: columns(rows, {key: key for key in keys} | cells)
 
 
+def _queueing(rows: Rows) -> str:
+    names = {"gistkern": OURS, OPERATORS: OPERATORS, "SDPA": SDPA}
+    told = {title: name for title, name in names.items() if any(name in row for row in rows)}
+    return columns(
+        rows,
+        {"call": "call"} | {title: lambda row, name=name: median(row.get(name), 0) for title, name in told.items()},
+    )
+
+
+def _speeds(*keys: str) -> Callable[[Rows], str]:
+    """Tokens per second of every way, and what the others take of our time."""
+
+    def make(rows: Rows) -> str:
+        names = dict.fromkeys(name for row in rows for name in row["tokens per second"])
+
+        def cell(row: Any, name: str) -> str:
+            speed = row["tokens per second"].get(name)
+            slower = "" if name == OURS or speed is None else f" ({median(row['slower_than_ours'][name])})"
+            return "-" if speed is None else f"{speed:,.0f}{slower}"
+
+        cells = {name: lambda row, name=name: cell(row, name) for name in names}
+        return columns(rows, {key: key for key in keys} | cells, len(keys))
+
+    return make
+
+
+_TILES = ("kernel", "width", "block_rows", "block_cols", "num_warps", "num_stages", "of the shipped")
 _SECTIONS: dict[str, Callable[[Rows], str]] = {
     "attention": _attention,
     "growth": _growth,
     "compaction": _plain("layout", "rows", **{"of copy": _share(OURS), "indexing": _slower("indexing")}),
     "decoding": _decoding,
-    "queueing": _plain("call", gistkern=lambda row: median(row[OURS], 0), SDPA=lambda row: median(row[SDPA], 0)),
+    "queueing": _queueing,
+    "generating": _speeds("model"),
+    "training": _speeds("model", "layout", "rows"),
+    "tiles": _plain(*_TILES),
     "models": _plain("model", "context", "batch", "gist bytes", "full bytes", **{"tokens per second": _slower(FULL)}),
-    "compressing": _plain("model", "tokens", **{name: _slower(name) for name in ("compress, one segment", PREFILL)}),
+    "compressing": _plain(
+        *("model", "tokens", "segment", "tokens a call"),
+        **{name: _slower(name) for name in ("compress, one segment", PREFILL)},
+    ),
     "layouts": _plain("layout", "rows", **{name: _slower(name) for name in ("dense mask", "block mask")}),
     "memory": _memory,
 }
