@@ -58,4 +58,4 @@ def parallel_attention(
     gist_k, gist_v = gather_compact(k, v, shard, group)
     k, v = with_halo(k, v, shard, group)
     options = AttentionOptions(scale, backend, learned_sinks)
-    return attend(q, k, v, shard.layout, options, past_key=gist_k, past_value=gist_v)[0]
+    return attend(q, k, v, shard.layout, options, past_key=gist_k, past_value=gist_v, wants_rows=False)[0]

@@ -77,7 +77,7 @@ class GistCall:
             options = self.options = AttentionOptions(scale, self.backend, learned_sinks)
         if self.others is not None:
             return self.others.attend(layer, q, k, v, layout, options)
-        return attend(q, k, v, layout, options)[0]
+        return attend(q, k, v, layout, options, wants_rows=False)[0]
 
     def _layout_of(self, device: torch.device, window: int | None) -> GistLayout:
         """The layout of layers with a window (None: without one) on a device; accelerate may have put them on several.

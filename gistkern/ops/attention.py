@@ -90,7 +90,7 @@ def gist_attention(
     """
     options = AttentionOptions(scale, backend, learned_sinks)
     rows = {"past_key": past_key, "past_value": past_value}
-    out, lse, _, _ = attend(q, k, v, layout, options, **rows, wants_lse=return_lse)
+    out, lse, _, _ = attend(q, k, v, layout, options, **rows, wants_lse=return_lse, wants_rows=False)
     if not return_lse:
         return out
     assert lse is not None  # wanted
@@ -107,15 +107,16 @@ def attend(
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
     wants_lse: bool = False,
+    wants_rows: bool = True,
 ) -> Found:
     """`gist_attention` that also hands back what it compacted.
 
     Returns
     -------
     (Tensor, Tensor, Tensor, Tensor)
-        Output, LSE (perhaps None unless `wants_lse`), and the compact rows ``[B, Hkv, G, D]`` of keys and values that
-        attention has read: what a cache stores. They are `past_key` and `past_value` themselves where the call gathers
-        none.
+        Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values that attention has read: what a cache
+        stores. Those are `past_key` and `past_value` themselves where the call gathers none. What is not wanted may
+        be None.
     """
     scale, backend, learned_sinks = options
     tensors = q, k, v, past_key, past_value, learned_sinks
@@ -124,7 +125,7 @@ def attend(
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
     try:
         key = key_of(*tensors, layout, scale, backend, gradient, wants_lse)
-    except (AttributeError, IndexError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
+    except (AttributeError, ValueError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
         key = None
     plan = None if key is None else kept(layout, key)
     if plan is not None and plan.backend == "torch" and backends.get("torch").refuses(q) is not None:
@@ -134,7 +135,7 @@ def attend(
         plan = plan_for(backend, tensors[:5], layout, scale, gradient, wants_lse, learned_sinks is not None)
         assert key is not None
         keep(layout, key, plan)
-    return plan.attend(*tensors)
+    return plan.attend(*tensors, wants_lse or wants_rows)
 
 
 def needs_operators(layout: GistLayout, tensors: tuple[torch.Tensor | None, ...]) -> bool:

@@ -26,6 +26,9 @@ class Plan(Protocol):
     gathers: bool  # whether calls bring new compact rows; otherwise attention reads the past ones
     vectors: tuple[torch.Tensor, ...]  # gist_begin, gist_end, local_begin and gather, contiguous
 
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if one of the vectors was written to since the plan was made."""
+
     def forward(self, q, k, v, past_k, past_v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output ``[B, Hq, N, D]``, LSE ``[B, Hq, N]``, and compact rows ``[B, Hkv, G, D]`` of keys and values."""
 
@@ -34,46 +37,49 @@ class Plan(Protocol):
 
 
 class GistAttention(torch.autograd.Function):
-    """Output, LSE (not differentiable), and the compact rows where the call gathers new ones."""
+    """Output; with `whole` also the LSE (not differentiable), and the compact rows where the call gathers new ones."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, q, k, v, past_k, past_v, learned_sinks) -> Tensors:
-        """As `Plan.forward`, and keep what the backward needs."""
+    def forward(ctx: Any, plan: Plan, whole: bool, q, k, v, past_k, past_v, learned_sinks) -> torch.Tensor | Tensors:
+        """As `Plan.forward`, and keep what the backward needs. What is not handed out costs autograd nothing."""
         out, lse, gist_k, gist_v = plan.forward(q, k, v, past_k, past_v)
-        out, lse = with_learned_sinks(out, lse, learned_sinks)
+        if learned_sinks is not None:
+            out, lse = with_learned_sinks(out, lse, learned_sinks)
         ctx.plan = plan
+        ctx.save_for_backward(q, k, v, gist_k, gist_v, out, lse, learned_sinks)
+        if not whole:
+            return out
         ctx.set_materialize_grads(False)  # the LSE's would be a tensor of zeros
         ctx.mark_non_differentiable(lse)
-        # the layout's vectors are the plan's own; saved, so that a change of one before the backward is an error
-        ctx.save_for_backward(q, k, v, gist_k, gist_v, out, lse, learned_sinks, *plan.vectors)
         return (out, lse, gist_k, gist_v) if plan.gathers else (out, lse)
 
     @staticmethod
-    def backward(ctx: Any, grad_out, _, grad_gist_k=None, grad_gist_v=None) -> Tensors:
-        """None for the plan, and the gradients of the six tensors."""
+    def backward(ctx: Any, grad_out, _=None, grad_gist_k=None, grad_gist_v=None) -> Tensors:
+        """None for the plan and `whole`, and the gradients of the six tensors."""
         saved = ctx.saved_tensors
+        ctx.plan.check_unchanged()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (None, *_by_operators(ctx.plan, saved, grad_out, grad_gist_k, grad_gist_v))
-        q, k, v, gist_k, gist_v, out, lse, learned_sinks, *_ = saved
+            return (None, None, *_by_operators(ctx.plan, saved, grad_out, grad_gist_k, grad_gist_v))
+        q, k, v, gist_k, gist_v, out, lse, learned_sinks = saved
         dq = dk = dv = past_k = past_v = sinks = None
         if grad_out is not None:
             dq, dk, dv, past_k, past_v = ctx.plan.backward(grad_out, q, k, v, gist_k, gist_v, out, lse)
-            if learned_sinks is not None and ctx.needs_input_grad[6]:
+            if learned_sinks is not None and ctx.needs_input_grad[7]:
                 sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)
         if grad_gist_k is not None or grad_gist_v is not None:  # somebody uses the compact rows themselves
             more = _of_compact_rows(ctx.plan, saved, grad_gist_k, grad_gist_v)
             dk, dv, past_k, past_v = (_sum(a, b) for a, b in zip((dk, dv, past_k, past_v), more, strict=True))
-        return None, dq, dk, dv, past_k, past_v, sinks
+        return None, None, dq, dk, dv, past_k, past_v, sinks
 
 
 def _by_operators(plan: Plan, saved: tuple[Any, ...], grad_out, grad_gist_k, grad_gist_v) -> Tensors:
     """The same by operators, whose own derivatives are known (compaction's) or refused (attention's)."""
-    q, k, v, gist_k, gist_v, out, lse, learned_sinks, *vectors = saved
+    q, k, v, gist_k, gist_v, out, lse, learned_sinks = saved
     dq = dk = dv = sinks = None
     if grad_out is not None:
         seen = (q, k, v, gist_k, gist_v)
         dq, dk, dv, dgist_k, dgist_v = library.attention_backward(
-            grad_out, *seen, out, lse, *vectors[:3], plan.scale, plan.backend
+            grad_out, *seen, out, lse, *plan.vectors[:3], plan.scale, plan.backend
         )
         grad_gist_k, grad_gist_v = _sum(grad_gist_k, dgist_k), _sum(grad_gist_v, dgist_v)
         if learned_sinks is not None:
@@ -84,7 +90,7 @@ def _by_operators(plan: Plan, saved: tuple[Any, ...], grad_out, grad_gist_k, gra
 
 def _of_compact_rows(plan: Plan, saved: tuple[Any, ...], grad_k, grad_v) -> Tensors:
     """Gradients of k, v and past rows from those of the compact rows."""
-    k, gist_k, gather = saved[1], saved[3], saved[-1]
+    k, gist_k, gather = saved[1], saved[3], plan.vectors[3]
     if grad_k is None and grad_v is None:
         return None, None, None, None
     grad_k, grad_v = (torch.zeros_like(gist_k) if grad is None else grad for grad in (grad_k, grad_v))

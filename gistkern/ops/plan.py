@@ -26,7 +26,7 @@ __all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for", "plan_of_next"
 
 # plans that a layout keeps: for layers of several kinds, with and without gradients
 _MOST = 16
-Found = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+Found = tuple[torch.Tensor, Any, Any, Any]
 
 
 class Plan:
@@ -55,14 +55,27 @@ class Plan:
         self.gathers = layout.gather.shape[1] > 0 or not has_past
         vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
         self.vectors = tuple(vector.contiguous() for vector in vectors)
+        self._given, self._versions = vectors, versions_of(*vectors)
 
-    def attend(self, q, k, v, past_k, past_v, learned_sinks) -> Found:
-        """Output, LSE, and the compact rows that attention has read: the past ones themselves where none are new."""
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
+        """Output, LSE, and the compact rows that attention has read: the past ones themselves where none are new.
+
+        Unless `whole`, all but the output may be None.
+        """
         if not self.gradient:
             out, lse, gist_k, gist_v = self.forward(q, k, v, past_k, past_v)
-            return *with_learned_sinks(out, lse, learned_sinks), gist_k, gist_v
-        found = GistAttention.apply(self, q, k, v, past_k, past_v, learned_sinks)
+            if learned_sinks is not None:
+                out, lse = with_learned_sinks(out, lse, learned_sinks)
+            return out, lse, gist_k, gist_v
+        found = GistAttention.apply(self, whole, q, k, v, past_k, past_v, learned_sinks)
+        if not whole:
+            return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
+
+    def check_unchanged(self) -> None:
+        """See `gistkern.ops.function.Plan`."""
+        if versions_of(*self._given) != self._versions:
+            raise RuntimeError("the layout was modified by an inplace operation between a forward and its backward")
 
     def forward(self, q, k, v, past_k, past_v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `gistkern.ops.function.Plan`."""
@@ -108,10 +121,10 @@ class _OfTorch(Plan):
         super().__init__(*rest)
         self.compacts = compacts
 
-    def attend(self, q, k, v, past_k, past_v, learned_sinks) -> Found:
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
         """See `Plan.attend`. No LSE."""
         rows = past_k, past_v
-        if self.gathers:
+        if self.gathers and whole:
             rows = library.compact(k, v, past_k, past_v, self.vectors[3], self.compacts)
         return plain.attend(q, k, v, self.scale), None, *rows
 
@@ -125,7 +138,7 @@ class _OfDecode(Plan):
         super().__init__(*rest)
         self.decode = decode
 
-    def attend(self, q, k, v, past_k, past_v, learned_sinks) -> Found:
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
         """See `Plan.attend`."""
         try:
             out, lse = self.decode(q, k, v, past_k, past_v)
@@ -137,11 +150,19 @@ class _OfDecode(Plan):
         return out, lse, past_k, past_v
 
 
+def versions_of(begin, end, local, gather) -> tuple[int, ...] | None:
+    """How often each was written to; None where inference tensors are among them, of which nobody counts that."""
+    try:
+        return begin._version, end._version, local._version, gather._version
+    except RuntimeError:
+        return None
+
+
 def key_of(q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, *rest: Any) -> tuple[Any, ...]:
     """All that a plan depends on: of the tensors, the layout's vectors, `rest`, and the kernels' configs.
 
     Local rows are counted from the end of the layout's tail: a plan that knows no more (`Plan.follows`) serves the next
-    decode step too. Raises AttributeError, IndexError or RuntimeError for what are no dense tensors.
+    decode step too. Raises AttributeError, ValueError or RuntimeError for what are no dense tensors.
     """
     state, tail, sinks = state_of(layout), layout.tail, None
     past: Any = past_k is None and past_v is None  # one without the other is refused
@@ -152,8 +173,9 @@ def key_of(q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, *rest: An
         )
     if learned_sinks is not None:
         sinks = learned_sinks.shape, learned_sinks.dtype, learned_sinks.device
-    shape, twin = k.shape, v.shape
-    local = *shape[:2], shape[2] - tail, *shape[3:], *twin[:2], twin[2] - tail, *twin[3:]
+    batch, heads, rows, dim = k.shape
+    v_batch, v_heads, v_rows, v_dim = v.shape
+    local = batch, heads, rows - tail, dim, v_batch, v_heads, v_rows - tail, v_dim
     negative = None
     if not q.is_cpu:  # whose operators see it themselves
         given = (q, k, v) if past_k is None or past_v is None else (q, k, v, past_k, past_v)
