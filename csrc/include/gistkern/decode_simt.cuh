@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(kSimtWarps * 32, simt_blocks(kRows, kQuantized
   state.merge_groups(plan.lanes, scale_log2);
   Partials partials = {shared_memory<float>(), partial_floats(kRows, plan.width), kRows, plan.width};
   if (group == 0) state.store(partials, threadIdx.x / 32, first);
-  finish_unit<T, kSimtWarps>(arguments, plan, unit, partials, place.split);
+  int split = blockIdx.x / plan.blocks;  // place.split again: its register is dear in the loop
+  finish_unit<T, kSimtWarps>(arguments, plan, unit, partials, split);
 }
 
 }  // namespace gistkern
