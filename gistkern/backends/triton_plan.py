@@ -53,7 +53,7 @@ class TritonPlan:
         self.past = 0 if past_k is None else past_k.shape[2]
         self.compact = self.past + vectors[3].shape[1]
         self.gathers = past_k is None or self.compact > self.past
-        self.out_shape, self.lse_shape, self.key_shape = q.shape, q.shape[:3], k.shape
+        self.lse_shape = q.shape[:3]
         self.gist_shape = (*k.shape[:2], self.compact, k.shape[3])
         self.past_shape = (*k.shape[:2], self.past, k.shape[3])
         self._forward: _Forward | None = None
@@ -72,11 +72,11 @@ class TritonPlan:
             q, k, v = map(dense_rows, (q, k, v))
             past_k, past_v = (None if t is None else dense_rows(t) for t in (past_k, past_v))
         dtype, device = q.dtype, q.device
-        out = torch.empty(self.out_shape, dtype=dtype, device=device)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of `torch.empty`
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device)
         if self.gathers:
             gist_k = torch.empty(self.gist_shape, dtype=dtype, device=device)
-            gist_v = torch.empty(self.gist_shape, dtype=dtype, device=device)
+            gist_v = torch.empty_like(gist_k)
         else:
             assert past_k is not None
             assert past_v is not None
@@ -107,7 +107,6 @@ class TritonPlan:
         Without atomics: two runs are bit-identical. Tensors may lie otherwise than in the forward: what offloads saved
         tensors brings them back contiguous.
         """
-        dtype, device = q.dtype, q.device
         strides = grad_out.stride(), q.stride(), k.stride(), v.stride(), gist_k.stride(), gist_v.stride()
         key = (
             strides,
@@ -124,11 +123,12 @@ class TritonPlan:
             ):
                 return self.backward(*dense, out.contiguous(), lse.contiguous())  # type: ignore[call-arg]
             planned = self._backward = _Backward(self, given, key)
-        dq = torch.empty(self.out_shape, dtype=dtype, device=device)
-        dk = torch.empty(self.key_shape, dtype=dtype, device=device)
-        dv = torch.empty(self.key_shape, dtype=dtype, device=device)
-        past_k = torch.empty(self.past_shape, dtype=dtype, device=device) if self.past else dk
-        past_v = torch.empty(self.past_shape, dtype=dtype, device=device) if self.past else dv
+        dq, dk = torch.empty_like(out), torch.empty_like(k, memory_format=torch.contiguous_format)
+        past_k = dk
+        if self.past:
+            past_k = torch.empty(self.past_shape, dtype=q.dtype, device=q.device)
+        dv = torch.empty_like(dk)
+        past_v = torch.empty_like(past_k) if self.past else dv
         tensors = grad_out, q, k, v, gist_k, gist_v, out, lse, dq, dk, dv, past_k, past_v
         planned.steps.run(tensors, planned.buffers)
         return (dq, dk, dv, past_k, past_v) if self.past else (dq, dk, dv, None, None)

@@ -19,7 +19,7 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import is_checked, state_of
 from gistkern.ops import checks, library
-from gistkern.ops.function import GistAttention
+from gistkern.ops.function import apply
 from gistkern.ops.sinks import with_learned_sinks
 
 __all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for", "plan_of_next"]
@@ -67,7 +67,7 @@ class Plan:
             if learned_sinks is not None:
                 out, lse = with_learned_sinks(out, lse, learned_sinks)
             return out, lse, gist_k, gist_v
-        found = GistAttention.apply(self, whole, q, k, v, past_k, past_v, learned_sinks)
+        found = apply(self, whole, q, k, v, past_k, past_v, learned_sinks)
         if not whole:
             return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
