@@ -129,10 +129,17 @@ def _run(stage: Process, rows: list[dict[str, Any]], save: Callable[[], None], l
     return ended
 
 
+TOLD: dict[str, Any] = {
+    "suite": {"file": "file", "passed": "passed", "skipped": "skipped", "failed": lambda row: len(row["failed"])},
+    "checks": {"check": "check", "": lambda row: row.get("failed", "within the budget")},
+}
+
+
 def printed(report: Mapping[str, Any]) -> str:
     """All tables of a report, and last how its stages ended."""
+    found = {name: columns(report.get(name, []), cells) for name, cells in TOLD.items() if report.get(name)}
     cells = {"stage": "stage", "ended": "ended", "seconds": lambda row: f"{row['seconds']:.0f}", "rows": "rows"}
-    found = {name: table for name, table in tables(report).items() if table}
+    found |= tables(report)
     return "\n\n".join([*(f"{name}\n\n{table}" for name, table in found.items()), columns(report["stages"], cells, 2)])
 
 

@@ -81,7 +81,7 @@ def generating_case(name: str, device: str = "cpu") -> Case:
     """An answer by `generate` from gist rows, beside the unpatched model's: tokens per second, the question's too."""
     found = ways(name, False, device)
     calls = {OURS: found.pop("GistCache"), **found}
-    return Case(device, {way: partial(answer, LONG) for way, answer in calls.items()}, tokens=LONG)
+    return Case(device, {way: partial(answer, SHORT) for way, answer in calls.items()}, tokens=SHORT)
 
 
 def counts(answer: Callable[[int], Any]) -> list[float]:
