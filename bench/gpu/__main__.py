@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cpu" if given.dry_run else "cuda"
     report = header(device, "make gpu" if not given.dry_run else "make gpu ARGS=--dry-run")
     if given.dry_run:
-        report["device"] = "cpu, rehearsal"
+        report |= {"device": "cpu, rehearsal", "grade": "emulated"}
     packages = FLASH | {"flashinfer": "flashinfer"}
     report["beside"] = {name: "there" if installed(package) else "absent" for name, package in packages.items()}
     report["beside"]["CUDA kernels of the extension"] = native.missing_cuda() or f"there, for {native.cuda_archs()}"
