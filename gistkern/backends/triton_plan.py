@@ -49,7 +49,7 @@ class TritonPlan:
         self.device, self.dtype, self.scale = q.device, q.dtype, scale
         self.vectors = vectors
         given = [q, k, v] if past_k is None or past_v is None else [q, k, v, past_k, past_v]
-        self.copies = any(tensor.stride(-1) != 1 for tensor in given)
+        self.copies = any(tensor.stride(-1) != 1 or tensor.is_neg() for tensor in given)
         self.past = 0 if past_k is None else past_k.shape[2]
         self.compact = self.past + vectors[3].shape[1]
         self.gathers = past_k is None or self.compact > self.past
@@ -69,8 +69,8 @@ class TritonPlan:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values: the past ones where none are new."""
         if self.copies:
-            q, k, v = map(dense_rows, (q, k, v))
-            past_k, past_v = (None if t is None else dense_rows(t) for t in (past_k, past_v))
+            q, k, v = map(_dense, (q, k, v))
+            past_k, past_v = (None if t is None else _dense(t) for t in (past_k, past_v))
         dtype, device = q.dtype, q.device
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of `torch.empty`
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device)
@@ -107,6 +107,8 @@ class TritonPlan:
         Without atomics: two runs are bit-identical. Tensors may lie otherwise than in the forward: what offloads saved
         tensors brings them back contiguous.
         """
+        if self.copies:
+            grad_out, q, k, v, gist_k, gist_v = map(_dense, (grad_out, q, k, v, gist_k, gist_v))
         strides = grad_out.stride(), q.stride(), k.stride(), v.stride(), gist_k.stride(), gist_v.stride()
         key = (
             strides,
@@ -132,6 +134,11 @@ class TritonPlan:
         tensors = grad_out, q, k, v, gist_k, gist_v, out, lse, dq, dk, dv, past_k, past_v
         planned.steps.run(tensors, planned.buffers)
         return (dq, dk, dv, past_k, past_v) if self.past else (dq, dk, dv, None, None)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """`dense_rows`, of which the memory does not hold the negative."""
+    return dense_rows(tensor.resolve_neg())
 
 
 class _Forward:

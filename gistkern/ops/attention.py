@@ -18,6 +18,8 @@ from gistkern.ops.sinks import check_learned_sinks
 __all__ = ["AttentionOptions", "attend", "gist_attention", "needs_operators"]
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+# what a scale can be that a plan's key may hold as it is; a tensor's value may change
+_FIXED = {float, int, type(None)}
 
 
 class AttentionOptions(NamedTuple):
@@ -122,6 +124,8 @@ def attend(
     tensors = q, k, v, past_key, past_value, learned_sinks
     if torch.compiler.is_compiling() or needs_operators(layout, tensors):
         return _by_operators(*tensors[:5], layout, options)
+    if scale.__class__ not in _FIXED:
+        scale = float(scale)  # type: ignore[arg-type]
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
     try:
         key = key_of(*tensors, layout, scale, backend, gradient, wants_lse)

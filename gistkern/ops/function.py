@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 from gistkern.ops import library
+from gistkern.ops.checks import refuse_forward_mode
 from gistkern.ops.sinks import gradient_of_sinks, with_learned_sinks
 
 __all__ = ["GistAttention", "Plan", "apply"]
@@ -50,8 +52,12 @@ class GistAttention(torch.autograd.Function):
         if not whole:
             return out
         ctx.set_materialize_grads(False)  # the LSE's would be a tensor of zeros
-        ctx.mark_non_differentiable(lse)
-        return (out, lse, gist_k, gist_v) if plan.gathers else (out, lse)
+        if not plan.gathers:
+            ctx.mark_non_differentiable(lse)
+            return out, lse
+        # rows of keys and values that do not learn do not either: a cache would keep this call's graph alive with them
+        ctx.mark_non_differentiable(lse, *(() if any(ctx.needs_input_grad[3:7]) else (gist_k, gist_v)))
+        return out, lse, gist_k, gist_v
 
     @staticmethod
     def backward(ctx: Any, grad_out, _=None, grad_gist_k=None, grad_gist_v=None) -> Tensors:
@@ -63,6 +69,8 @@ class GistAttention(torch.autograd.Function):
         q, k, v, gist_k, gist_v, out, lse, learned_sinks = saved
         dq = dk = dv = past_k = past_v = sinks = None
         if grad_out is not None:
+            if forward_ad._current_level >= 0:
+                refuse_forward_mode(grad_out)
             dq, dk, dv, past_k, past_v = ctx.plan.backward(grad_out, q, k, v, gist_k, gist_v, out, lse)
             if learned_sinks is not None and ctx.needs_input_grad[7]:
                 sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)

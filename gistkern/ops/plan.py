@@ -44,6 +44,8 @@ class Plan:
         Whether calls bring new compact rows; otherwise attention reads the past ones.
     vectors : tuple of Tensor
         gist_begin, gist_end, local_begin and gather of the layout, contiguous.
+    copied : bool
+        Whether one of them is a copy of the layout's, which does not see what is written to that.
     """
 
     key: tuple[Any, ...]
@@ -56,6 +58,7 @@ class Plan:
         vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
         self.vectors = tuple(vector.contiguous() for vector in vectors)
         self._given, self._versions = vectors, versions_of(*vectors)
+        self.copied = any(mine is not given for mine, given in zip(self.vectors, vectors, strict=True))
 
     def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
         """Output, LSE, and the compact rows that attention has read: the past ones themselves where none are new.
@@ -71,6 +74,12 @@ class Plan:
         if not whole:
             return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
+
+    def may_be_stale(self) -> bool:
+        """Whether copies may belie the layout's vectors: nobody counts writes to inference tensors or to a graph's."""
+        if not self.copied:
+            return False
+        return self._versions is None or (self.vectors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
     def check_unchanged(self) -> None:
         """See `gistkern.ops.function.Plan`."""
@@ -189,18 +198,19 @@ def key_of(q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, *rest: An
 def kept(layout: GistLayout, key: tuple[Any, ...]) -> Plan | None:
     """The plan of a layout for calls of this key, if there is one and the layout's tensors are as they were."""
     last: Plan | None = layout.__dict__.get("_plan")
-    if last is not None and last.key == key:
+    if last is not None and last.key == key and not (last.copied and last.may_be_stale()):
         return last
-    plan = layout.__dict__.get("_plans", {}).get(key)
-    if plan is not None:
-        layout.__dict__["_plan"] = plan
+    plan: Plan | None = layout.__dict__.get("_plans", {}).get(key)
+    if plan is None or plan.may_be_stale():
+        return None
+    layout.__dict__["_plan"] = plan
     return plan
 
 
 def keep(layout: GistLayout, key: tuple[Any, ...], plan: Plan) -> None:
-    """Keep a plan on the layout, unless its values could not be read to check them (a CUDA graph is captured)."""
+    """Keep a plan on the layout, unless its values could not be read to check them, or are copies that go stale."""
     plan.key = key
-    if not is_checked(layout):
+    if not is_checked(layout) or plan.may_be_stale():
         return
     plans = layout.__dict__.setdefault("_plans", {})
     if len(plans) >= _MOST:

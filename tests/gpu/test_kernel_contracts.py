@@ -54,6 +54,24 @@ def test_a_token_listed_often_has_all_its_gradients(past, device, small_tiles, m
     compare(inputs, layout, "triton")
 
 
+@pytest.mark.parametrize("negated", ["q", "k", "v"])
+def test_negated_views_are_what_they_stand_for(negated, device, small_tiles):
+    """Their memory holds the negative."""
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": torch.float32}
+    found = []
+    for view in (False, True):
+        layout = GistLayout.from_segments([12, 9], 3, tail=12).to(device)
+        inputs = make_inputs(layout, **sizes)
+        given = {name: getattr(inputs, name).detach() for name in ("q", "k", "v")}
+        if view:
+            given[negated] = torch._neg_view(-given[negated])
+        leaves = [tensor.requires_grad_() for tensor in given.values()]
+        out = gist_attention(*leaves, layout, backend="triton")
+        found.append((out, *torch.autograd.grad(out, leaves, inputs.grad_out)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(SANITIZED, reason="ttsem copies whole storages; this one has 5 GiB")
 @pytest.mark.parametrize("rows", [40, 5], ids=["prefill", "decode"])
 @pytest.mark.slow

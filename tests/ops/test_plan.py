@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import layouts
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -173,6 +174,64 @@ def test_a_layout_that_was_written_to_is_looked_at_again():
         gist_attention(q, q, q, layout)
     with pytest.raises(RuntimeError, match="modified by an inplace operation between a forward"):
         out.sum().backward()
+
+
+def test_a_scale_that_is_a_tensor_counts_as_it_is_at_the_call():
+    layout, other = (GistLayout.from_segments([5], 2, tail=2) for _ in range(2))
+    q, scale = torch.randn(1, 2, 9, 16), torch.tensor(0.25)
+    for value in (0.25, 1.0):
+        scale.fill_(value)
+        assert torch.equal(gist_attention(q, q, q, layout, scale=scale), gist_attention(q, q, q, other, scale=value))
+
+
+@torch.inference_mode()
+def test_vectors_that_count_no_writes_are_read_as_they_are():
+    """Of inference tensors nobody knows that they were written to: a plan keeps no copies of theirs."""
+    layout = GistLayout.stack([GistLayout.from_segments([7, 6], 3, tail=9)] * 2).last_rows(10)
+    assert not layout.gist_begin.is_contiguous()
+    q, k = torch.randn(2, 2, 10, 16), torch.randn(2, 2, layout.num_local, 16)
+    before = gist_attention(q, k, k, layout)
+    layout.gist_begin.copy_(layout.gist_end)
+    after = gist_attention(q, k, k, layout)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, gist_attention(q, k, k, layout, backend="reference"))
+
+
+def test_a_captured_graph_takes_no_copies_of_vectors_from_a_plan(monkeypatch):
+    """It reads the layout's vectors at every replay, whatever was written to them since."""
+    layout = GistLayout.stack([GistLayout.from_segments([7, 6], 3, tail=9)] * 2)
+    k, plans = torch.randn(2, 2, layout.num_rows, 16), []
+    for one in (layout, layout.last_rows(10)):
+        gist_attention(k[:, :, -one.num_rows :], k, k, one)
+        plans.append(one.__dict__["_plan"])
+    assert [plan.may_be_stale() for plan in plans] == [False, False]
+    on_device = type("Vector", (), {"is_cuda": True})()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for plan in plans:
+        plan.vectors = on_device, *plan.vectors[1:]
+    assert [plan.may_be_stale() for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize("past", [0, 4])
+def test_rows_of_what_does_not_learn_keep_no_graph(past):
+    """A cache holds them for longer than the call whose graph they would hold: only queries or sinks may learn."""
+    layout = GistLayout.from_segments([7, 5], 2, tail=3, past=past)
+    inputs = make_inputs(layout, head_dim=16, dtype=torch.float32)
+    given = [None if t is None else t.detach() for t in (inputs.q, inputs.k, inputs.v, inputs.past_key)]
+    for learns, expected in ((0, False), (1, True), (2, True), *(((3, True),) if past else ())):
+        leaves = [t if t is None or i != learns else t.clone().requires_grad_() for i, t in enumerate(given)]
+        past_value = None if inputs.past_value is None else inputs.past_value.detach()
+        out, _, gist_k, gist_v = attended([*leaves, past_value], layout, "auto")
+        assert out.requires_grad
+        assert gist_k.requires_grad == gist_v.requires_grad == expected
+
+
+def test_a_backward_refuses_tangents():
+    layout = GistLayout.from_segments([5], 2, tail=2)
+    q = torch.randn(1, 2, 9, 16, requires_grad=True)
+    out = gist_attention(q, q, q, layout)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        torch.autograd.grad(out, q, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
 
 
 def test_who_looks_at_operators_sees_them():
