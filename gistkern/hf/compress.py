@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gistkern.cache.cache import GistCache
+from gistkern.cache.call_size import call_tokens
 from gistkern.cache.host_plan import (
     Call,
     Placed,
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compress", "compress_documents"]
 
-# raw tokens per model call of a compression in segments: enough to fill the machine, small beside a context
-CALL_TOKENS = 4096
-# the same on a CPU for segments that see each other's gists: 4,096 gained a tenth and took seven times the memory
-CPU_CALL_TOKENS = 512
-
 
 @torch.no_grad()
 def compress(
@@ -63,8 +59,8 @@ def compress(
         ``[B, N]``; samples may differ in length, with padding left or right.
     segment_length : int, optional
         Raw tokens per segment. None compresses the context as one segment. Otherwise each segment ends in its own
-        gist tokens and sees the gists of the earlier ones. Segments are read in calls of about `CALL_TOKENS`
-        (on a CPU `CPU_CALL_TOKENS`) and then dropped, so memory holds one call however long the context is. On a
+        gist tokens and sees the gists of the earlier ones. Segments are read in calls of some thousand tokens, by the
+        model's width and device, and then dropped, so memory holds one call however long the context is. On a
         model with ``num_segment_gist_tokens`` the segments instead write those, independently of each other, and the
         gist tokens that stay are a summary that sees all of them.
     segment_overlap : int
@@ -175,8 +171,8 @@ def _read(handle: GistHandle, cache: GistCache, calls: list[Call]) -> None:
 def _reading(handle: GistHandle, length: int) -> Reading:
     if handle.segment_gist_token_ids and handle.sink_tokens > length:
         raise ValueError(f"segment_length must be at least the {handle.sink_tokens} sink tokens, got {length}")
-    small = input_device(handle.inner).type == "cpu" and not handle.segment_gist_token_ids
-    tokens = CPU_CALL_TOKENS if small else CALL_TOKENS
+    device, apart = input_device(handle.inner).type, bool(handle.segment_gist_token_ids)
+    tokens = call_tokens(handle.inner.config.hidden_size, device, apart)
     return Reading(handle.positions, handle.sink_tokens, handle.first_id, length, tokens)
 
 

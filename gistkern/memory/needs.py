@@ -7,6 +7,7 @@ from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
+from gistkern.cache.call_size import call_tokens
 from gistkern.memory.inference import cache_bytes, gist_rows, reading_bytes, tokens_per_call
 from gistkern.memory.parts import parts_of
 from gistkern.memory.terms import Precision, weight_bytes
@@ -16,7 +17,6 @@ __all__ = ["CARDS", "RESERVE", "Needs", "Plan", "needs"]
 
 CARDS = (24, 40, 48, 80, 141)  # GB, 10^9 bytes
 RESERVE = 10**9  # kept for the driver, the allocator, fragments and a library's workspace
-CALL_TOKENS = 4096  # raw tokens of a call of `compress` on a GPU (gistkern/hf/compress.py)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def needs(config: Any, plan: Plan, training: bool = False) -> Needs:
     loaded = Precision("nf4" if plan.four_bit else "bfloat16", autocast=False, prepared=False)
     weights = weight_bytes(parts, loaded, double_quant=False)
     rows = gist_rows(plan.tokens, plan.gists, plan.segment_length)
-    call = tokens_per_call(plan.tokens, plan.gists, plan.segment_length, CALL_TOKENS)
+    call = tokens_per_call(plan.tokens, plan.gists, plan.segment_length, call_tokens(parts.hidden, "cuda"))
     found = Needs(
         parameters=parts.parameters,
         weights=weights,

@@ -77,7 +77,7 @@ def test_full_forward_equals_compressed_decode(family, positions, segment_length
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("call_tokens", [7, 14, 4096])
 def test_sinks_padding_sides_and_segments_per_call(model, positions, sink_tokens, side, call_tokens, monkeypatch):
-    monkeypatch.setattr("gistkern.hf.compress.CPU_CALL_TOKENS", call_tokens)
+    monkeypatch.setattr("gistkern.hf.compress.call_tokens", lambda *model: call_tokens)
     handle = gistkern.patch_llama(model, num_gist_tokens=2, positions=positions, sink_tokens=sink_tokens)
     with handle, torch.no_grad():
         check(model, handle, 7, side)
@@ -88,7 +88,7 @@ def test_sinks_padding_sides_and_segments_per_call(model, positions, sink_tokens
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @pytest.mark.parametrize("call_tokens", [7, 14, 4096])
 def test_hierarchical(model, positions, sink_tokens, call_tokens, monkeypatch):
-    monkeypatch.setattr("gistkern.hf.compress.CALL_TOKENS", call_tokens)
+    monkeypatch.setattr("gistkern.hf.compress.call_tokens", lambda *model: call_tokens)
     handle = gistkern.patch_llama(
         model, num_gist_tokens=4, positions=positions, sink_tokens=sink_tokens, num_segment_gist_tokens=2
     )

@@ -192,8 +192,7 @@ def test_caches_are_bit_for_bit_those_of_calls_planned_one_by_one(monkeypatch, s
     model = make_model(dtype=torch.float32)
     gistkern.patch(model, num_gist_tokens=3, num_segment_gist_tokens=summary_of, positions=scheme, sink_tokens=2)
     ids, mask = left_padded([random_ids(1, count, seed=count)[0] for count in lengths])
-    for name in ("CALL_TOKENS", "CPU_CALL_TOKENS"):
-        monkeypatch.setattr(f"gistkern.hf.compress.{name}", 16)
+    monkeypatch.setattr("gistkern.hf.compress.call_tokens", lambda *model: 16)
     found = gistkern.compress(model, ids, mask, segment_length=7, segment_overlap=overlap)
     expected = streamed(model, ids, mask, 7, overlap, 16)
     same_state(found.state, expected.state)
@@ -229,8 +228,7 @@ def test_documents_in_one_row_are_what_each_is_alone(monkeypatch, summary_of, sc
     model = make_model()
     gistkern.patch(model, num_gist_tokens=3, num_segment_gist_tokens=summary_of, positions=scheme, sink_tokens=2)
     documents = [random_ids(1, count, seed=count)[0].tolist() for count in (40, 3, 23, 1, 2, 16, 9)]
-    for name in ("CALL_TOKENS", "CPU_CALL_TOKENS"):
-        monkeypatch.setattr(f"gistkern.hf.compress.{name}", 16)
+    monkeypatch.setattr("gistkern.hf.compress.call_tokens", lambda *model: 16)
     calls = []
     with model.model.register_forward_pre_hook(lambda module, given, more: calls.append(more), with_kwargs=True):
         cache, placed = compress_documents(model, documents, length, overlap)
