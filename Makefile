@@ -115,8 +115,8 @@ format: $(STAMP) ## apply ruff's and clang-format's formatting and fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(filter-out %.py %.map,$(C_SOURCES))
 
-bench: setup ## a section of bench-report beside its baselines, printed (ARGS="--section attention")
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report $(or $(ARGS),--section decoding)
+bench: setup ## microbenchmarks, as ratios within one process
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
 host: setup ## what a call costs the host: Python and C calls, launches, and times, on a stub of the driver
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.host $(ARGS)

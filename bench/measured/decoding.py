@@ -18,6 +18,7 @@ from gistkern.testing import make_inputs
 LIMIT, SDPA, OPERATORS = "copy", "sdpa", "by operators"
 CALLS = 50  # queued in a row for one time
 BASELINES = {"sdpa": "SDPA over one buffer of all rows", "sdpa cuDNN": "SDPA, cuDNN"}
+COMPACTION = ("indexing",)
 Decode = Callable[[], torch.Tensor]
 
 

@@ -146,5 +146,5 @@ def compressing_case(name: str, tokens: int, segment: int, call_tokens: int, dev
 
 
 def _compressed(gist: LlamaForCausalLM, ids: torch.Tensor, segment_length: int | None, call_tokens: int) -> GistCache:
-    with torch.no_grad(), mock.patch("gistkern.hf.compress.call_tokens", lambda *model: call_tokens):
+    with torch.no_grad(), mock.patch("gistkern.hf.compress.call_tokens", return_value=call_tokens):
         return compress(gist, ids, segment_length=segment_length)

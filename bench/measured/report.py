@@ -1,7 +1,7 @@
 """Measure everything on this CPU, write docs/results/cpu.json, and fill its tables of docs/results.md.
 
     make bench-report                                  # one thread (40 minutes on a quiet machine)
-    make bench ARGS="--section decoding"               # a part of it, printed only
+    python -m bench.measured.report --section decoding  # a part of it, printed only
 
 Every number is a ratio of medians over interleaved rounds: absolute times of a shared machine mean nothing. The same
 sections on a GPU: `make gpu`.
