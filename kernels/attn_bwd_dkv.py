@@ -152,7 +152,9 @@ def plan_gist_attn_bwd_dkv(
     section = section_heads(kv_total, 2 * rows * group * dim * q.element_size(), facts.l2_bytes)
     numbers = scale, rows, columns, columns - rows, kv_total, tiles, section, chunks
     programs = tiles * chunks * kv_total
-    return Launch(gist_attn_bwd_dkv_kernel, programs, numbers, (meta,), config.num_warps, config.num_stages), chunks
+    return Launch(
+        gist_attn_bwd_dkv_kernel, programs, numbers, {"META": meta}, config.num_warps, config.num_stages
+    ), chunks
 
 
 def launch_gist_attn_bwd_dkv(
@@ -178,7 +180,7 @@ def launch_gist_attn_bwd_dkv(
     launch(q.device, strided(*buffers), stats, parts, rule if gist else rule * 2)
     if chunks > 1:
         count = k.numel()
-        Launch(sum_chunks_kernel, triton.cdiv(count, SUM_BLOCK), (count, chunks), (SUM_BLOCK,), 4)(
+        Launch(sum_chunks_kernel, triton.cdiv(count, SUM_BLOCK), (count, chunks), {"BLOCK": SUM_BLOCK}, 4)(
             q.device, *parts, *results
         )
     return results

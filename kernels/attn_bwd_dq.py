@@ -84,7 +84,9 @@ def plan_gist_attn_bwd_dq(arguments: AttentionArguments, precision: str) -> Laun
     """The launch; its buffers are `strided` ones, (out, LSE), the results and the intervals."""
     config, meta, counts = row_tiles("bwd_dq", arguments, precision)
     numbers = (arguments.scale, *counts)
-    return Launch(gist_attn_bwd_dq_kernel, counts[2] * counts[3], numbers, (meta,), config.num_warps, config.num_stages)
+    return Launch(
+        gist_attn_bwd_dq_kernel, counts[2] * counts[3], numbers, {"META": meta}, config.num_warps, config.num_stages
+    )
 
 
 def launch_gist_attn_bwd_dq(

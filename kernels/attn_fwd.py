@@ -105,7 +105,9 @@ def plan_gist_attn_fwd(arguments: AttentionArguments, precision: str) -> Launch:
     """The launch; its buffers are `strided` ones, out, LSE and the intervals, as the kernel takes them."""
     config, meta, counts = row_tiles("fwd", arguments, precision)
     numbers = (arguments.scale, *counts)
-    return Launch(gist_attn_fwd_kernel, counts[2] * counts[3], numbers, (meta,), config.num_warps, config.num_stages)
+    return Launch(
+        gist_attn_fwd_kernel, counts[2] * counts[3], numbers, {"META": meta}, config.num_warps, config.num_stages
+    )
 
 
 def launch_gist_attn_fwd(arguments: AttentionArguments, precision: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,7 +65,9 @@ def plan_gist_compact(like: torch.Tensor, n_past: int, n_compact: int) -> Launch
     config = pick("compact", facts_of(like.device).arch, width, like.element_size())
     programs = triton.cdiv(n_compact, config.block_rows) * batch * heads
     meta = CopyMeta(heads, dim, width, config.block_rows)
-    return Launch(gist_compact_kernel, programs, (n_past, n_compact), (meta,), config.num_warps, config.num_stages)
+    return Launch(
+        gist_compact_kernel, programs, (n_past, n_compact), {"META": meta}, config.num_warps, config.num_stages
+    )
 
 
 def launch_gist_compact(

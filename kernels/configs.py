@@ -71,7 +71,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int, str]]] = 
         "sm_80": (128, 64, 8, 3, _RATIO),
         "small": (128, 64, 8, 3, _RATIO),
         "sm_90": (64, 64, 4, 3, _MEASURED),
-        "sm_100": (128, 64, 8, 3, _RATIO),
+        "sm_100": (64, 64, 4, 3, _SPILLS),
         "gfx942": (128, 64, 4, 1, _LDS),
     },
     ("fwd", 2, 128): {

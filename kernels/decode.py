@@ -106,11 +106,13 @@ def plan_gist_decode(arguments: AttentionArguments, precision: str) -> tuple[Lau
     block, cols, wide = decode_block_rows(rows, pack), config.block_cols, wide_rows(*arguments.buffers[1:])
     meta = Meta(heads, group, pack, dim, width, block, cols, precision, wide, facts.amd, config.two_loops)
     numbers = arguments.scale, rows, local_rows, packs, splits
-    launch = Launch(gist_decode_kernel, splits * packs, numbers, (meta,), config.num_warps, config.num_stages)
+    launch = Launch(gist_decode_kernel, splits * packs, numbers, {"META": meta}, config.num_warps, config.num_stages)
     if splits == 1:
         return launch, None
     stats, block = batch * heads * rows, max(1, MERGE_ELEMENTS // width)
-    merge = Launch(merge_splits_kernel, triton.cdiv(stats, block), (stats, splits), (dim, width, block), 4)
+    merge = Launch(
+        merge_splits_kernel, triton.cdiv(stats, block), (stats, splits), {"D": dim, "BD": width, "BM": block}, 4
+    )
     return launch, merge
 
 

@@ -16,6 +16,9 @@ from gistkern.kernels.schedule import padded
 
 __all__ = ["gist_fold_kernel", "launch_gist_compact_bwd", "plan_gist_fold"]
 
+# of a tile: 32 of 64 elements in fp32 spill registers on sm_90
+MOST_ROWS = 16
+
 
 @triton.jit
 def chunk_sum(part, o_chunk, n_chunks, i_b, i_kv, o_row, m_row, META: tl.constexpr):
@@ -85,10 +88,11 @@ def plan_gist_fold(like: torch.Tensor, n_past: int, n_compact: int, chunks: int)
     batch, heads, local_rows, dim = like.shape
     width = padded(dim)
     config = pick("compact", facts_of(like.device).arch, width, like.element_size())
-    programs = triton.cdiv(n_compact, config.block_rows) * batch * heads
+    rows = min(config.block_rows, MOST_ROWS)
+    programs = triton.cdiv(n_compact, rows) * batch * heads
     numbers = n_past, n_compact, local_rows, batch * heads, chunks
-    meta = CopyMeta(heads, dim, width, config.block_rows)
-    return Launch(gist_fold_kernel, programs, numbers, (meta,), config.num_warps, config.num_stages)
+    meta = CopyMeta(heads, dim, width, rows)
+    return Launch(gist_fold_kernel, programs, numbers, {"META": meta}, config.num_warps, config.num_stages)
 
 
 def launch_gist_compact_bwd(

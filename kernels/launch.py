@@ -46,21 +46,21 @@ class _Prepared(NamedTuple):
 class Launch(NamedTuple):
     """One kernel: its grid of `programs`, and what stands behind its buffers.
 
-    `numbers` are arguments that change no code, `constants` (constexprs) follow them; all of it in the order of the
-    kernel's parameters.
+    `numbers` are arguments that change no code; `constants` (constexprs, by name) follow them. All of it stands in the
+    order of the kernel's parameters.
     """
 
     kernel: Any
     programs: int
     numbers: tuple[Any, ...]
-    constants: tuple[Any, ...]
+    constants: dict[str, Any]
     num_warps: int
     num_stages: int = 3
 
     def __call__(self, device: torch.device, *buffers: Any) -> None:
         """Launch on tensors, by Triton's front end."""
         with guard(device):
-            self.kernel[(self.programs,)](*self._arguments(buffers), **self._options())
+            self.kernel[(self.programs,)](*buffers, *self.numbers, **self._options())
 
     def prepared(self, device: torch.device, types: tuple[Any, ...], buffers: tuple[Any, ...]) -> _Prepared | None:
         """What launches it on addresses; nothing is launched. None under an interpreter.
@@ -71,11 +71,12 @@ class Launch(NamedTuple):
         if not isinstance(self.kernel, JITFunction):
             return None
         wide = tuple([isinstance(number, int) and not -_INT32 <= number < _INT32 for number in self.numbers])
-        key = self.kernel, device, types, wide, self.constants, self.num_warps, self.num_stages
+        constants = tuple(self.constants.values())
+        key = self.kernel, device, types, wide, constants, self.num_warps, self.num_stages
         chosen = _chosen.get(key)
         if chosen is None:
             with guard(device):
-                chosen = self.kernel.warmup(*self._arguments(buffers), grid=(self.programs,), **self._options())
+                chosen = self.kernel.warmup(*buffers, *self.numbers, grid=(self.programs,), **self._options())
             if not isinstance(chosen, CompiledKernel):
                 return None
             if len(_chosen) >= _MOST:
@@ -83,13 +84,10 @@ class Launch(NamedTuple):
             _chosen[key] = chosen
         with guard(device):
             run = chosen.run  # its first use loads the code
-        return _Prepared(run, self.programs, chosen.function, chosen.packed_metadata, (*self.numbers, *self.constants))
+        return _Prepared(run, self.programs, chosen.function, chosen.packed_metadata, (*self.numbers, *constants))
 
-    def _arguments(self, buffers: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*buffers, *self.numbers, *self.constants)
-
-    def _options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def _options(self) -> dict[str, Any]:
+        return self.constants | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Steps:

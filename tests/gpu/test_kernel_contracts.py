@@ -108,7 +108,7 @@ def test_fp32_products_follow_torch_precision(device, small_tiles, monkeypatch):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: (seen.append(args[-1].PRECISION), self.kernel[grid](*args, **kwargs))
+            return lambda *args, **kwargs: (seen.append(kwargs["META"].PRECISION), self.kernel[grid](*args, **kwargs))
 
     for module, name in (
         (attn_fwd, "gist_attn_fwd_kernel"),

@@ -71,9 +71,7 @@ def test_the_driver_is_given_what_triton_gives_it(name, monkeypatch):
         assert steps._prepare(tensors, work, buffers_of)
         by_address = buffers_of(*map(_address, everything))
         for number, ((launch, _), buffers) in enumerate(zip(steps.launches, buffers_of(*everything), strict=True)):
-            rest = (*launch.numbers, *launch.constants)
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            kernel = launch.kernel.warmup(*buffers, *rest, grid=(1,), **options)
+            kernel = launch.kernel.warmup(*buffers, *launch.numbers, grid=(1,), **launch._options())
             parameters = kernel_parameters(kernel.asm["cubin"], kernel.metadata.name)
             kernel.run  # noqa: B018 - loads the code
             stub.record(kernel.function, [parameter.size for parameter in parameters])

@@ -88,7 +88,7 @@ FAMILIES += ("gemma", "gemma2", "gemma3_text", "starcoder2", "cohere", "glm4", "
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_calculated_from_its_configuration(family):
     config = AutoConfig.for_model(family, **SHAPE)
-    found = needs(config, Plan(5000, segment_length=500), training=True)
+    found = needs(config, Plan(50_000, segment_length=500), training=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -96,10 +96,10 @@ def test_every_family_is_calculated_from_its_configuration(family):
     head_dim = getattr(config, "head_dim", None) or 32
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 3
-    kept = sum(min(5000, window) if kind == "sliding_attention" else 5000 for kind in kinds)
+    kept = sum(min(50_000, window) if kind == "sliding_attention" else 50_000 for kind in kinds)
     assert found.full_cache == 2 * kept * config.num_key_value_heads * head_dim * 2
     assert found.weights < found.compress_peak < found.prefill_peak
-    quarter = needs(config, Plan(5000, four_bit=True)).weights
+    quarter = needs(config, Plan(50_000, four_bit=True)).weights
     linears = sum(
         module.weight.numel()
         for name, module in model.named_modules()
