@@ -55,7 +55,7 @@ class Launch(NamedTuple):
     numbers: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
-    num_stages: int = 3
+    num_stages: int | None = None  # Triton's own choice
 
     def __call__(self, device: torch.device, *buffers: Any) -> None:
         """Launch on tensors, by Triton's front end."""
@@ -87,7 +87,8 @@ class Launch(NamedTuple):
         return _Prepared(run, self.programs, chosen.function, chosen.packed_metadata, (*self.numbers, *constants))
 
     def _options(self) -> dict[str, Any]:
-        return self.constants | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps}
+        return self.constants | options | ({} if self.num_stages is None else {"num_stages": self.num_stages})
 
 
 class Steps:

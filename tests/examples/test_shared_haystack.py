@@ -73,9 +73,13 @@ def test_cut_is_how_compress_cuts(count):
     model = tiny_llama(0).eval()
     read = []
     with patch_llama(model, num_gist_tokens=1) as handle:
-        hook = model.model.register_forward_pre_hook(
-            lambda module, given, kwargs: read.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True, prepend=True
-        )
+
+        def note(module, given, kwargs):
+            call = kwargs["gist_plan"]
+            ids = torch.where(call.plan.layout.is_gist, call.rows + handle.first_id, call.words)
+            read.extend(ids[0].tolist())
+
+        hook = model.model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         ids = [number % 900 for number in range(count)]
         compress(model, ids, segment_length=96, segment_overlap=24)
         hook.remove()
