@@ -53,7 +53,7 @@ class TritonPlan:
         self.past = 0 if past_k is None else past_k.shape[2]
         self.compact = self.past + vectors[3].shape[1]
         self.gathers = past_k is None or self.compact > self.past
-        self.lse_shape = q.shape[:3]
+        self.lse_shape = tuple(q.shape[:3])
         self.gist_shape = (*k.shape[:2], self.compact, k.shape[3])
         self.past_shape = (*k.shape[:2], self.past, k.shape[3])
         self._forward: _Forward | None = None
@@ -73,9 +73,9 @@ class TritonPlan:
             past_k, past_v = (None if t is None else _dense(t) for t in (past_k, past_v))
         dtype, device = q.dtype, q.device
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of `torch.empty`
-        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device)
+        lse = torch.empty(*self.lse_shape, dtype=torch.float32, device=device)
         if self.gathers:
-            gist_k = torch.empty(self.gist_shape, dtype=dtype, device=device)
+            gist_k = torch.empty(*self.gist_shape, dtype=dtype, device=device)
             gist_v = torch.empty_like(gist_k)
         else:
             assert past_k is not None
@@ -128,7 +128,7 @@ class TritonPlan:
         dq, dk = torch.empty_like(out), torch.empty_like(k, memory_format=torch.contiguous_format)
         past_k = dk
         if self.past:
-            past_k = torch.empty(self.past_shape, dtype=q.dtype, device=q.device)
+            past_k = torch.empty(*self.past_shape, dtype=q.dtype, device=q.device)
         dv = torch.empty_like(dk)
         past_v = torch.empty_like(past_k) if self.past else dv
         tensors = grad_out, q, k, v, gist_k, gist_v, out, lse, dq, dk, dv, past_k, past_v
