@@ -1,10 +1,10 @@
 #include "launcher.h"
 
-#include <dlfcn.h>
-
 #include <cstring>
 #include <mutex>
 #include <sstream>
+
+#include "dynamic_loading.h"
 
 namespace gistkern {
 namespace {

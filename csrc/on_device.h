@@ -1,10 +1,10 @@
 // Where a launch runs: the device of a tensor and its current stream. Part of bindings.cpp.
 #pragma once
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "dynamic_loading.h"
 #include "tensor_checks.h"
 
 namespace gistkern {
