@@ -1,5 +1,6 @@
 // Definitions that headers expect of the system, so that the library also loads where they are missing: compiled on a
 // recent Linux it still works with glibc 2.28 and GCC 8's libstdc++ (manylinux_2_28). `make wheel` checks this.
+#include <new>
 #include <sstream>
 
 #ifdef __GLIBC__
@@ -15,4 +16,9 @@ char __libc_single_threaded = 0;
 template class std::basic_stringbuf<char>;
 template class std::basic_ostringstream<char>;
 template class std::basic_stringstream<char>;
+
+// Since GCC 11: what an allocator of too many elements throws.
+namespace std {
+[[noreturn]] void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+}  // namespace std
 #endif
