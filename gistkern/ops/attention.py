@@ -122,7 +122,7 @@ def attend(
     """
     scale, backend, learned_sinks = options
     tensors = q, k, v, past_key, past_value, learned_sinks
-    if torch.compiler.is_compiling() or needs_operators(layout, tensors):
+    if torch.compiler.is_compiling() or needs_operators(tensors):
         return _by_operators(*tensors[:5], layout, options)
     if scale.__class__ not in _FIXED:
         scale = float(scale)  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def attend(
     return plan.attend(*tensors, wants_lse or wants_rows)
 
 
-def needs_operators(layout: GistLayout, tensors: tuple[torch.Tensor | None, ...]) -> bool:
+def needs_operators(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether somebody has to see `torch.library` operators in an eager call.
 
     Subclasses of tensors, dispatch modes, `torch.func`, tangents and `torch.jit.trace` look at operators. What they see

@@ -15,7 +15,7 @@ from gistkern.ops import library
 from gistkern.ops.checks import refuse_forward_mode
 from gistkern.ops.sinks import gradient_of_sinks, with_learned_sinks
 
-__all__ = ["GistAttention", "Plan", "apply"]
+__all__ = ["GistAttention", "Plan", "added", "apply", "of_compact_rows"]
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -75,8 +75,8 @@ class GistAttention(torch.autograd.Function):
             if learned_sinks is not None and ctx.needs_input_grad[7]:
                 sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)
         if grad_gist_k is not None or grad_gist_v is not None:  # somebody uses the compact rows themselves
-            more = _of_compact_rows(ctx.plan, saved, grad_gist_k, grad_gist_v)
-            dk, dv, past_k, past_v = (_sum(a, b) for a, b in zip((dk, dv, past_k, past_v), more, strict=True))
+            more = of_compact_rows(ctx.plan, k, gist_k, grad_gist_k, grad_gist_v)
+            dk, dv, past_k, past_v = (added(a, b) for a, b in zip((dk, dv, past_k, past_v), more, strict=True))
         return None, None, dq, dk, dv, past_k, past_v, sinks
 
 
@@ -93,16 +93,16 @@ def _by_operators(plan: Plan, saved: tuple[Any, ...], grad_out, grad_gist_k, gra
         dq, dk, dv, dgist_k, dgist_v = library.attention_backward(
             grad_out, *seen, out, lse, *plan.vectors[:3], plan.scale, plan.backend
         )
-        grad_gist_k, grad_gist_v = _sum(grad_gist_k, dgist_k), _sum(grad_gist_v, dgist_v)
+        grad_gist_k, grad_gist_v = added(grad_gist_k, dgist_k), added(grad_gist_v, dgist_v)
         if learned_sinks is not None:
             sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)
-    more = _of_compact_rows(plan, saved, grad_gist_k, grad_gist_v)
-    return dq, _sum(dk, more[0]), _sum(dv, more[1]), more[2], more[3], sinks
+    more = of_compact_rows(plan, k, gist_k, grad_gist_k, grad_gist_v)
+    return dq, added(dk, more[0]), added(dv, more[1]), more[2], more[3], sinks
 
 
-def _of_compact_rows(plan: Plan, saved: tuple[Any, ...], grad_k, grad_v) -> Tensors:
+def of_compact_rows(plan: Plan, k, gist_k, grad_k, grad_v) -> Tensors:
     """Gradients of k, v and past rows from those of the compact rows."""
-    k, gist_k, gather = saved[1], saved[3], plan.vectors[3]
+    gather = plan.vectors[3]
     if grad_k is None and grad_v is None:
         return None, None, None, None
     grad_k, grad_v = (torch.zeros_like(gist_k) if grad is None else grad for grad in (grad_k, grad_v))
@@ -115,7 +115,8 @@ def _of_compact_rows(plan: Plan, saved: tuple[Any, ...], grad_k, grad_v) -> Tens
     return dk, dv, past_k, past_v
 
 
-def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+def added(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of two gradients, of which None is no contribution."""
     if one is None or other is None:
         return one if other is None else other
     return one + other

@@ -19,7 +19,7 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import is_checked, state_of
 from gistkern.ops import checks, library
-from gistkern.ops.function import apply
+from gistkern.ops.function import added, apply, of_compact_rows
 from gistkern.ops.sinks import with_learned_sinks
 
 __all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for", "plan_of_next"]
@@ -106,12 +106,8 @@ class Plan:
             folded = checks.call(self.module, "folded_backward", check, arguments, gather, *saved)
             return folded if past else (*folded[:3], None, None)
         dq, dk, dv, *dgist = checks.call(self.module, "backward", checks.check_backward, arguments, *saved)
-        past_k, past_v = (grad[:, :, :past].clone() if past else None for grad in dgist)
-        if gather.shape[1]:
-            gathered = *(grad[:, :, past:] for grad in dgist), gather, k.shape[2]
-            more_k, more_v = checks.call(self.module, "compact_backward", checks.check_compact_backward, *gathered)
-            dk, dv = dk + more_k, dv + more_v
-        return dq, dk, dv, past_k, past_v
+        more_k, more_v, *past_rows = of_compact_rows(self, k, gist_k, *dgist)
+        return dq, added(dk, more_k), added(dv, more_v), *past_rows
 
 
 class _OfTriton(Plan):
@@ -232,12 +228,14 @@ def plan_for(
     q, has_past = tensors[0], tensors[3] is not None
     name = backends.choose(backend, q, gradient, plain=layout.plain, lse=lse, sinks=sinks)
     rest = name, scale, gradient, layout, has_past
+    if name == "torch":
+        return _OfTorch(backends.choose("auto", q, gradient), *rest)
+    if name == "triton":
+        return _OfTriton(tensors, *rest)
     plan = Plan(*rest)
     prepare = getattr(plan.module, "prepared_decode", None)
     if prepare is not None and not gradient and not plan.gathers:
         decode = prepare(AttentionArguments(*tensors, *plan.vectors[:3], scale))
         if decode is not None:
             return _OfDecode(decode, *rest)
-    if name == "torch":
-        return _OfTorch(backends.choose("auto", q, gradient), *rest)
-    return _OfTriton(tensors, *rest) if name == "triton" else plan
+    return plan
