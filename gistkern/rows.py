@@ -21,6 +21,7 @@ __all__ = [
     "check_gist_dtype",
     "compact",
     "compact_backward",
+    "compact_into",
     "dense_rows",
     "dequantize",
     "dequantize_rows",
@@ -216,6 +217,17 @@ def compact(
     if past_k is None or past_v is None:
         return gathered
     return torch.cat([past_k, gathered[0]], 2), torch.cat([past_v, gathered[1]], 2)
+
+
+def compact_into(
+    k: torch.Tensor, v: torch.Tensor, gather: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor
+) -> None:
+    """The rows that `gather` lists, written to `out_k` and `out_v` ``[B, Hkv, G, D]``, parts of larger buffers.
+
+    Other parts of those may be saved for somebody's backward, which these rows are none of: no version counts them.
+    """
+    out_k.data.copy_(gather_rows(k, gather))
+    out_v.data.copy_(gather_rows(v, gather))
 
 
 def compact_backward(

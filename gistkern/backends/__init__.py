@@ -1,7 +1,7 @@
 """The backend table: each row says what serves a call, and why it cannot where it cannot.
 
-Adding a backend is one row here and one module with `forward`, `backward`, `compact` and `compact_backward`; one that
-serves only layouts which hide nothing (`plain_only`) has `attend` instead.
+Adding a backend is one row here and one module with `forward`, `backward`, `compact`, `compact_into` and
+`compact_backward`; one that serves only layouts which hide nothing (`plain_only`) has `attend` instead.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gistkern.backends import native
-from gistkern.backends.native import compact, pool_compact, pool_decode
+from gistkern.backends.native import compact, compact_into, pool_compact, pool_decode
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import compact_backward, dense_rows
@@ -16,6 +16,7 @@ __all__ = [
     "backward",
     "compact",
     "compact_backward",
+    "compact_into",
     "folded_backward",
     "forward",
     "pool_compact",
@@ -24,7 +25,9 @@ __all__ = [
 ]
 
 # whose operators check by themselves that no call reaches outside a buffer
-CHECKED = frozenset({"forward", "backward", "folded_backward", "compact", "pool_decode", "pool_compact"})
+CHECKED = frozenset(
+    {"forward", "backward", "folded_backward", "compact", "compact_into", "pool_decode", "pool_compact"}
+)
 
 # packed rows of one key/value head (query rows times the group) up to which vectors run over head_dim instead of over
 # rows: with fewer rows than lanes most lanes would idle

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 from gistkern.backends import native
-from gistkern.backends.native import compact, pool_compact
+from gistkern.backends.native import compact, compact_into, pool_compact
 from gistkern.kernels.arguments import AttentionArguments, DecodeArguments
 from gistkern.kernels.device import facts_of
 
-__all__ = ["compact", "forward", "pool_compact", "pool_decode", "prepared_decode"]
+__all__ = ["compact", "compact_into", "forward", "pool_compact", "pool_decode", "prepared_decode"]
 
 # whose operators check by themselves that no call reaches outside a buffer
-CHECKED = frozenset({"forward", "compact", "pool_decode", "pool_compact"})
+CHECKED = frozenset({"forward", "compact", "compact_into", "pool_decode", "pool_compact"})
 
 
 def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ __all__ = [
     "LIBRARY",
     "VARIANTS",
     "compact",
+    "compact_into",
     "cuda_archs",
     "decode_rows",
     "instruction_set",
@@ -134,6 +135,13 @@ def compact(
     rows = [None if t is None else dense_rows(t) for t in (k, v, past_k, past_v)]
     operators().compact(*rows, gather, None, *out, None, None)
     return out
+
+
+def compact_into(
+    k: torch.Tensor, v: torch.Tensor, gather: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor
+) -> None:
+    """The gathered rows alone, written to `out_k` and `out_v`, which lie alike; arguments as `gistkern.rows`."""
+    operators().compact(dense_rows(k), dense_rows(v), None, None, gather, None, out_k.data, out_v.data, None, None)
 
 
 def decode_rows(arguments: AttentionArguments, multiprocessors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

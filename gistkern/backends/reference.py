@@ -12,9 +12,18 @@ import torch
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_now
-from gistkern.rows import compact, compact_backward
+from gistkern.rows import compact, compact_backward, compact_into
 
-__all__ = ["backward", "compact", "compact_backward", "dense_mask", "dense_scores", "forward", "from_layout"]
+__all__ = [
+    "backward",
+    "compact",
+    "compact_backward",
+    "compact_into",
+    "dense_mask",
+    "dense_scores",
+    "forward",
+    "from_layout",
+]
 
 
 def dense_mask(intervals: Sequence[torch.Tensor], num_compact: int, num_local: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ import torch
 
 from gistkern.backends.sdpa_plan import Block, plan
 from gistkern.kernels.arguments import AttentionArguments
-from gistkern.rows import compact, compact_backward
+from gistkern.rows import compact, compact_backward, compact_into
 
-__all__ = ["backward", "compact", "compact_backward", "forward"]
+__all__ = ["backward", "compact", "compact_backward", "compact_into", "forward"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -9,14 +9,14 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import launch_gist_attn_bwd_dq
 from gistkern.kernels.attn_fwd import launch_gist_attn_fwd
-from gistkern.kernels.compact import launch_gist_compact
+from gistkern.kernels.compact import launch_gist_compact, launch_gist_compact_into
 from gistkern.kernels.decode import launch_gist_decode
 from gistkern.kernels.device import products_precision
 from gistkern.kernels.fold import launch_gist_compact_bwd
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import dense_rows
 
-__all__ = ["TritonPlan", "backward", "compact", "compact_backward", "forward"]
+__all__ = ["TritonPlan", "backward", "compact", "compact_backward", "compact_into", "forward"]
 
 
 def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +45,13 @@ def compact(
     """Compact rows of keys and values in one launch; arguments as `gistkern.rows`."""
     past = [None if t is None else dense_rows(t) for t in (past_k, past_v)]
     return launch_gist_compact(dense_rows(k), dense_rows(v), *past, gather.contiguous())
+
+
+def compact_into(
+    k: torch.Tensor, v: torch.Tensor, gather: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor
+) -> None:
+    """The gathered rows alone, written to `out_k` and `out_v`; arguments as `gistkern.rows`."""
+    launch_gist_compact_into(dense_rows(k), dense_rows(v), gather.contiguous(), out_k, out_v)
 
 
 def compact_backward(

@@ -34,6 +34,8 @@ class TritonPlan:
         gist_begin, gist_end, local_begin and gather of a checked layout, contiguous, which stay as they are.
     scale : float
         Of the scores.
+    in_room : bool
+        Whether each call brings a buffer, of keys and of values, that holds its past rows and takes its new ones.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class TritonPlan:
         past_v: torch.Tensor | None,
         vectors: tuple[torch.Tensor, ...],
         scale: float,
+        in_room: bool = False,
     ) -> None:
         self.device, self.dtype, self.scale = q.device, q.dtype, scale
-        self.vectors = vectors
+        self.vectors, self.in_room = vectors, in_room
         given = [q, k, v] if past_k is None or past_v is None else [q, k, v, past_k, past_v]
         self.copies = any(tensor.stride(-1) != 1 or tensor.is_neg() for tensor in given)
         self.past = 0 if past_k is None else past_k.shape[2]
@@ -66,6 +69,7 @@ class TritonPlan:
         v: torch.Tensor,
         past_k: torch.Tensor | None,
         past_v: torch.Tensor | None,
+        room: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values: the past ones where none are new."""
         if self.copies:
@@ -74,7 +78,9 @@ class TritonPlan:
         dtype, device = q.dtype, q.device
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of `torch.empty`
         lse = torch.empty(*self.lse_shape, dtype=torch.float32, device=device)
-        if self.gathers:
+        if room is not None:
+            gist_k, gist_v = room[0].narrow(2, 0, self.compact), room[1].narrow(2, 0, self.compact)
+        elif self.gathers:
             gist_k = torch.empty(*self.gist_shape, dtype=dtype, device=device)
             gist_v = torch.empty_like(gist_k)
         else:
@@ -158,7 +164,8 @@ class _Forward:
         self.strides = tuple(t.stride()[:3] for t in tensors[:7])
         self.compacts = plan.gathers and gist_k.numel() > 0
         if self.compacts:
-            self.steps.add(plan_gist_compact(k, plan.past, plan.compact), plan.dtype, self.strides[1:5])
+            copies = plan_gist_compact(k, plan.past, plan.compact, plan.past if plan.in_room else 0)
+            self.steps.add(copies, plan.dtype, self.strides[1:])
         self.steps.add(launch, plan.dtype, self.strides, splits > 1)
         if merge is not None:
             self.steps.add(merge, plan.dtype)
@@ -174,7 +181,7 @@ class _Forward:
         calls = (attention, (parts, out, lse)) if parts else (attention,)
         if not self.compacts:
             return calls
-        return (((*local, (past_k, of_past_k), (past_v, of_past_v)), gather, (gist_k, gist_v)), *calls)
+        return (((*local, (past_k, of_past_k), (past_v, of_past_v)), gather, seen[3:]), *calls)
 
 
 class _Backward:

@@ -13,6 +13,7 @@ from gistkern.layout.checks import check_once
 from gistkern.ops import library
 from gistkern.ops.checks import check_scale, refuse_forward_mode
 from gistkern.ops.plan import Found, keep, kept, key_of, plan_for
+from gistkern.ops.room import Room, check_room, has_room, room_key
 from gistkern.ops.sinks import check_learned_sinks
 
 __all__ = ["AttentionOptions", "attend", "gist_attention", "needs_operators"]
@@ -91,8 +92,9 @@ def gist_attention(
     torch.Size([1, 4, 11, 16])
     """
     options = AttentionOptions(scale, backend, learned_sinks)
-    rows = {"past_key": past_key, "past_value": past_value}
-    out, lse, _, _ = attend(q, k, v, layout, options, **rows, wants_lse=return_lse, wants_rows=False)
+    out, lse, _, _ = attend(
+        q, k, v, layout, options, past_key=past_key, past_value=past_value, wants_lse=return_lse, wants_rows=False
+    )
     if not return_lse:
         return out
     assert lse is not None  # wanted
@@ -108,10 +110,20 @@ def attend(
     *,
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
+    room: Room | None = None,
     wants_lse: bool = False,
     wants_rows: bool = True,
 ) -> Found:
     """`gist_attention` that also hands back what it compacted.
+
+    Parameters
+    ----------
+    room : (Tensor, Tensor), optional
+        Contiguous buffers ``[B, Hkv, C, D]`` of keys and values whose first ``layout.past`` rows are `past_key` and
+        `past_value`, with room behind them. Where no tensor learns and C suffices, the call's new rows are written
+        there, into rows ``[past, G)``, and the compact rows handed back are views of the buffers. Where something
+        learns, under operators (`needs_operators`, torch.compile), or where C is too small, they are copied into
+        memory of their own as without `room`: whose memory they lie in tells which.
 
     Returns
     -------
@@ -127,8 +139,11 @@ def attend(
     if scale.__class__ not in _FIXED:
         scale = float(scale)  # type: ignore[arg-type]
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
+    if room is not None and (gradient or not has_room(room, layout)):
+        room = None
     try:
-        key = key_of(*tensors, layout, scale, backend, gradient, wants_lse)
+        of_room = None if room is None else room_key(room, past_key, past_value)
+        key = key_of(*tensors, layout, scale, backend, gradient, wants_lse, of_room)
     except (AttributeError, ValueError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
         key = None
     plan = None if key is None else kept(layout, key)
@@ -136,10 +151,13 @@ def attend(
         plan = None  # the user has changed what torch may use since
     if plan is None:
         scale = _checked(tensors, layout, scale)
-        plan = plan_for(backend, tensors[:5], layout, scale, gradient, wants_lse, learned_sinks is not None)
+        if room is not None:
+            check_room(room, k, past_key, past_value, layout)
+        wanted = {"lse": wants_lse, "sinks": learned_sinks is not None, "in_room": room is not None}
+        plan = plan_for(backend, tensors[:5], layout, scale, gradient, **wanted)
         assert key is not None
         keep(layout, key, plan)
-    return plan.attend(*tensors, wants_lse or wants_rows)
+    return plan.attend(*tensors, wants_lse or wants_rows, room)
 
 
 def needs_operators(tensors: tuple[torch.Tensor | None, ...]) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "check_backward",
     "check_compact",
     "check_compact_backward",
+    "check_compact_into",
     "check_devices",
     "check_folded_backward",
     "check_scale",
@@ -122,6 +123,16 @@ def check_compact(
         _require("past_k", past_k, (batch, heads, past, dim), k)
         _require("past_v", past_v, (batch, heads, past, dim), k)
     _require_gather(gather, batch, rows, k)
+
+
+def check_compact_into(
+    k: torch.Tensor, v: torch.Tensor, gather: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor
+) -> None:
+    """Of a backend's `compact_into`."""
+    check_compact(k, v, None, None, gather)
+    shape = (*k.shape[:2], gather.shape[1], k.shape[3])
+    _require("out_k", out_k, shape, k)
+    _require("out_v", out_v, shape, k)
 
 
 def check_compact_backward(

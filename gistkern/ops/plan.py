@@ -20,6 +20,7 @@ from gistkern.layout import GistLayout
 from gistkern.layout.checks import is_checked, state_of
 from gistkern.ops import checks, library
 from gistkern.ops.function import added, apply, of_compact_rows
+from gistkern.ops.room import Room, compact_behind
 from gistkern.ops.sinks import with_learned_sinks
 
 __all__ = ["Found", "Plan", "keep", "kept", "key_of", "plan_for", "plan_of_next"]
@@ -42,6 +43,8 @@ class Plan:
         Whether something is differentiable.
     gathers : bool
         Whether calls bring new compact rows; otherwise attention reads the past ones.
+    past : int
+        How many past rows there are.
     vectors : tuple of Tensor
         gist_begin, gist_end, local_begin and gather of the layout, contiguous.
     copied : bool
@@ -55,18 +58,19 @@ class Plan:
         self.backend, self.scale, self.gradient = backend, scale, gradient
         self.module: ModuleType = backends.get(backend).load()
         self.gathers = layout.gather.shape[1] > 0 or not has_past
+        self.past = layout.past
         vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
         self.vectors = tuple(vector.contiguous() for vector in vectors)
         self._given, self._versions = vectors, versions_of(*vectors)
         self.copied = any(mine is not given for mine, given in zip(self.vectors, vectors, strict=True))
 
-    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool, room: Room | None) -> Found:
         """Output, LSE, and the compact rows that attention has read: the past ones themselves where none are new.
 
-        Unless `whole`, all but the output may be None.
+        Unless `whole`, all but the output may be None. New rows are written to `room`, if there is one.
         """
         if not self.gradient:
-            out, lse, gist_k, gist_v = self.forward(q, k, v, past_k, past_v)
+            out, lse, gist_k, gist_v = self.forward(q, k, v, past_k, past_v, room)
             if learned_sinks is not None:
                 out, lse = with_learned_sinks(out, lse, learned_sinks)
             return out, lse, gist_k, gist_v
@@ -86,10 +90,14 @@ class Plan:
         if versions_of(*self._given) != self._versions:
             raise RuntimeError("the layout was modified by an inplace operation between a forward and its backward")
 
-    def forward(self, q, k, v, past_k, past_v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, q, k, v, past_k, past_v, room: Room | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `gistkern.ops.function.Plan`."""
         *rule, gather = self.vectors
-        if self.gathers:
+        if room is not None:
+            rows = compact_behind(self.module, k, v, gather, room, self.past)
+        elif self.gathers:
             rows = checks.call(self.module, "compact", checks.check_compact, k, v, past_k, past_v, gather)
         else:
             rows = past_k, past_v
@@ -113,9 +121,9 @@ class Plan:
 class _OfTriton(Plan):
     """By launches that are prepared once."""
 
-    def __init__(self, tensors: tuple[Any, ...], *rest: Any) -> None:
+    def __init__(self, tensors: tuple[Any, ...], in_room: bool, *rest: Any) -> None:
         super().__init__(*rest)
-        launches = self.module.TritonPlan(*tensors, self.vectors, self.scale)
+        launches = self.module.TritonPlan(*tensors, self.vectors, self.scale, in_room)
         self.forward, self.backward = launches.forward, launches.backward  # type: ignore[method-assign]
 
 
@@ -126,10 +134,12 @@ class _OfTorch(Plan):
         super().__init__(*rest)
         self.compacts = compacts
 
-    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool, room: Room | None) -> Found:
         """See `Plan.attend`. No LSE."""
         rows = past_k, past_v
-        if self.gathers and whole:
+        if room is not None:
+            rows = compact_behind(backends.get(self.compacts).load(), k, v, self.vectors[3], room, self.past)
+        elif self.gathers and whole:
             rows = library.compact(k, v, past_k, past_v, self.vectors[3], self.compacts)
         return plain.attend(q, k, v, self.scale), None, *rows
 
@@ -143,8 +153,8 @@ class _OfDecode(Plan):
         super().__init__(*rest)
         self.decode = decode
 
-    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool) -> Found:
-        """See `Plan.attend`."""
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool, room: Room | None) -> Found:
+        """See `Plan.attend`. There are no new rows."""
         try:
             out, lse = self.decode(q, k, v, past_k, past_v)
         except Exception:
@@ -222,16 +232,27 @@ def plan_of_next(layout: GistLayout, before: GistLayout) -> None:
 
 
 def plan_for(
-    backend: str, tensors: tuple[Any, ...], layout: GistLayout, scale: float, gradient: bool, lse: bool, sinks: bool
+    backend: str,
+    tensors: tuple[Any, ...],
+    layout: GistLayout,
+    scale: float,
+    gradient: bool,
+    *,
+    lse: bool,
+    sinks: bool,
+    in_room: bool,
 ) -> Plan:
-    """The plan for checked tensors q, k, v, past_k and past_v. Raises as `gistkern.backends.choose`."""
+    """The plan for checked tensors q, k, v, past_k and past_v, with room for new rows or without.
+
+    Raises as `gistkern.backends.choose`.
+    """
     q, has_past = tensors[0], tensors[3] is not None
     name = backends.choose(backend, q, gradient, plain=layout.plain, lse=lse, sinks=sinks)
     rest = name, scale, gradient, layout, has_past
     if name == "torch":
         return _OfTorch(backends.choose("auto", q, gradient), *rest)
     if name == "triton":
-        return _OfTriton(tensors, *rest)
+        return _OfTriton(tensors, in_room, *rest)
     plan = Plan(*rest)
     prepare = getattr(plan.module, "prepared_decode", None)
     if prepare is not None and not gradient and not plan.gathers:

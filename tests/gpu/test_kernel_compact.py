@@ -6,7 +6,9 @@ import torch
 from gistkern import GistLayout
 from gistkern.backends import triton as backend
 from gistkern.ops import library
+from gistkern.ops.attention import AttentionOptions, attend
 from gistkern.rows import compact, compact_backward
+from gistkern.testing import make_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -30,6 +32,36 @@ def test_rows_are_copied_bit_for_bit(dtype, past, head_dim, device, small_tiles)
     filler = torch.cat([torch.zeros(2, past, dtype=torch.bool), (gather < 0).cpu()], 1)[:, None, :, None].to(device)
     for mine, plain in zip(ours, compact(k, v, past_k, past_v, gather), strict=True):
         assert torch.equal(mine, plain.masked_fill(filler, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("past", [0, 23])
+@pytest.mark.parametrize("head_dim", [16, 24, 128])
+def test_new_rows_are_written_behind_the_past_ones(dtype, past, head_dim, device, small_tiles):
+    """By a plan, and by the function that views of a buffer are handed to; what stands before and behind stays."""
+    document = GistLayout.from_segments([20, 9, 30], 7, tail=2, sink_tokens=0 if past else 2, past=past)
+    layout = document.to(device)
+    inputs = make_inputs(document, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    given = [t.detach().to(device) for t in (inputs.q, inputs.k, inputs.v)]
+    end, options = layout.num_compact, AttentionOptions(backend="triton")
+    room = [torch.full((1, 2, end + 3, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+    past_rows = dict(zip(("past_key", "past_value"), (inputs.past_key, inputs.past_value), strict=True))
+    for buffer, (name, old) in zip(room, list(past_rows.items()), strict=True):
+        if past:
+            buffer[:, :, :past] = old.detach().to(device)
+            past_rows[name] = buffer[:, :, :past]
+    expected = attend(*given, layout, options, **past_rows)
+    found = attend(*given, layout, options, **past_rows, room=tuple(room))
+    again = [torch.full_like(buffer, torch.nan) for buffer in room]
+    backend.compact_into(*given[1:], layout.gather, *(buffer[:, :, past:end] for buffer in again))
+    assert torch.equal(found[0], expected[0])
+    for buffer, other, rows_found, rows_expected in zip(room, again, found[2:], expected[2:], strict=True):
+        assert rows_found.data_ptr() == buffer.data_ptr()
+        assert torch.equal(buffer[:, :, :end], rows_expected)
+        assert torch.equal(other[:, :, past:end], rows_expected[:, :, past:])
+        assert buffer[:, :, end:].isnan().all()
+        assert other[:, :, end:].isnan().all()
+        assert other[:, :, :past].isnan().all()
 
 
 def test_keys_that_are_no_numbers_are_copied_too(device, small_tiles):

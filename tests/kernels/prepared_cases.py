@@ -15,6 +15,7 @@ from bench.measured.host import COUNTS, cases, counted
 from gistkern import GistLayout, gist_attention
 from gistkern.backends.launcher import kernel_parameters
 from gistkern.kernels.launch import Launch, Steps
+from gistkern.ops.attention import AttentionOptions, attend
 from gistkern.testing import make_inputs
 
 _address = torch.Tensor.data_ptr
@@ -28,6 +29,7 @@ CASES = {
         ONE,
     ),
     "past rows": (GistLayout.from_segments([40], 4, tail=5, past=6), ONE),
+    "past rows with room behind": (GistLayout.from_segments([40], 4, tail=5, past=6), ONE),
     "past rows alone": (GistLayout.from_segments([], 1, tail=40, past=6), ONE),
     "no compact rows": (GistLayout.from_segments([], 1, tail=40), ONE),
     "fp32, padded heads": (GistLayout.from_segments([100], 8, tail=20), ONE | {"head_dim": 80, "dtype": torch.float32}),
@@ -50,6 +52,15 @@ def by_triton(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", noted)
     return names
+
+
+def run_in_room(layout, inputs):
+    """The call that writes its compact rows behind the past ones."""
+    q, k, v, *past = (leaf.detach() for leaf in inputs.leaves().values())
+    room = [torch.cat([rows, rows], 2) for rows in past]
+    rows = dict(zip(("past_key", "past_value"), (buffer[:, :, : layout.past] for buffer in room), strict=True))
+    found = attend(q, k, v, layout, AttentionOptions(backend="triton"), **rows, room=tuple(room))
+    assert found[2].data_ptr() == room[0].data_ptr()
 
 
 def run(layout, inputs, grad=None):
@@ -89,6 +100,10 @@ def test_the_driver_is_given_what_triton_gives_it(name, monkeypatch):
     if name.startswith("rows before heads"):
         for leaf in inputs.leaves().values():
             leaf.data = leaf.data.transpose(1, 2).contiguous().transpose(1, 2)
+    if name.endswith("room behind"):
+        run_in_room(layout, inputs)
+        assert compared == ["gist_compact_kernel", "gist_attn_fwd_kernel"]
+        return
     run(layout, inputs)
     run(layout, inputs, grad=torch.ones((), dtype=inputs.q.dtype).expand(inputs.q.shape))  # as of sum().backward()
     assert "gist_attn_bwd_dq_kernel" in compared
