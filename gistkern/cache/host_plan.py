@@ -12,17 +12,17 @@ front. Only then a ragged batch's rows are moved to the right, where a cache kee
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gistkern.cache.plan import CacheState, CallPlan
-from gistkern.layout import positions
+from gistkern.layout import GistLayout, positions
+from gistkern.layout.checks import trusted
 from gistkern.layout.fields import LayoutFields
-from gistkern.layout.layout import layout_of
 from gistkern.layout.plain import marked
 from gistkern.layout.schemes import from_roles
 
@@ -54,12 +54,6 @@ class Call:
     words: Any
     rows: Any
     plan: CallPlan
-
-    @classmethod
-    def of(cls, ids: np.ndarray, first_id: int, plan: CallPlan) -> Call:
-        """Of ids with gist tokens in them, which are `first_id` and those behind it."""
-        is_gist = plan.layout.is_gist
-        return cls(np.where(is_gist, 0, ids), np.where(is_gist, ids - first_id, 0), plan)
 
 
 @dataclass(frozen=True)
@@ -138,43 +132,70 @@ def plan_segments(
     """
     stream = _Stream.of(samples, gist_ids)
     documents = stream.starts if len(samples[0]) > 1 else None
-    fields: Any = from_roles(stream.is_gist, stream.valid, sink_tokens=reading.sink_tokens, documents=documents)
+    whole: Any = from_roles(stream.is_gist, stream.valid, sink_tokens=reading.sink_tokens, documents=documents)
     if apart:
-        begins = stream.valid & (fields.local_begin == np.arange(stream.ids.shape[1]))
-        fields = replace(
-            fields,
-            gist_end=fields.gist_begin,  # an empty interval
+        begins = stream.valid & (whole.local_begin == np.arange(stream.ids.shape[1]))
+        whole = replace(
+            whole,
+            gist_end=whole.gist_begin,  # an empty interval
             gist_first_position=positions.gist_first(stream.is_gist, stream.valid, begins, restart=True),
         )
-    place = fields.stream_position if reading.scheme == "absolute" else fields.gist_first_position
-    cuts = stream.cuts(reading, len(gist_ids))
-    # compact rows of each sample in front of each cut, and how many columns hold them
-    rows = [((fields.gather >= 0) & (fields.gather < cut)).sum(1) for cut in cuts]
-    calls = []
-    for begin, end, had, has in zip(cuts, cuts[1:], rows, rows[1:], strict=False):
-        now = slice(begin, end)
-        seen = stream.valid[:, :end].sum(1)
-        behind = seen
-        if reading.scheme == "gist_first":
-            behind = np.full_like(seen, len(gist_ids)) if apart else stream.is_gist[:, :end].sum(1)
-        state = _state(seen, has, behind)
-        layout = _cut(fields, now, int(had.max()), state)
-        plan = _closed(layout, place[:, now], state, stream.valid[:, now])
-        calls.append(Call.of(stream.ids[:, now], reading.first_id, plan))
+    cuts = np.array(stream.cuts(reading, len(gist_ids)))
+    begins, ends = cuts[:-1], cuts[1:]
+    # of each cut and sample, how many compact rows stand in front of it, and the columns that hold them
+    owned = _rows_before(whole.gather, cuts, len(stream.ids[0]))
+    columns = owned.max(1)
+    # local rows are counted from where their call begins
+    gather: Any = whole.gather[:, : columns[-1]]
+    gather = np.where(gather >= 0, gather - begins.repeat(np.diff(columns)), -1)
+    local_begin: Any = whole.local_begin - begins.repeat(ends - begins).astype(np.int32)
+    seen = stream.valid.cumsum(1).T[ends - 1]
+    behind = seen
+    if reading.scheme == "gist_first":
+        behind = np.full_like(seen, len(gist_ids)) if apart else stream.is_gist.cumsum(1).T[ends - 1]
+    words, rows = _embedded(stream.ids, stream.is_gist, reading.first_id)
+
+    none = np.zeros_like(seen[0])
+    no_tail: Any = none[:, None][:, :0].astype(bool)
+    keep_local, lengths = none + (ends - begins)[:, None], seen.max(1).tolist()
+    calls, past = [], columns.tolist()
+    for number, (begin, end) in enumerate(itertools.pairwise(cuts.tolist())):
+        now, stored = slice(begin, end), past[number + 1]
+        absolute, gist_first = whole.stream_position[:, now], whole.gist_first_position[:, now]
+        gist_begin = whole.gist_begin[:, now]
+        layout: Any = LayoutFields(
+            gist_begin,
+            gist_begin if apart else whole.gist_end[:, now],
+            local_begin[:, now],
+            gather[:, past[number] : stored],
+            whole.is_gist[:, now],
+            absolute,
+            gist_first,
+            keep_begin=none,
+            keep_end=owned[number + 1],
+            keep_local=keep_local[number],
+            past=past[number],
+        )
+        state = CacheState(
+            seen[number], owned[number + 1], none, behind[number], no_tail, stored, 0, length=lengths[number]
+        )
+        place = absolute if reading.scheme == "absolute" else gist_first
+        plan = _closed(layout, place, state, stream.valid[:, now])
+        calls.append(Call(words[:, now], rows[:, now], plan))
     return calls
 
 
-def _cut(fields: Any, now: slice, past: int, state: CacheState) -> LayoutFields:
-    """Columns `now` of the layout of the whole stream, behind `past` compact rows."""
-    names = ("gist_begin", "gist_end", "local_begin", "is_gist", "stream_position", "gist_first_position")
-    rows: dict[str, Any] = {name: getattr(fields, name)[:, now] for name in names}
-    rows["local_begin"] = rows["local_begin"] - np.int32(now.start)
-    gather = fields.gather[:, past : state.gist_columns]
-    rows["gather"] = np.where(gather >= 0, gather - now.start, -1)
-    none: Any = state.tail_rows
-    return LayoutFields(
-        **rows, keep_begin=none, keep_end=state.gist_rows, keep_local=none + (now.stop - now.start), past=past
-    )
+def _rows_before(gather: np.ndarray, cuts: np.ndarray, columns: int) -> np.ndarray:
+    """int64 ``[cuts, B]``: how many of the rows that `gather` lists of each sample stand in front of each cut."""
+    sample, place = np.nonzero(gather >= 0)
+    count = np.zeros((columns + 1, len(gather)), dtype=np.int64)
+    np.add.at(count, (gather[sample, place] + 1, sample), 1)
+    return count.cumsum(0)[cuts]
+
+
+def _embedded(ids: np.ndarray, is_gist: np.ndarray, first_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """`words` and `rows` of a `Call`, of ids with gist tokens in them, which are `first_id` and those behind it."""
+    return np.where(is_gist, 0, ids), np.where(is_gist, ids - first_id, 0)
 
 
 def _state(seen: Any, gist_rows: Any, tail_position: Any) -> CacheState:
@@ -195,8 +216,8 @@ def _state(seen: Any, gist_rows: Any, tail_position: Any) -> CacheState:
 def _closed(layout: LayoutFields, place: Any, state: CacheState, real: Any, keep_gists: Any = None) -> CallPlan:
     """A call that ends its last segment, so that no tail stays."""
     rows = layout.num_rows
-    fields: Any = layout
-    return CallPlan(fields, place, state, keep_gists=keep_gists, keep_tail=slice(rows, rows), real=real, context=True)
+    vectors: Any = layout
+    return CallPlan(vectors, place, state, keep_gists=keep_gists, keep_tail=slice(rows, rows), real=real, context=True)
 
 
 def right_aligned(calls: list[Call]) -> list[Call]:
@@ -234,7 +255,7 @@ def plan_summary(calls: list[Call], sinks: np.ndarray, gist_ids: Sequence[int], 
     most = state.gist_columns
     of_both = slice(columns + behind - most, columns + behind) if most < columns + behind else None
     plan = _closed(layout, place + after.tail_position[:, None], state, valid, of_both)
-    return [*calls[:-1], moved, Call.of(ids, reading.first_id, plan)]
+    return [*calls[:-1], moved, Call(*_embedded(ids, valid, reading.first_id), plan)]
 
 
 # ---- documents one behind the other in one row of the batch
@@ -289,7 +310,7 @@ def summarize_documents(
         of_sinks = one.columns[len(one.columns) - raw :]
         summary = first + np.arange(number * count, (number + 1) * count)
         found.append(Placed(np.concatenate([of_sinks, summary]), one.seen + count, position + count))
-    return [*calls[:-1], moved, Call.of(ids, reading.first_id, plan)], found
+    return [*calls[:-1], moved, Call(*_embedded(ids, valid, reading.first_id), plan)], found
 
 
 # ---- to the device
@@ -297,36 +318,42 @@ def summarize_documents(
 
 def on_device(calls: list[Call], device: torch.device) -> Iterator[Call]:
     """The calls with tensors on a device in place of arrays, copied there before the first is given out."""
-    sent: dict[tuple[Any, ...], np.ndarray] = {}
-    for call in calls:
-        _mapped(call, lambda one: sent.setdefault(_memory(one), one))
+    given = [_arrays(call) for call in calls]
+    names = [list(map(id, arrays)) for arrays in given]
+    sent = {name: one for of_call in zip(names, given, strict=True) for name, one in zip(*of_call, strict=True)}
     moved = dict(zip(sent, _tensors(list(sent.values()), device, packed=device.type != "cpu"), strict=True))
-    found = [_mapped(call, lambda one: moved[_memory(one)]) for call in calls]
+    found = [_moved(call, [moved[name] for name in of_call]) for call, of_call in zip(calls, names, strict=True)]
     # the last state is the cache's, apart from the buffers of the calls; nobody reads the others' vectors
     last = found[-1].plan
-    state = CacheState(**_through(last.after, lambda one: torch.from_numpy(one.copy()).to(device)))
-    return iter([*found[:-1], replace(found[-1], plan=replace(last, after=state))])
+    state: dict[str, Any] = {
+        name: torch.from_numpy(one.copy()).to(device) if isinstance(one, np.ndarray) else one
+        for name, one in vars(last.after).items()
+    }
+    return iter([*found[:-1], replace(found[-1], plan=replace(last, after=CacheState(**state)))])
 
 
-def _memory(array: np.ndarray) -> tuple[Any, ...]:
-    """What two names of the same numbers have in common."""
-    return array.__array_interface__["data"], array.shape, array.strides, array.dtype
+_VECTORS = tuple(field.name for field in fields(LayoutFields) if field.name not in ("past", "tail"))
 
 
-def _mapped(call: Call, function: Callable[[np.ndarray], Any]) -> Call:
-    """The call of what `function` makes of its arrays, but for its state's."""
+def _arrays(call: Call) -> list[Any]:
+    """Those of a call, but for its state's: the layout's vectors last."""
+    plan, layout = call.plan, call.plan.layout
+    more: list[Any] = [plan.keep_gists] if isinstance(plan.keep_gists, np.ndarray) else []
+    return [call.words, call.rows, plan.position_ids, plan.real, *more, *map(layout.__dict__.__getitem__, _VECTORS)]
+
+
+def _moved(call: Call, tensors: list[Any]) -> Call:
+    """The call with `tensors` in place of `_arrays`."""
     plan, host = call.plan, call.plan.layout
-    made: Any = LayoutFields(**_through(host, function))
-    if torch.is_tensor(made.gather):
-        # a segment that is alone in the first call sees all of it
-        alone = not host.past and not host.local_begin.any() and bool((host.gist_begin == host.gist_end).all())
-        made = marked(layout_of(made), alone)
-    fields = _through(plan, function) | {"layout": made}
-    return Call(function(call.words), function(call.rows), CallPlan(**fields))
-
-
-def _through(fields: object, function: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-    return {name: function(one) if isinstance(one, np.ndarray) else one for name, one in vars(fields).items()}
+    words, rows, place, real, *rest = tensors
+    # what the rule has made has the shapes that it should: nobody asks each call's once more
+    layout = object.__new__(GistLayout)
+    layout.__dict__.update(zip(_VECTORS, rest[-len(_VECTORS) :], strict=True), past=host.past, tail=host.tail)
+    # a segment that is alone in the first call sees all of it
+    alone = not host.past and not host.local_begin.any() and bool((host.gist_begin == host.gist_end).all())
+    layout = trusted(marked(layout, alone))
+    keep_gists = rest[0] if len(rest) > len(_VECTORS) else plan.keep_gists
+    return Call(words, rows, CallPlan(layout, place, plan.after, None, keep_gists, plan.keep_tail, real, context=True))
 
 
 _ALIGNED = 16  # elements: kernels are specialised for pointers to whole 16 bytes
