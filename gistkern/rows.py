@@ -35,20 +35,6 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def _alike(key, value, key_scale, value_scale) -> bool:
-    """Whether these are plain keys and values that need no more questions: asked by every layer of every call."""
-    return (
-        key.__class__ is value.__class__ is torch.Tensor
-        and key_scale is value_scale is None
-        and key.dtype is value.dtype
-        and key.dtype in _FLOATS
-        and key.device == value.device
-        and key.shape == value.shape
-        and key.ndim >= 3
-        and key.shape[-1] > 0
-    )
-
-
 @dataclass(frozen=True)
 class KeyValueRows:
     """Keys and values of one layer, quantized or not.
@@ -79,7 +65,18 @@ class KeyValueRows:
     value_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not _alike(self.key, self.value, self.key_scale, self.value_scale):
+        # every layer of every call makes some: attributes only, and the questions one by one where the answer is no
+        key, value = self.key, self.value
+        if not (
+            key.__class__ is value.__class__ is torch.Tensor
+            and self.key_scale is self.value_scale is None
+            and key.dtype is value.dtype
+            and key.dtype in _FLOATS
+            and key.device == value.device
+            and key.shape == value.shape
+            and key.ndim >= 3
+            and key.shape[-1] > 0
+        ):
             self._check()
 
     def _check(self) -> None:

@@ -103,7 +103,7 @@ class GistCache(Signed, Cache):
             check_whole(self._call)
         if self.state is None:
             self.layers = []  # those of a call that failed know its type and place
-        pooled = self.first is not None or self.gist_dtype in LARGEST
+        pooled = not plan.context and (self.first is not None or self.gist_dtype in LARGEST)
         self._intervals = PoolIntervals.of(plan, self.state, self.first, self._intervals) if pooled else None
         self._call = ModelCall(plan, ids, self._intervals)
 
@@ -111,9 +111,12 @@ class GistCache(Signed, Cache):
         """The call's own rows, as they came: `attend` stores them. RuntimeError outside a patched model's call."""
         if self._call is None:
             raise RuntimeError(UNPATCHED)
-        if len(self.layers) <= layer_idx:
+        try:
+            layer = self.layers[layer_idx]
+        except IndexError:
             self.layers += [GistLayer() for _ in range(layer_idx + 1 - len(self.layers))]
-        return self.layers[layer_idx].update(key_states, value_states)
+            layer = self.layers[layer_idx]
+        return layer.update(key_states, value_states)
 
     def attend(
         self,
@@ -131,7 +134,11 @@ class GistCache(Signed, Cache):
         call = self._call
         if call is None:
             raise RuntimeError(UNPATCHED)
-        out = self.layers[layer].attend(q, k, v, layout, call.plan, call.intervals, options)
+        plan = call.plan
+        if plan.context:
+            out = self.layers[layer].read(q, k, v, layout, plan, options)
+        else:
+            out = self.layers[layer].attend(q, k, v, layout, plan, call.intervals, options)
         call.touched = True  # a layer that raises an error is as it was
         return out
 

@@ -180,7 +180,8 @@ def plan_segments(
             seen[number], owned[number + 1], none, behind[number], no_tail, stored, 0, length=lengths[number]
         )
         place = absolute if reading.scheme == "absolute" else gist_first
-        plan = _closed(layout, place, state, stream.valid[:, now])
+        none_stay, real = slice(end - begin, end - begin), stream.valid[:, now]
+        plan = CallPlan(layout, place, state, keep_tail=none_stay, real=real, context=True)
         calls.append(Call(words[:, now], rows[:, now], plan))
     return calls
 
@@ -351,7 +352,7 @@ def _moved(call: Call, tensors: list[Any]) -> Call:
     layout.__dict__.update(zip(_VECTORS, rest[-len(_VECTORS) :], strict=True), past=host.past, tail=host.tail)
     # a segment that is alone in the first call sees all of it
     alone = not host.past and not host.local_begin.any() and bool((host.gist_begin == host.gist_end).all())
-    layout = trusted(marked(layout, alone))
+    layout = trusted(marked(layout, alone) if alone else layout)
     keep_gists = rest[0] if len(rest) > len(_VECTORS) else plan.keep_gists
     return Call(words, rows, CallPlan(layout, place, plan.after, None, keep_gists, plan.keep_tail, real, context=True))
 
@@ -361,7 +362,7 @@ _ALIGNED = 16  # elements: kernels are specialised for pointers to whole 16 byte
 
 def _tensors(arrays: list[np.ndarray], device: torch.device, packed: bool = True) -> list[torch.Tensor]:
     """The arrays as tensors: `packed` views of one buffer for each type, otherwise their own memory on the host."""
-    arrays = [np.ascontiguousarray(one) for one in arrays]
+    arrays = [one if one.flags.c_contiguous else np.ascontiguousarray(one) for one in arrays]
     if not packed:
         return [torch.from_numpy(one) for one in arrays]
     room: dict[np.dtype, int] = {}

@@ -137,11 +137,29 @@ class GistLayer(DynamicLayer):
             out, gist = self._attend_in_place(gist, tail, q, layout, intervals, learns, options)
         if plan.keep_gists is not None:
             gist = _kept(gist, plan.keep_gists)
-        if plan.context and self.gist is not None:
-            tail = self.tail  # as empty as the call leaves it
-        elif plan.keep_tail is not None:
+        if plan.keep_tail is not None:
             tail.keep(plan.keep_tail)
         self.gist, self.tail = gist, tail
+        return out
+
+    def read(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: GistLayout,
+        plan: CallPlan,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """`attend` of a call of `gistkern.compress`: no graph, no tail before or after it, rows as they are computed."""
+        gist = self.gist
+        past_key, past_value = (None, None) if gist is None else (gist.key, gist.value)
+        out, _, key, value = attend(q, k, v, layout, options, past_key=past_key, past_value=past_value)
+        rows = KeyValueRows(key, value)
+        self.gist = rows if plan.keep_gists is None else _kept(rows, plan.keep_gists)
+        if gist is None:
+            none = k.new_empty((*k.shape[:2], 0, k.shape[3]))
+            self.tail = TailRows(none, v.new_empty(none.shape))
         return out
 
     def _attend_in_place(

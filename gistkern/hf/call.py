@@ -124,6 +124,8 @@ def after_model(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict
 
 def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Replace ids by embeddings, and add layout, positions and cache to the inner model's arguments."""
+    if (planned := kwargs.get("gist_plan")) is not None and handle.context_parallel is None:
+        return (), _planned_call(handle, kwargs, planned)
     arguments = _bind(module, args, kwargs)
     if _CARRIED in arguments:
         arguments[CACHE] = arguments.pop(_CARRIED).cache
@@ -131,8 +133,6 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         if "gist_parallel" not in arguments:  # the inner model was called by itself
             arguments = _parallel(handle, arguments)
         return (), _shard_call(handle, arguments)
-    if (planned := arguments.pop("gist_plan", None)) is not None:
-        return (), _planned_call(handle, arguments, planned)
     if (step := _step(handle, arguments)) is not None:
         return (), step
     ids, embeds, layout = _inputs(handle.inner.config, arguments)
@@ -186,11 +186,12 @@ def _with_call(
     return arguments
 
 
-def _planned_call(handle: GistHandle, arguments: dict[str, Any], call: Call) -> dict[str, Any]:
+def _planned_call(handle: GistHandle, given: dict[str, Any], call: Call) -> dict[str, Any]:
     """What `before_inner` adds to a call of `gistkern.compress`, which has checked and planned it beforehand."""
-    plan, cache = call.plan, arguments[CACHE]
+    plan, cache = call.plan, given[CACHE]
     cache.begin(plan)
-    arguments["attention_mask"] = plan.real
+    arguments = {**given, "attention_mask": plan.real}
+    del arguments["gist_plan"]
     return _with_call(handle, arguments, _embedded(handle, call.words, call.rows, plan.layout.is_gist), plan, cache)
 
 

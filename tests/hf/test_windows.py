@@ -313,12 +313,14 @@ def test_bidirectional_attention_is_refused():
 
 
 @torch.no_grad()
-def test_the_language_model_of_a_model_of_images():
-    """The block of docs/reference/families.md, and what it says of the whole model."""
+def test_the_language_model_of_a_model_of_images(tmp_path, monkeypatch):
+    """The block of docs/reference/families.md, which writes a folder, and what it says of the whole model."""
+    monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
     names = {}
     exec(re.search(r"```python\n(.*?)```", page.read_text(), re.S)[1], names)
     whole, ids = names["whole"], names["ids"]
+    assert (tmp_path / "text-part" / "config.json").is_file()
     plain = whole(ids).logits
     with pytest.raises(TypeError, match="patch the language model inside"):
         gistkern.patch(whole)
