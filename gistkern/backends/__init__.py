@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -158,7 +159,7 @@ class Backend:
 
     def load(self) -> ModuleType:
         """Import the module that serves it."""
-        return importlib.import_module(self.module)
+        return sys.modules.get(self.module) or importlib.import_module(self.module)
 
 
 BACKENDS = (

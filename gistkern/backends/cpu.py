@@ -22,6 +22,7 @@ __all__ = [
     "pool_compact",
     "pool_decode",
     "prepared_decode",
+    "prepared_forward",
 ]
 
 # whose operators check by themselves that no call reaches outside a buffer
@@ -43,6 +44,45 @@ def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
 def prepared_decode(arguments: AttentionArguments) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """`native.prepared_decode` where the decode kernel serves."""
     return native.prepared_decode(arguments) if _decodes(arguments) else None
+
+
+def prepared_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past_k: torch.Tensor | None,
+    past_v: torch.Tensor | None,
+    vectors: tuple[torch.Tensor, ...],
+    scale: float,
+) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """Compaction and `forward` in one function of tensors that lie as these; None where it is not for them.
+
+    It takes q, k, v, the past rows or None, and buffers that have room behind those or None; it hands back output, LSE
+    and compact rows. `vectors` are a layout's gist_begin, gist_end, local_begin and gather, contiguous.
+    """
+    begin, end, local, gather = vectors
+    steps = [tensor.stride(-1) for tensor in (q, k, v, past_k, past_v) if tensor is not None]
+    if q.shape[2] <= DECODE_ROWS or not gather.shape[1] or steps.count(1) != len(steps):
+        return None
+    past = 0 if past_k is None else past_k.shape[2]
+    new, every = gather.shape[1], past + gather.shape[1]
+    shape = (*k.shape[:2], every, k.shape[3])
+    compact, attention = native.operators().compact.default, native.operators().cpu_attention.default
+
+    def run(q, k, v, past_k, past_v, room=None):
+        if room is None:
+            gist_k, gist_v = k.new_empty(shape), v.new_empty(shape)
+            compact(k, v, past_k, past_v, gather, None, gist_k, gist_v, None, None)
+        else:
+            key, value = room
+            # `data`: as `native.compact_into`
+            added = key.narrow(2, past, new).data, value.narrow(2, past, new).data
+            compact(k, v, None, None, gather, None, *added, None, None)
+            gist_k, gist_v = key.narrow(2, 0, every), value.narrow(2, 0, every)
+        out, lse = attention(q, k, v, gist_k, gist_v, begin, end, local, scale)
+        return out, lse, gist_k, gist_v
+
+    return run
 
 
 def backward(

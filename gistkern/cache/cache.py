@@ -111,12 +111,9 @@ class GistCache(Signed, Cache):
         """The call's own rows, as they came: `attend` stores them. RuntimeError outside a patched model's call."""
         if self._call is None:
             raise RuntimeError(UNPATCHED)
-        try:
-            layer = self.layers[layer_idx]
-        except IndexError:
+        if len(self.layers) <= layer_idx:
             self.layers += [GistLayer() for _ in range(layer_idx + 1 - len(self.layers))]
-            layer = self.layers[layer_idx]
-        return layer.update(key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def attend(
         self,
@@ -134,18 +131,14 @@ class GistCache(Signed, Cache):
         call = self._call
         if call is None:
             raise RuntimeError(UNPATCHED)
-        plan = call.plan
-        if plan.context:
-            out = self.layers[layer].read(q, k, v, layout, plan, options)
-        else:
-            out = self.layers[layer].attend(q, k, v, layout, plan, call.intervals, options)
+        held, given = self.layers[layer], (q, k, v, layout, call.plan)
+        out = held.read(*given, options) if call.plan.context else held.attend(*given, call.intervals, options)
         call.touched = True  # a layer that raises an error is as it was
         return out
 
     def commit(self) -> None:
         """End the model call: its plan's state becomes the cache's."""
-        call = self._call
-        if call is None:
+        if (call := self._call) is None:
             return
         plan = call.plan
         if not plan.context:

@@ -159,6 +159,7 @@ def plan_segments(
     no_tail: Any = none[:, None][:, :0].astype(bool)
     keep_local, lengths = none + (ends - begins)[:, None], seen.max(1).tolist()
     calls, past = [], columns.tolist()
+    capacity = past[-1] if len(begins) > 1 else 0
     for number, (begin, end) in enumerate(itertools.pairwise(cuts.tolist())):
         now, stored = slice(begin, end), past[number + 1]
         absolute, gist_first = whole.stream_position[:, now], whole.gist_first_position[:, now]
@@ -180,8 +181,8 @@ def plan_segments(
             seen[number], owned[number + 1], none, behind[number], no_tail, stored, 0, length=lengths[number]
         )
         place = absolute if reading.scheme == "absolute" else gist_first
-        none_stay, real = slice(end - begin, end - begin), stream.valid[:, now]
-        plan = CallPlan(layout, place, state, keep_tail=none_stay, real=real, context=True)
+        known: Any = {"keep_tail": slice(end - begin, end - begin), "real": stream.valid[:, now]}
+        plan = CallPlan(layout, place, state, **known, context=True, capacity=capacity)
         calls.append(Call(words[:, now], rows[:, now], plan))
     return calls
 
@@ -354,7 +355,8 @@ def _moved(call: Call, tensors: list[Any]) -> Call:
     alone = not host.past and not host.local_begin.any() and bool((host.gist_begin == host.gist_end).all())
     layout = trusted(marked(layout, alone) if alone else layout)
     keep_gists = rest[0] if len(rest) > len(_VECTORS) else plan.keep_gists
-    return Call(words, rows, CallPlan(layout, place, plan.after, None, keep_gists, plan.keep_tail, real, context=True))
+    known: Any = {"keep_tail": plan.keep_tail, "real": real, "context": True, "capacity": plan.capacity}
+    return Call(words, rows, CallPlan(layout, place, plan.after, keep_gists=keep_gists, **known))
 
 
 _ALIGNED = 16  # elements: kernels are specialised for pointers to whole 16 bytes

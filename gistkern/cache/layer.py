@@ -75,6 +75,7 @@ class GistLayer(DynamicLayer):
     is_compileable = False
     gist: KeyValueRows | None = None
     tail: TailRows
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None  # within a compression: buffers that begin with the rows
 
     @classmethod
     def holding(cls, gist: KeyValueRows, tail: TailRows, dtype: torch.dtype) -> GistLayer:
@@ -151,15 +152,25 @@ class GistLayer(DynamicLayer):
         plan: CallPlan,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """`attend` of a call of `gistkern.compress`: no graph, no tail before or after it, rows as they are computed."""
-        gist = self.gist
+        """`attend` of a call of `gistkern.compress`: without a graph, a tail or quantized rows.
+
+        The first of several calls makes room for the rows of all, in which each writes its own behind those before.
+        """
+        gist, room = self.gist, self._room
         past_key, past_value = (None, None) if gist is None else (gist.key, gist.value)
-        out, _, key, value = attend(q, k, v, layout, options, past_key=past_key, past_value=past_value)
+        if gist is None and plan.capacity:
+            shape = (*k.shape[:2], plan.capacity, k.shape[3])
+            room = k.new_empty(shape), v.new_empty(shape)
+        out, _, key, value = attend(q, k, v, layout, options, past_key=past_key, past_value=past_value, room=room)
         rows = KeyValueRows(key, value)
-        self.gist = rows if plan.keep_gists is None else _kept(rows, plan.keep_gists)
+        if plan.keep_gists is not None:
+            rows, room = _kept(rows, plan.keep_gists), None
+        elif room is not None and (key.shape[2] == plan.capacity or key.data_ptr() != room[0].data_ptr()):
+            room = None  # it is full, or operators (torch.compile, a dispatch mode) have not written to it
         if gist is None:
             none = k.new_empty((*k.shape[:2], 0, k.shape[3]))
             self.tail = TailRows(none, v.new_empty(none.shape))
+        self.gist, self._room = rows, room
         return out
 
     def _attend_in_place(

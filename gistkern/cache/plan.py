@@ -94,7 +94,8 @@ class CallPlan:
     say which compact rows and which local rows, of those, stay. `real` (bool ``[B, N]``) are the tokens that are no
     padding, None where all are: a re-ordered call's layout has rows of the tail in the places of padding. `raw` marks
     a call that brings raw tokens for every sample, behind none but raw ones: all its rows stay. `context` marks a
-    call of `gistkern.compress`, of whose context a digest is kept and not the ids.
+    call of `gistkern.compress`, of whose context a digest is kept and not the ids; `capacity` are the compact rows that
+    its calls write one behind the other, 0 where this one is alone.
     """
 
     layout: GistLayout
@@ -106,6 +107,7 @@ class CallPlan:
     real: torch.Tensor | None = None
     raw: bool = False
     context: bool = False
+    capacity: int = 0
 
     def on(self, device: torch.device) -> CallPlan:
         """The same plan with its tensors on a device."""

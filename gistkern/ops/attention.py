@@ -236,7 +236,7 @@ def _check_tensors(
         if tensor.is_nested or tensor.layout is not torch.strided:
             kind = "nested" if tensor.is_nested else tensor.layout
             raise ValueError(f"{name} must be a dense tensor, got a {kind} one: pad it, or use to_dense()")
-        if tensor.dim() != 4:
+        if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, rows, head_dim], got {tuple(tensor.shape)}")
     batch, heads, rows, dim = q.shape
     kv_heads = k.shape[1]

@@ -59,10 +59,11 @@ class Plan:
         self.module: ModuleType = backends.get(backend).load()
         self.gathers = layout.gather.shape[1] > 0 or not has_past
         self.past = layout.past
-        vectors = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
-        self.vectors = tuple(vector.contiguous() for vector in vectors)
+        vectors = begin, end, local, gather = layout.gist_begin, layout.gist_end, layout.local_begin, layout.gather
+        mine = begin.contiguous(), end.contiguous(), local.contiguous(), gather.contiguous()
+        self.vectors: tuple[torch.Tensor, ...] = mine
         self._given, self._versions = vectors, versions_of(*vectors)
-        self.copied = any(mine is not given for mine, given in zip(self.vectors, vectors, strict=True))
+        self.copied = not (mine[0] is begin and mine[1] is end and mine[2] is local and mine[3] is gather)
 
     def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool, room: Room | None) -> Found:
         """Output, LSE, and the compact rows that attention has read: the past ones themselves where none are new.
@@ -125,6 +126,26 @@ class _OfTriton(Plan):
         super().__init__(*rest)
         launches = self.module.TritonPlan(*tensors, self.vectors, self.scale, in_room)
         self.forward, self.backward = launches.forward, launches.backward  # type: ignore[method-assign]
+
+
+class _Prepared(Plan):
+    """By one function for tensors that lie alike (`prepared_forward` of a backend)."""
+
+    def __init__(self, tensors: tuple[Any, ...], *rest: Any) -> None:
+        super().__init__(*rest)
+        self.prepared = self.module.prepared_forward(*tensors, self.vectors, self.scale)
+
+    def forward(
+        self, q, k, v, past_k, past_v, room: Room | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `gistkern.ops.function.Plan`."""
+        if self.prepared is None:
+            return super().forward(q, k, v, past_k, past_v, room)
+        try:
+            return self.prepared(q, k, v, past_k, past_v, room)
+        except Exception:
+            super().forward(q, k, v, past_k, past_v, room)  # says by name what is wrong
+            raise
 
 
 class _OfTorch(Plan):
@@ -253,6 +274,8 @@ def plan_for(
         return _OfTorch(backends.choose("auto", q, gradient), *rest)
     if name == "triton":
         return _OfTriton(tensors, in_room, *rest)
+    if layout.gather.shape[1] and hasattr(backends.get(name).load(), "prepared_forward"):
+        return _Prepared(tensors, *rest)
     plan = Plan(*rest)
     prepare = getattr(plan.module, "prepared_decode", None)
     if prepare is not None and not gradient and not plan.gathers:

@@ -21,42 +21,40 @@ Room = tuple[torch.Tensor, torch.Tensor]
 
 def has_room(room: Any, layout: GistLayout) -> bool:
     """Whether the call's new rows fit behind the past ones; a call without new rows needs none."""
-    if layout.gather.shape[1] == 0:
+    new = layout.gather.shape[1]
+    if not new:
         return False
     try:
-        return layout.num_compact <= min(buffer.shape[2] for buffer in room)
+        key, value = room
+        return layout.past + new <= key.shape[2] and layout.past + new <= value.shape[2]
     except (AttributeError, IndexError, TypeError, ValueError):
         return True  # no buffers: `check_room` says so
 
 
 def room_key(room: Room, past_k: torch.Tensor | None, past_v: torch.Tensor | None) -> tuple[Any, ...]:
     """All that `check_room` looks at beside tensors that are in a plan's key anyway."""
+    # asked at every layer of a cache that grows
     key, value = room
-    same = past_k is None or past_v is None or (past_k.data_ptr(), past_v.data_ptr()) == _starts(room, past_k)
+    of_key, of_value = key.data_ptr(), value.data_ptr()
+    same = True
+    if past_k is not None and past_v is not None:
+        same = (past_k.data_ptr(), past_v.data_ptr()) in ((of_key, of_value), (0, 0))  # 0: of empty tensors
     return (
         *(key.__class__, key.shape, key.stride(), key.dtype, key.device, key.requires_grad, key.is_neg()),
         *(value.__class__, value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_neg()),
-        *(same, key.data_ptr() == value.data_ptr()),
+        *(same, of_key == of_value),
     )
-
-
-def _starts(room: Room, past: torch.Tensor) -> tuple[int, int]:
-    return (room[0].data_ptr(), room[1].data_ptr()) if past.numel() else (0, 0)  # as torch has it of empty tensors
 
 
 def check_room(
     room: Any, k: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, layout: GistLayout
 ) -> None:
     """Raise ValueError unless `room` holds the past rows, and is buffers that the new ones may be written to."""
-    if (
-        not isinstance(room, (tuple, list))
-        or len(room) != 2
-        or any(type(buffer) is not torch.Tensor for buffer in room)
-    ):
+    if not isinstance(room, (tuple, list)) or len(room) != 2 or not type(room[0]) is type(room[1]) is torch.Tensor:
         raise ValueError("room must be a pair of plain tensors, for keys and for values")
     batch, heads, _, dim = k.shape
     for name, buffer in zip(("key", "value"), room, strict=True):
-        if buffer.dim() != 4 or (*buffer.shape[:2], buffer.shape[3]) != (batch, heads, dim):
+        if buffer.ndim != 4 or (*buffer.shape[:2], buffer.shape[3]) != (batch, heads, dim):
             raise ValueError(f"room's {name}s must be [{batch}, {heads}, rows, {dim}], got {tuple(buffer.shape)}")
         if buffer.dtype != k.dtype or buffer.device != k.device:
             raise ValueError(f"room's {name}s are {buffer.dtype} on {buffer.device}, k {k.dtype} on {k.device}")
@@ -76,7 +74,8 @@ def check_room(
 def _begins(buffer: torch.Tensor, past: torch.Tensor) -> bool:
     """Whether `past` is the first rows of `buffer`."""
     steps = zip(past.shape, past.stride(), buffer.stride(), strict=True)
-    return past.data_ptr() == buffer.data_ptr() and all(size == 1 or one == other for size, one, other in steps)
+    alike = [size == 1 or one == other for size, one, other in steps]  # asked by each call of a cache that grows
+    return past.data_ptr() == buffer.data_ptr() and False not in alike
 
 
 def compact_behind(

@@ -13,6 +13,7 @@ import gistkern
 from gistkern.cache.cache import GistCache
 from gistkern.cache.host_plan import Call, Reading, _tensors, on_device, plan_segments, plan_summary, right_aligned
 from gistkern.cache.plan import CacheState, plan_call, plan_layout
+from gistkern.cache.versions import CACHE
 from gistkern.corpus.rows import documents_of
 from gistkern.hf.compress import compress_documents
 from gistkern.layout import positions
@@ -170,7 +171,7 @@ def streamed(model, ids, mask, length, overlap, tokens):
     def run(ids, plan):
         rows = (ids - handle.first_id).clamp(min=0)
         call = Call(ids.masked_fill(plan.layout.is_gist, 0), rows, replace(plan, real=plan.layout.is_real()))
-        handle.inner(gist_plan=call, use_cache=True, past_key_values=cache)
+        handle.inner(gist_plan=call, use_cache=True, **{CACHE: cache})
 
     gists = handle.segment_gist_token_ids if apart else handle.gist_token_ids
     with torch.no_grad():
