@@ -151,9 +151,9 @@ class GistCache(Signed, Cache):
             self._call.failed = True
             self._call = self._call if self._call.touched else None
 
-    def knows(self, handle: Reader) -> bool:
-        """Whether a model may read the cache: asked of its weights at the first question only."""
-        return self.accepted(handle, anew=self.state is not None and not self.state.tail_columns)
+    def knows(self, handle: Reader, tokens: int) -> bool:
+        """Whether a model may read the cache: asked of its weights too, but for single tokens behind a tail."""
+        return self.accepted(handle, anew=self.state is not None and (tokens > 1 or not self.state.tail_columns))
 
     # ---- sizes
 

@@ -377,6 +377,6 @@ def _tensors(arrays: list[np.ndarray], device: torch.device, packed: bool = True
         host[one.dtype][place : place + one.size] = one.ravel()
     there = {dtype: torch.from_numpy(flat).to(device, non_blocking=True) for dtype, flat in host.items()}
     return [
-        there[one.dtype].as_strided(one.shape, [step // one.itemsize for step in one.strides], place)
+        there[one.dtype].as_strided(one.shape, (*one.shape[1:], 1), place)
         for one, place in zip(arrays, places, strict=True)
     ]

@@ -31,9 +31,9 @@ class Carried:
 
 
 def cache_of(
-    handle: GistHandle, module: nn.Module, arguments: dict[str, Any], batch: int, packed: bool
+    handle: GistHandle, module: nn.Module, arguments: dict[str, Any], shape: torch.Size, packed: bool
 ) -> GistCache | None:
-    """The call's `GistCache`, or None.
+    """The `GistCache` of a call of ``(batch, tokens)``, or None.
 
     Raises
     ------
@@ -58,13 +58,14 @@ def cache_of(
             return None
         given = GistCache()
     cache = _as_gist_cache(given)
+    batch, tokens = shape
     if cache.state is not None and cache.batch_size != batch:
         raise ValueError(f"the cache holds {cache.batch_size} samples, the call has {batch}")
     check_scheme(cache, handle)
     cache.positions = handle.positions
     if cache.state is None:
         cache.written_by(handle)
-    elif not cache.knows(handle):
+    elif not cache.knows(handle, tokens):
         check_cache(cache, handle.model)
         cache.accept(handle)
     return cache

@@ -148,7 +148,7 @@ def before_inner(handle: GistHandle, module: nn.Module, args: tuple, kwargs: dic
         embeds = embed(handle, ids, is_gist) if has_gists or torch.is_grad_enabled() else handle.embed_words(ids)
     handle.check_settings()
     documents = packed_documents(arguments, is_gist.shape, is_gist.device) if layout is None else None
-    cache = cache_of(handle, module, arguments, len(is_gist), documents is not None)
+    cache = cache_of(handle, module, arguments, is_gist.shape, documents is not None)
     plan = _plan(handle, arguments, layout, is_gist, has_gists, cache, documents)
     if cache is not None:
         cache.begin(plan, ids)

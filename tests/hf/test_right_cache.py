@@ -270,8 +270,10 @@ def test_weights_that_changed_since_are_another_model(patched):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(ids, past_key_values=cache.clone()).logits
+        answered = cache.clone()
+        model(random_ids(1, 4, 5), past_key_values=answered)
         model.model.layers[0].mlp.up_proj.weight.add_(1)
-        for one in (cache.clone(), cache.shared()):
+        for one in (cache.clone(), cache.shared(), answered):
             with pytest.raises(ValueError, match="other weights"):
                 model(ids, past_key_values=one)
         model.load_state_dict(weights)
