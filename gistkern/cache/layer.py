@@ -158,7 +158,7 @@ class GistLayer(DynamicLayer):
         """
         gist, room = self.gist, self._room
         past_key, past_value = (None, None) if gist is None else (gist.key, gist.value)
-        if gist is None and plan.capacity:
+        if gist is None and plan.capacity and not torch.compiler.is_compiling():
             shape = (*k.shape[:2], plan.capacity, k.shape[3])
             room = k.new_empty(shape), v.new_empty(shape)
         out, _, key, value = attend(q, k, v, layout, options, past_key=past_key, past_value=past_value, room=room)
@@ -166,7 +166,7 @@ class GistLayer(DynamicLayer):
         if plan.keep_gists is not None:
             rows, room = _kept(rows, plan.keep_gists), None
         elif room is not None and (key.shape[2] == plan.capacity or key.data_ptr() != room[0].data_ptr()):
-            room = None  # it is full, or operators (torch.compile, a dispatch mode) have not written to it
+            room = None  # it is full, or operators (under a dispatch mode, say) have not written to it
         if gist is None:
             none = k.new_empty((*k.shape[:2], 0, k.shape[3]))
             self.tail = TailRows(none, v.new_empty(none.shape))
