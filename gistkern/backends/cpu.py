@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gistkern.backends import native
-from gistkern.backends.native import compact, compact_into, pool_compact, pool_decode
+from gistkern.backends.native import compact, compact_into, pool_compact, pool_decode, prepared_pool_decode
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import compact_backward, dense_rows
@@ -23,6 +23,7 @@ __all__ = [
     "pool_decode",
     "prepared_decode",
     "prepared_forward",
+    "prepared_pool_decode",
 ]
 
 # whose operators check by themselves that no call reaches outside a buffer

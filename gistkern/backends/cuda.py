@@ -11,7 +11,15 @@ from gistkern.backends.native import compact, compact_into, pool_compact
 from gistkern.kernels.arguments import AttentionArguments, DecodeArguments
 from gistkern.kernels.device import facts_of
 
-__all__ = ["compact", "compact_into", "forward", "pool_compact", "pool_decode", "prepared_decode"]
+__all__ = [
+    "compact",
+    "compact_into",
+    "forward",
+    "pool_compact",
+    "pool_decode",
+    "prepared_decode",
+    "prepared_pool_decode",
+]
 
 # whose operators check by themselves that no call reaches outside a buffer
 CHECKED = frozenset({"forward", "compact", "compact_into", "pool_decode", "pool_compact"})
@@ -30,3 +38,8 @@ def prepared_decode(arguments: AttentionArguments) -> Callable[..., tuple[torch.
 def pool_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Decoding over a pool and a paged tail."""
     return native.pool_decode(arguments, facts_of(arguments.q.device).multiprocessors)
+
+
+def prepared_pool_decode(arguments: DecodeArguments) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """See `native.prepared_pool_decode`."""
+    return native.prepared_pool_decode(arguments, facts_of(arguments.q.device).multiprocessors)

@@ -29,6 +29,7 @@ __all__ = [
     "pool_compact",
     "pool_decode",
     "prepared_decode",
+    "prepared_pool_decode",
 ]
 
 # kernels of gistkern/decode.h; "automatic" chooses by shape
@@ -185,6 +186,30 @@ def pool_decode(arguments: DecodeArguments, multiprocessors: int = 1) -> tuple[t
     }
     *tensors, capacity, scale = arguments._replace(**buffers, **vectors)
     return operators().decode(*tensors, capacity, tail_capacity, scale, VARIANTS["automatic"], multiprocessors)
+
+
+def prepared_pool_decode(
+    arguments: DecodeArguments, multiprocessors: int = 1
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """`pool_decode` over a tail of floats without pages, as a function of the tensors alone.
+
+    Those are q, the pool (KeyValueRows), tail_k, tail_v, gist_begin, gist_end, tail_length and local_begin, the vectors
+    contiguous. The tail may have any number of rows; strides are as they are here. None where a row's D is not
+    contiguous.
+    """
+    rows = arguments.q, arguments.gist_k, arguments.gist_v, arguments.tail_k, arguments.tail_v
+    if any(tensor.stride(-1) != 1 for tensor in rows):
+        return None
+    capacity, scale, variant = arguments.gist_capacity, arguments.scale, VARIANTS["automatic"]
+    decode = operators().decode.default
+
+    def decoded(q, pool, tail_k, tail_v, begin, end, length, local):
+        return decode(
+            *(q, pool.key, pool.value, pool.key_scale, pool.value_scale, begin, end, tail_k, tail_v, None, None),
+            *(length, local, None, capacity, tail_k.shape[2], scale, variant, multiprocessors),
+        )
+
+    return decoded
 
 
 def pool_compact(arguments: PoolWrite) -> None:

@@ -76,6 +76,7 @@ class FixedGistCache(Signed, Cache):
         self._call: FixedCall | None = None
         self._used: int | None = None  # rows of the longest sample, None where the device has to be asked
         self._padding: int | None = None  # columns that `generate` counts and no sample has a row for
+        self._announced: torch.Tensor | None = None
         writer = self._writer and self._writer[0]()
         known = writer is not None and self._readers.get(writer) == writer.weights_in_use()
         self._reader: weakref.ref[Reader] | None = weakref.ref(writer) if writer is not None and known else None
@@ -127,11 +128,26 @@ class FixedGistCache(Signed, Cache):
 
     # ---- one model call: begin, attend layer by layer, commit
 
+    def announce(self, ids: torch.Tensor) -> None:
+        """The call to come brings this very tensor ``[B, 1]``: a raw token for each sample, for which there is room."""
+        self._announced = ids
+
+    def is_announced(self, ids: torch.Tensor) -> bool:
+        """Whether the call that brings `ids` was announced; asked once."""
+        announced, self._announced = self._announced, None
+        return ids is announced and ids.shape[0] == self.length.shape[0]
+
     def begin(
-        self, ids: torch.Tensor | None, valid: torch.Tensor | None, rows: int, windows: Windows, backend: str
+        self,
+        ids: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        rows: int,
+        windows: Windows,
+        backend: str,
+        counted: bool = False,
     ) -> FixedCall:
-        """The model call that follows, of `rows` tokens. Nothing waits for the device."""
-        self._call = FixedCall(self, ids, valid, rows, windows, backend)
+        """The model call that follows, of `rows` tokens (see `FixedCall`). Nothing waits for the device."""
+        self._call = FixedCall(self, ids, valid, rows, windows, backend, counted)
         return self._call
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -145,12 +161,12 @@ class FixedGistCache(Signed, Cache):
         call = self._call
         if call is None:
             return
-        ids = torch.full_like(call.target, UNKNOWN) if call.ids is None else call.ids.long()
-        self.ids.scatter_(1, call.target, ids)
+        ids = torch.full_like(call.target, UNKNOWN) if call.ids is None else call.ids
+        self.ids.scatter_(1, call.target, ids if ids.dtype == torch.int64 else ids.long())
         self.length.copy_(call.after)
         self.fed.add_(call.rows)
         # a compiled call must not depend on what the host has counted
-        unknown = torch.compiler.is_compiling() or call.valid is not None
+        unknown = call.valid is not None or (not call.counted and torch.compiler.is_compiling())
         counted = None if unknown else self._used
         self._used = None if counted is None else counted + call.rows
         self._call = None
@@ -339,4 +355,4 @@ class FixedGistCache(Signed, Cache):
 
     def __getstate__(self) -> dict[str, object]:
         """See `Signed`; for deepcopy."""
-        return {**super().__getstate__(), "_call": None, "_reader": None}
+        return {**super().__getstate__(), "_call": None, "_reader": None, "_announced": None}

@@ -10,6 +10,7 @@ from gistkern.cache.fixed_layer import Piece
 from gistkern.cache.windows import Windows, check_window
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.ops.attention import AttentionOptions
+from gistkern.ops.decode import Seen
 
 __all__ = ["FixedCall"]
 
@@ -37,10 +38,23 @@ class FixedCall:
         rows: int,
         windows: Windows,
         backend: str,
+        counted: bool = False,
     ) -> None:
-        """Of `rows` tokens per sample; `valid` (bool ``[B, N]``) is false on padding, in front of the others."""
-        before, room, device = cache.length, cache.room, cache.length.device
+        """Of `rows` tokens per sample; `valid` (bool ``[B, N]``) is false on padding, in front of the others.
+
+        `counted`: one token, for which the host knows that there is room; else the device looks.
+        """
         self.cache, self.ids, self.rows, self.windows, self.backend = cache, ids, rows, windows, backend
+        self.valid, self.counted = valid, counted
+        self._pieces: dict[int | None, list[Piece]] = {}  # by window
+        self._index: torch.Tensor | None = None  # where rows go, as the layer before needed it, and of which shape
+        self._shape: torch.Size | None = None
+        self._options: AttentionOptions | None = None  # of the layer before, and mostly of all
+        if counted:
+            self.target, self.after = cache.length[:, None].long(), cache.length + 1
+            self.position_ids = cache.tail_position[:, None] + self.target
+            return
+        before, room, device = cache.length, cache.room, cache.length.device
         if valid is None:
             place = torch.arange(rows, device=device).expand(len(before), -1)
             after = before + rows
@@ -54,8 +68,7 @@ class FixedCall:
         if valid is not None:
             self.position_ids = self.position_ids.masked_fill(~valid, 0)
             target = target.masked_fill(~valid, room)
-        self.target, self.after, self.valid = target, after.clamp(max=room), valid
-        self._pieces: dict[int | None, list[Piece]] = {}  # by window
+        self.target, self.after = target, after.clamp(max=room)
 
     def attend(
         self,
@@ -68,17 +81,23 @@ class FixedCall:
         learned_sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output ``[B, Hq, N, D]`` of one layer, of the call's own rows of queries, keys and values."""
-        check_window(layer, self.windows[layer], window)
-        if torch.is_autocast_enabled(v.device.type):  # the rotation promotes queries and keys to fp32
-            q, k = q.to(v.dtype), k.to(v.dtype)
+        # every line is run by every layer of every decode step: nothing is called that an attribute answers
+        if window != self.windows[layer]:
+            check_window(layer, self.windows[layer], window)
+        if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(v.device.type):
+            q, k = q.to(v.dtype), k.to(v.dtype)  # which the rotation has promoted to fp32
         if window not in self._pieces:
             self._pieces[window] = [
                 self._piece(window, begin, min(begin + DECODE_ROWS, self.rows))
                 for begin in range(0, self.rows, DECODE_ROWS)
             ]
-        options = AttentionOptions(scale, self.backend, learned_sinks)
-        held = self.cache.layers[layer]
-        return held.attend(q, k, v, self.target, self._pieces[window], self.cache.capacity, options)
+        options, index, cache = self._options, self._index, self.cache
+        if options is None or scale != options.scale or learned_sinks is not options.learned_sinks:
+            options = self._options = AttentionOptions(scale, self.backend, learned_sinks)
+        if index is None or self._shape != k.shape:
+            index = self._index = self.target[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            self._shape = k.shape
+        return cache.layers[layer].attend(q, k, v, index, self._pieces[window], cache.capacity, options)
 
     def _piece(self, window: int | None, begin: int, end: int) -> Piece:
         """What query rows ``[begin, end)`` see: all gist rows, and tail rows up to their own or its `window` last."""
@@ -94,4 +113,4 @@ class FixedCall:
             gist_end = torch.where(shown, cache.gist_end[:, None], gist_begin)
             least = torch.zeros_like(gist_begin) if local_begin is None else local_begin
             local_begin = least.masked_fill(~shown, cache.room + 1)
-        return Piece(begin, end, gist_begin, gist_end, length, local_begin)
+        return Piece(begin, end, Seen.of(end - begin, gist_begin, gist_end, length, local_begin))

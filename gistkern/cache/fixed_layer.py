@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from gistkern.cache.layer import GistLayer
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.ops.attention import AttentionOptions
-from gistkern.ops.decode import Decodes
+from gistkern.ops.decode import Decodes, Seen
 from gistkern.rows import KeyValueRows, dequantize_rows, gather_rows
 
 __all__ = ["FixedLayer", "Piece", "fixed_address"]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Up to 8 query rows ``[begin, end)`` of a call, and what they see: int32 ``[B]`` or ``[B, end - begin]``."""
+class Piece(NamedTuple):
+    """Up to 8 query rows ``[begin, end)`` of a call, and what they see."""
 
     begin: int
     end: int
-    gist_begin: torch.Tensor
-    gist_end: torch.Tensor
-    tail_length: torch.Tensor
-    local_begin: torch.Tensor | None
+    seen: Seen
 
 
 def fixed_address(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,7 +43,7 @@ class FixedLayer:
     """
 
     def __init__(self, gist: KeyValueRows, tail: KeyValueRows) -> None:
-        self.gist, self.tail, self._decodes = gist, tail, Decodes()
+        self.gist, self.tail, self.decodes = gist, tail, Decodes()
         for tensor in (*gist.tensors(), *tail.tensors()):
             fixed_address(tensor)
 
@@ -88,26 +84,28 @@ class FixedLayer:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        target: torch.Tensor,
+        index: torch.Tensor,
         pieces: list[Piece],
         capacity: int,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Write a call's rows ``[B, Hkv, N, D]`` to `target` (int64 ``[B, N]``) and attend to what `pieces` see."""
-        if not k.dtype == q.dtype == self.tail.key.dtype or k.device != self.tail.key.device:
+        """Write a call's rows ``[B, Hkv, N, D]`` where `index` (int64, alike) says; attend to what `pieces` see."""
+        gist, tail = self.gist, self.tail
+        key, value = tail.key, tail.value
+        if not k.dtype == q.dtype == key.dtype or k.device != key.device:
             raise ValueError(
-                f"the cache holds {self.tail.key.dtype} on {self.tail.key.device}, the model computes {k.dtype} on "
+                f"the cache holds {key.dtype} on {key.device}, the model computes {k.dtype} on "
                 f"{k.device}: fix the size of a cache that this model has compressed"
             )
-        index = target[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        self.tail.key.scatter_(2, index, k)
-        self.tail.value.scatter_(2, index, v)
-        outs = []
-        for piece in pieces:
-            seen = q if len(pieces) == 1 else q[:, :, piece.begin : piece.end]
-            begin, end, length, local = piece.gist_begin, piece.gist_end, piece.tail_length, piece.local_begin
-            outs.append(self._decodes.decode(seen, self.gist, self.tail, begin, end, length, local, capacity, options))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        key.scatter_(2, index, k)
+        value.scatter_(2, index, v)
+        decode, own = self.decodes.decode, (key, value)
+        first, *others = pieces
+        if not others:
+            return decode(q, gist, own, first.seen, capacity, options)
+        return torch.cat(
+            [decode(q[:, :, one.begin : one.end], gist, own, one.seen, capacity, options) for one in pieces], 2
+        )
 
     def copied(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FixedLayer:
         """A layer with the same gist rows and tails that `function` makes: copies, perhaps of other samples."""

@@ -184,11 +184,12 @@ class GistLayer(DynamicLayer):
         options: AttentionOptions,
     ) -> tuple[torch.Tensor, KeyValueRows]:
         """Over rows that `gist_decode` reads where they stand, or over a copy of them that goes with the layer."""
-        shared, grows = gist.key.dim() == 3, layout.gather.shape[1] > 0
+        shared, grows = gist.key.ndim == 3, layout.gather.shape[1] > 0
         if (shared or not grows) and decodes(q, learns):
             pool = gist if shared else pooled(gist)
-            pool = pool if pool.quantized else dequantize_rows(pool, q.dtype)
-            return intervals.decode(q, pool, KeyValueRows(*tail.pair), layout, options), gist
+            if pool.key.dtype != q.dtype and not pool.quantized:
+                pool = dequantize_rows(pool, q.dtype)
+            return intervals.decode(q, pool, (tail.key, tail.value), layout, options), gist
         past = gathered(gist, intervals.base, layout.past, q.dtype) if shared else dequantize_rows(gist, q.dtype)
         out, _, key, value = attend(q, *tail.pair, layout, options, past_key=past.key, past_value=past.value)
         if grows and not shared:

@@ -14,13 +14,17 @@ from gistkern.cache.plan import CacheState, CallPlan
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.layout import GistLayout
 from gistkern.ops.attention import AttentionOptions
-from gistkern.ops.decode import Decodes
+from gistkern.ops.decode import Decodes, Seen
 from gistkern.rows import KeyValueRows, dequantize_rows
 
 __all__ = ["PoolIntervals", "base_of", "decodes", "gathered", "pooled", "row_by_row"]
 
 
-@dataclass(frozen=True)
+# kinds of layers and devices whose intervals are kept
+_MOST = 8
+
+
+@dataclass
 class PoolIntervals:
     """What the rows of a call see of a pool.
 
@@ -39,6 +43,9 @@ class PoolIntervals:
     end: torch.Tensor
     made_of: tuple[torch.Tensor, torch.Tensor | None]
     decodes: Decodes = field(default_factory=Decodes)
+    # by device and layout.local_begin, which stays the same from step to step where layers have no window
+    seen: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.device, Seen]] = field(default_factory=dict)
+    last: tuple[torch.Tensor, torch.device, Seen] | None = None  # of the layer before
 
     @classmethod
     def of(
@@ -70,15 +77,28 @@ class PoolIntervals:
         self,
         q: torch.Tensor,
         pool: KeyValueRows,
-        local: KeyValueRows,
+        local: tuple[torch.Tensor, torch.Tensor],
         layout: GistLayout,
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Attention of up to 8 query rows over the pool and the local rows ``[B, Hkv, M, D]``."""
-        begin, end = self.begin, self.end
-        if begin.device != q.device:
-            begin, end = begin.to(q.device), end.to(q.device)
-        return self.decodes.decode(q, pool, local, begin, end, None, layout.local_begin, layout.past, options)
+        local_begin = layout.local_begin
+        last = self.last
+        if last is None or last[0] is not local_begin or last[1] != q.device:
+            last = self.last = self._seen(local_begin, q.shape[2], q.device)
+        return self.decodes.decode(q, pool, local, last[2], layout.past, options)
+
+    def _seen(
+        self, local_begin: torch.Tensor, rows: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.device, Seen]:
+        found = self.seen.get((device, id(local_begin)))
+        if found is None:
+            if len(self.seen) >= _MOST:
+                self.seen.clear()
+            of = Seen.of(rows, self.begin.to(device), self.end.to(device), None, local_begin)
+            # the tensor is held, so that its id is no other's
+            found = self.seen[device, id(local_begin)] = local_begin, device, of
+        return found
 
 
 def base_of(state: CacheState, first: torch.Tensor) -> torch.Tensor:
@@ -99,7 +119,12 @@ def gathered(pool: KeyValueRows, base: torch.Tensor, columns: int, dtype: torch.
 
 def pooled(rows: KeyValueRows) -> KeyValueRows:
     """Rows ``[B, Hkv, G, D]`` that lie row by row as a pool ``[B * G, Hkv, D]``: the same memory."""
-    return rows.map(lambda t: t.transpose(1, 2).flatten(0, 1))
+    if torch.compiler.is_compiling():
+        return rows.map(lambda t: t.transpose(1, 2).flatten(0, 1))
+    kept = rows.__dict__
+    if "_pooled" not in kept:  # asked by every decode step
+        kept["_pooled"] = rows.map(lambda t: t.transpose(1, 2).flatten(0, 1))
+    return kept["_pooled"]
 
 
 def row_by_row(rows: KeyValueRows) -> KeyValueRows:

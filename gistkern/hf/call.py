@@ -27,7 +27,7 @@ from gistkern.hf.context_parallel import (
     whole_logits,
 )
 from gistkern.hf.documents import broadcast_positions, check_positions, packed_documents
-from gistkern.hf.fixed import fixed_call
+from gistkern.hf.fixed import fixed_call, fixed_step
 from gistkern.hf.labels import ignore_gists
 from gistkern.layout import GistLayout
 from gistkern.layout.arguments import check_padding
@@ -163,9 +163,11 @@ def _step(handle: GistHandle, arguments: dict[str, Any]) -> dict[str, Any] | Non
     The call before it, of the same `generate`, was checked; what this one brings is a raw token for each sample.
     """
     cache, ids = arguments.get(CACHE), arguments.get("input_ids")
-    if type(cache) is not GistCache or ids is None:
+    if ids is None or arguments.get("attention_mask") is not None or arguments.get("position_ids") is not None:
         return None
-    if arguments.get("attention_mask") is not None or arguments.get("position_ids") is not None:
+    if type(cache) is FixedGistCache:
+        return fixed_step(handle, arguments, ids)
+    if type(cache) is not GistCache:
         return None
     plan = cache.steps.plan(ids, cache.state)
     if plan is None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
     from gistkern.layout import GistLayout
 
-__all__ = ["fixed_call"]
+__all__ = ["fixed_call", "fixed_step"]
 
 
 def fixed_call(
@@ -53,6 +53,20 @@ def fixed_call(
         "use_cache": True,
         "gist_call": call,
     }
+
+
+def fixed_step(handle: GistHandle, arguments: dict[str, Any], ids: torch.Tensor) -> dict[str, Any] | None:
+    """The inner model's arguments of a step of `generate` that the cache was told of, None of any other call.
+
+    The call before it, of the same `generate`, was checked; this one brings a raw token for each sample, with room.
+    """
+    cache: FixedGistCache = arguments[CACHE]
+    if torch.compiler.is_compiling() or not cache.is_announced(ids):
+        return None
+    call = cache.begin(ids, None, 1, handle.windows, handle.backend, counted=True)
+    arguments["input_ids"], arguments["inputs_embeds"] = None, handle.embed_words(ids)
+    arguments["position_ids"], arguments["use_cache"], arguments["gist_call"] = call.position_ids, True, call
+    return arguments
 
 
 def _check_form(

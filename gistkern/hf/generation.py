@@ -194,22 +194,23 @@ def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
     first of them; transformers would subtract the context's length too.
     """
     cache, first = kwargs.get(CACHE), kwargs.get("is_first_iteration")
-    if type(cache) is GistCache and cache.state is not None and not first:
+    if not first and (type(cache) is FixedGistCache or (type(cache) is GistCache and cache.state is not None)):
         return _next_inputs(handle, original, input_ids, args, kwargs)
     kwargs = named(kwargs)
     cache, run = kwargs.get(CACHE), _RUN.get()
     if run is not None and run.handle is handle:
         run.cache = cache
-    fixed = isinstance(cache, FixedGistCache)
-    goes_on = fixed or (isinstance(cache, GistCache) and cache.state is not None)
+    goes_on = isinstance(cache, FixedGistCache) or (isinstance(cache, GistCache) and cache.state is not None)
     if isinstance(cache, (GistCache, FixedGistCache)) and goes_on and first:
         kwargs["next_sequence_length"] = _fresh_tokens(cache, input_ids, kwargs)
     if isinstance(cache, FixedGistCache):
-        mask = kwargs.pop("attention_mask", None)  # transformers would make one of all the room at every step
+        mask = kwargs.pop("attention_mask", None)
         _count(cache, input_ids, kwargs)
-    inputs = original(input_ids, *args, **kwargs)
-    if fixed and mask is not None:
-        inputs["attention_mask"] = mask
+        inputs = _without_masks(cache, original, input_ids, args, kwargs)
+        if mask is not None:
+            inputs["attention_mask"] = mask
+    else:
+        inputs = original(input_ids, *args, **kwargs)
     inputs.pop("position_ids", None)  # transformers' guess; the position scheme knows
     if goes_on and not first:
         inputs.pop("attention_mask", None)  # what generate() appends is real: nothing to read back from the device
@@ -217,31 +218,51 @@ def prepare_inputs(handle: GistHandle, original, input_ids, *args, **kwargs):
 
 
 def _next_inputs(handle: GistHandle, original, input_ids, args: tuple[Any, ...], kwargs: dict[str, Any]):
-    """What follows the first call over a GistCache: the position scheme knows the places of real tokens."""
+    """What follows the first call over compressed rows: the position scheme knows the places of real tokens."""
     cache, run = kwargs[CACHE], _RUN.get()
     kwargs.pop("attention_mask", None)  # what generate() appends is real: nothing to read back from the device
     kwargs.pop("position_ids", None)
-    inputs = original(input_ids, *args, **kwargs)
+    has_room = True
+    if type(cache) is FixedGistCache:
+        has_room = _count(cache, input_ids, kwargs)
+        inputs = _without_masks(cache, original, input_ids, args, kwargs)
+    else:
+        inputs = original(input_ids, *args, **kwargs)
     if "position_ids" in inputs:
         del inputs["position_ids"]
     if run is None or run.handle is not handle:
         return inputs
     if run.cache is not cache:
         run.cache = cache
-    elif run.raw and inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
-        cache.steps.announce(inputs["input_ids"])
+    elif run.raw and has_room and inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
+        (cache if type(cache) is FixedGistCache else cache.steps).announce(inputs["input_ids"])
         run.steps += 1
     return inputs
 
 
-def _count(cache: FixedGistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> None:
-    """Tell a cache of fixed size what the call that follows brings; ValueError where it has no room for it."""
+def _without_masks(
+    cache: FixedGistCache, original, input_ids: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """transformers' inputs for a cache of fixed size, without the mask of all its room that it would make each time."""
+    cache.is_compileable = False
+    try:
+        return original(input_ids, *args, **kwargs)
+    finally:
+        del cache.is_compileable
+
+
+def _count(cache: FixedGistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> bool:
+    """Tell a cache of fixed size what the call that follows brings; ValueError where it has no room for it.
+
+    False where only the call itself can see what that is.
+    """
     fresh = arguments.get("next_sequence_length")
     if arguments.get("is_first_iteration") or fresh is None:
         cache.counts(None)
-        return  # the call itself looks at its padding
+        return False  # the call itself looks at its padding
     cache.counts(input_ids.shape[1] - fresh)
     cache.require(fresh)
+    return True
 
 
 def _fresh_tokens(cache: GistCache | FixedGistCache, input_ids: torch.Tensor, arguments: dict[str, Any]) -> int:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from gistkern import backends
+from gistkern.kernels.arguments import DecodeArguments
 from gistkern.ops import decode_library
+from gistkern.ops.attention import needs_operators
 from gistkern.ops.checks import check_scale
 from gistkern.ops.decode_checks import check_compact, check_decode, per_row, refuse_gradients
 from gistkern.ops.sinks import check_learned_sinks, with_learned_sinks
 from gistkern.rows import KeyValueRows
 
-__all__ = ["Decodes", "gist_compact", "gist_decode"]
+__all__ = ["Decodes", "Seen", "gist_compact", "gist_decode"]
+
+# what a scale can be that a key may hold as it is; a tensor's value may change
+_FIXED = {float, int, type(None)}
 
 
 def gist_decode(
@@ -92,41 +97,94 @@ def gist_decode(
     return _run(_checked(tensors, gist_capacity, scale, learned_sinks, backend), tensors, learned_sinks)
 
 
+class Seen(NamedTuple):
+    """What the query rows of a call see, for all layers that see the same.
+
+    Parameters
+    ----------
+    begin, end : Tensor
+        int32 ``[B, N]``, contiguous: rows of the pool.
+    length : Tensor or None
+        int32 ``[B]``, contiguous: rows of the tail; None for all.
+    local : Tensor or None
+        int32 ``[B, N]``, contiguous: the first row of the tail; None for 0.
+    kind : tuple
+        All that checks look at, but for values: kernels see those, on a GPU nobody.
+    """
+
+    begin: torch.Tensor
+    end: torch.Tensor
+    length: torch.Tensor | None
+    local: torch.Tensor | None
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        length: torch.Tensor | None,
+        local: torch.Tensor | None,
+    ) -> Seen:
+        """Of `rows` query rows a sequence; intervals may be those of `gist_decode`, one for all rows among them."""
+        begin, end = per_row(begin, rows).contiguous(), per_row(end, rows).contiguous()
+        length = None if length is None else length.contiguous()
+        local = None if local is None else per_row(local, rows).contiguous()
+        vectors = begin, end, length, local
+        return cls(*vectors, tuple([None if one is None else (one.shape, one.dtype, one.device) for one in vectors]))
+
+
 class Decodes:
     """`gist_decode` for the layers of a model, step by step: calls that are alike are checked once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], _Checked] = {}
+        self._known: dict[tuple[Any, ...], _Prepared] = {}
+        self._last: tuple[Any, ...] | None = None  # the key of the call before, and what is known of it
+        self._prepared: _Prepared | None = None
 
     def decode(
         self,
         q: torch.Tensor,
         gist: KeyValueRows,
-        tail: KeyValueRows,
-        begin: torch.Tensor,
-        end: torch.Tensor,
-        length: torch.Tensor | None,
-        local: torch.Tensor | None,
+        tail: tuple[torch.Tensor, torch.Tensor],
+        seen: Seen,
         capacity: int,
         options: tuple[float | None, str, torch.Tensor | None],
     ) -> torch.Tensor:
-        """Output of `gist_decode`, whose arguments these are; `options` its scale, backend and learned sinks."""
+        """Output of `gist_decode` over a tail of floats; `options` are its scale, backend and learned sinks."""
+        # every line is run by every layer of every decode step: nothing is called that an attribute answers
         scale, backend, sinks = options
-        tensors, pool, own = (q, gist, tail, begin, end, length, local, None), gist.key, tail.key
-        learns = q.requires_grad or pool.requires_grad or own.requires_grad
-        if learns or sinks is not None or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        pool, pool_values, (own, own_values) = gist.key, gist.value, tail
+        learns = q.requires_grad or pool.requires_grad or own.requires_grad or own_values.requires_grad
+        learns = learns or (sinks is not None and sinks.requires_grad and torch.is_grad_enabled())
+        if learns or torch.compiler.is_compiling() or needs_operators((q, own, own_values, pool, pool_values, sinks)):
+            tensors = (q, gist, KeyValueRows(own, own_values), *seen[:4], None)
             return _run(_checked(tensors, capacity, scale, sinks, backend), tensors, sinks)[0]
-        # all that the checks look at; values of vectors are looked at by the kernels, on a GPU by nobody
-        kind = (
-            *(q.shape, q.dtype, q.device, pool.shape, pool.dtype, pool.device, own.shape, own.dtype, own.device),
-            *(begin.shape, begin.dtype, begin.device, end.shape, end.dtype, end.device),
-            None if length is None else (length.shape, length.dtype, length.device),
-            None if local is None else (local.shape, local.dtype, local.device),
-            *(capacity, scale, backend),
+        if scale.__class__ not in _FIXED:
+            scale = float(scale)  # type: ignore[arg-type]
+        room = own.shape[2]  # of a tail that grows from step to step
+        key = (
+            *(q.shape, q.stride(), q.dtype, q.device, pool.shape, pool.stride(), pool.dtype, pool.device),
+            *(pool_values.stride(), own.shape[:2], own.shape[3:], own.stride(), own.dtype, own.device),
+            *(own_values.stride(), own_values.shape == own.shape, q.shape[2] <= room < 2**31, seen.kind),
+            *(capacity, scale, backend, None if sinks is None else (sinks.shape, sinks.dtype, sinks.device)),
         )
-        if kind not in self._known:
-            self._known[kind] = _checked(tensors, capacity, scale, None, backend)
-        return _run(self._known[kind], tensors, None)[0]
+        prepared = self._prepared
+        if prepared is None or key != self._last:
+            prepared = self._known.get(key)
+            if prepared is None:
+                prepared = self._known[key] = _prepared(q, gist, tail, seen, capacity, (scale, backend, sinks))
+            self._last, self._prepared = key, prepared
+        if prepared.run is None:
+            tensors = (q, gist, KeyValueRows(own, own_values), *seen[:4], None)
+            return _run(prepared.checked, tensors, sinks)[0]
+        try:
+            out, lse = prepared.run(q, gist, own, own_values, *seen[:4])
+        except Exception:
+            decode_library.check_call(_arguments(prepared.checked, q, gist, tail, seen))
+            raise
+        return out if sinks is None else with_learned_sinks(out, lse, sinks)[0]
 
 
 class _Checked(NamedTuple):
@@ -135,6 +193,39 @@ class _Checked(NamedTuple):
     capacity: int
     scale: float
     backend: str
+
+
+class _Prepared(NamedTuple):
+    """What is known of calls of one kind, and the function of a backend that serves them without operators."""
+
+    checked: _Checked
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
+
+
+def _prepared(
+    q: torch.Tensor,
+    gist: KeyValueRows,
+    tail: tuple[torch.Tensor, torch.Tensor],
+    seen: Seen,
+    capacity: int,
+    options: tuple[float | None, str, torch.Tensor | None],
+) -> _Prepared:
+    scale, backend, sinks = options
+    checked = _checked((q, gist, KeyValueRows(*tail), *seen[:4], None), capacity, scale, sinks, backend)
+    prepare = getattr(backends.get(checked.backend).load(), "prepared_pool_decode", None)
+    return _Prepared(checked, None if prepare is None else prepare(_arguments(checked, q, gist, tail, seen)))
+
+
+def _arguments(
+    checked: _Checked,
+    q: torch.Tensor,
+    gist: KeyValueRows,
+    tail: tuple[torch.Tensor, torch.Tensor],
+    seen: Seen,
+) -> DecodeArguments:
+    rows = gist.key, gist.value, gist.key_scale, gist.value_scale
+    own = *tail, None, None, seen.length, seen.local, None
+    return DecodeArguments(q, *rows, seen.begin, seen.end, *own, checked.capacity, checked.scale)
 
 
 def _checked(

@@ -19,7 +19,7 @@ from gistkern.ops.decode_checks import (
     check_decode_values,
 )
 
-__all__ = ["compact", "decode"]
+__all__ = ["check_call", "compact", "decode"]
 
 _library = torch.library.Library("gistkern", "FRAGMENT")
 _library.define(
@@ -39,12 +39,13 @@ def _decode(*inputs):
     call = DecodeArguments(*arguments)
     module = backends.get(backend).load()
     if hasattr(module, "pool_decode"):
-        return checks.call(module, "pool_decode", _check_decode, call)
-    _check_decode(call)
+        return checks.call(module, "pool_decode", check_call, call)
+    check_call(call)
     return dense.decode(module.forward, call)
 
 
-def _check_decode(call: DecodeArguments) -> None:
+def check_call(call: DecodeArguments) -> None:
+    """Raise ValueError unless a call of the operator fits: its tensors, and their values where those are on the CPU."""
     vectors = call.gist_begin, call.gist_end, call.tail_length, call.local_begin, call.page_table
     check_decode(call.q, call.gist, call.tail, *vectors)
     checks.check_scale(call.scale)

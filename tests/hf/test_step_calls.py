@@ -13,10 +13,11 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 import gistkern
 from bench.measured.calls import Calls, Operations, count
 from gistkern.backends import native
+from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.step import Steps
+from gistkern.ops import decode
 
-# of an unpatched model's calls of Python, of C and on tensors; steps over a fixed cache are there to be compiled
-LIMIT, FIXED = 1.15, 1.8
+LIMIT = 1.15  # of an unpatched model's calls of Python, of C and on tensors
 # an older transformers calls less by itself, and without the extension a step is many operators
 COMPARABLE = native.missing() is None and Version(transformers.__version__) >= Version("5.24")
 SHORT, LONG = 12, 16  # tokens; between them no tail finds its room full
@@ -50,12 +51,12 @@ def test_a_step_calls_little_more_than_the_unpatched_models(layers):
     plain, plain_waits = per_step(copy.deepcopy(model))
     gistkern.patch(model, num_gist_tokens=3)
     cache = gistkern.compress(model, random_ids(1, 25))
-    limits = {"GistCache": (cache, LIMIT)} | ({"fixed": (cache.fixed(40), FIXED)} if layers == 2 else {})
-    for name, (held, limit) in limits.items():
+    kinds = {"GistCache": cache, "int8": cache.to(gist_dtype=torch.int8), "shared": cache.shared()}
+    for name, held in (kinds | {"fixed": cache.fixed(40)}).items():
         found, waits = per_step(model, held)
         ratios = [one / other for one, other in zip(found, plain, strict=True)]
         print(f"{layers} layers, {name}: Python, C and tensor calls {found}, unpatched {plain}: {ratios}")
-        assert max(ratios) <= limit or not COMPARABLE, ratios
+        assert max(ratios) <= LIMIT or not COMPARABLE, ratios
         assert waits.total() <= plain_waits.total()
 
 
@@ -72,6 +73,64 @@ def test_calls_are_counted_exactly():
 
 
 # ---- what a step may assume
+
+
+@pytest.mark.parametrize("kind", ["fixed", "int8"])
+def test_layers_look_again_at_what_has_changed_only(kind, monkeypatch):
+    """A scale of equal value made anew, or a longer tail, is no other call; a changed scale is one."""
+    checks, check = [], decode._checked
+    monkeypatch.setattr(decode, "_checked", lambda *given: (checks.append(given[2]), check(*given))[1])
+    model = make_model(dtype=torch.float32, num_hidden_layers=2)
+    gistkern.patch(model, num_gist_tokens=2)
+    cache = gistkern.compress(model, random_ids(1, 20))
+    cache = cache.fixed(40) if kind == "fixed" else cache.to(gist_dtype=torch.int8)
+    attention, ids = [layer.self_attn for layer in model.model.layers], random_ids(1, 1)
+    scale = attention[0].scaling
+
+    @torch.no_grad()
+    def step(scale, held):
+        for one in attention:
+            one.scaling = scale
+        checks.clear()
+        return model(ids, past_key_values=held).logits, len(checks)
+
+    layers = 2 if kind == "fixed" else 1  # once for each layer, or once for all
+    for number in range(6):
+        _, looked = step(torch.tensor(scale), cache)
+        # behind its first row a growing tail finds room, whose strides are others
+        assert looked == (layers if number == 0 or (number == 1 and kind == "int8") else 0)
+    other, twin = cache.clone(), cache.clone()
+    found, looked = step(torch.tensor(2 * scale), cache)
+    assert looked == layers
+    assert torch.equal(found, step(2 * scale, other)[0])
+    assert not torch.equal(found, step(scale, twin)[0])
+
+
+def test_steps_over_a_fixed_cache_are_announced_to_it(monkeypatch):
+    """They write and say what calls that are looked at do, bit for bit, also in ragged batches and after a reset."""
+    model = make_model(dtype=torch.float32)
+    gistkern.patch(model, num_gist_tokens=2)
+    contexts = gistkern.left_padded([random_ids(1, n, n)[0] for n in (20, 9)])
+    fixed = gistkern.compress(model, contexts[0], contexts[1].long()).fixed(30)
+    question, mask = gistkern.left_padded([random_ids(1, n, n)[0] for n in (5, 3)])
+    asked = {"attention_mask": mask.long(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    announced, found = [], FixedGistCache.is_announced
+
+    def asks(self, ids):
+        announced.append(found(self, ids))
+        return announced[-1]
+
+    def answers(tell):
+        fixed.reset_tail()
+        monkeypatch.setattr(FixedGistCache, "is_announced", asks if tell else lambda self, ids: False)
+        ids = model.generate(question, past_key_values=fixed, **asked)
+        rows = [tensor.clone() for layer in fixed.layers for tensor in layer.tail.tensors()]
+        return [ids, fixed.length.clone(), fixed.ids.clone(), fixed.fed.clone(), *rows]
+
+    answers(False)  # buffers hold what an earlier question left
+    looked, told = answers(False), answers(True)
+    assert announced == [True] * 7
+    assert all(map(torch.equal, looked, told))
 
 
 @pytest.fixture
