@@ -19,7 +19,7 @@ from gistkern.cache.windows import layer_windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "weights_in_use"]
+__all__ = ["adapters_in_use", "check_cache", "check_scheme", "fingerprint", "named_modules", "weights_in_use"]
 
 _SAMPLE = 64  # values read of each parameter: a training step moves all of them
 _SHAPING = ("model_type", "hidden_act", "rms_norm_eps", "rope_parameters")  # of a config, beside the shapes of weights
@@ -27,6 +27,7 @@ _ALSO = (  # of some families; a config without them has the digest that it alwa
     *("attention_multiplier", "clip_qkv", "embedding_multiplier", "layer_norm_eps", "no_rope_layers", "norm_epsilon"),
     *("num_experts_per_tok", "query_pre_attn_scalar", "residual_multiplier", "routed_scaling_factor"),
 )
+_NO_HOOK = nullcontext()
 _JOINED = (torch.float16, torch.bfloat16, torch.float32)  # torch.cat makes float32 of them, which holds their values
 # fingerprints that a model was found to have, and of which of its weights that is true
 _verified: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
@@ -66,14 +67,15 @@ def fingerprint(inner: nn.Module) -> str:
         config["windows"] = windows
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     values: list[torch.Tensor] = []
-    modules = list(inner.named_modules())  # once: a walk takes longer than what is asked of a module
+    modules = named_modules(inner)
     idle = [f".{adapter}." for adapter in _idle_adapters([module for _, module in modules])]
     for prefix, module in modules:
-        if not module._parameters or any(adapter in f"{prefix}." for adapter in idle):
+        if not module._parameters or (idle and any(adapter in f"{prefix}." for adapter in idle)):
             continue
-        with on_device(module) if "_hf_hook" in vars(module) else nullcontext():
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                if any(adapter in f"{name}." for adapter in idle):
+        with on_device(module) if "_hf_hook" in vars(module) else _NO_HOOK:
+            for own, parameter in module._parameters.items():
+                name = f"{prefix}.{own}" if prefix else own
+                if parameter is None or (idle and any(adapter in f"{name}." for adapter in idle)):
                     continue
                 digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
                 values += [_sampled(part) for part in _plain(parameter)]
@@ -83,12 +85,32 @@ def fingerprint(inner: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def named_modules(inner: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`inner.named_modules()`, without generators in generators, which take longer than a look at what they find.
+
+    Every compression asks.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", inner)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        found.append((prefix, module))
+        if module._modules:
+            waiting += [(f"{prefix}.{n}" if prefix else n, one) for n, one in reversed(module._modules.items())]
+    return found
+
+
 def _sampled(part: torch.Tensor) -> torch.Tensor:
     """Values at even distances: a view, so that of many parameters each costs one operation and all one copy."""
-    step = max(1, part.numel() // _SAMPLE)
+    count = part.numel()
+    step = max(1, count // _SAMPLE)
     if not part.is_contiguous() or part.dtype not in _JOINED:
         return part.detach().reshape(-1)[::step].to(torch.float32)
-    return part.as_strided((-(-part.numel() // step),), (step,))
+    return part.as_strided((-(-count // step),), (step,))
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -119,7 +141,8 @@ def adapters_in_use(inner: nn.Module) -> tuple[object, ...]:
 def weights_in_use(inner: nn.Module) -> tuple[int, Hashable]:
     """What changes when the weights are trained, or another adapter is taken; costs no look at a value."""
     try:
-        version = sum(parameter._version for parameter in inner.parameters())
+        held = [module._parameters for _, module in named_modules(inner) if module._parameters]
+        version = sum([one._version for own in held for one in own.values() if one is not None])
     except RuntimeError:  # inference tensors count no versions
         version = -1
     return version, adapters_in_use(inner)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gistkern.cache.fingerprint import named_modules
 from gistkern.cache.offload import input_device
 from gistkern.hf.embedding import vocabulary_size
 from gistkern.layout.arguments import check_padding
@@ -129,7 +130,7 @@ _inside: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDict
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, no part of the model is in training mode. The last thread to leave puts back what the first found."""
     with _lock:
-        count, training = _inside.get(model) or (0, [module for module in model.modules() if module.training])
+        count, training = _inside.get(model) or (0, [module for _, module in named_modules(model) if module.training])
         _inside[model] = count + 1, training
         for module in training:
             module.training = False

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BatchEncoding, DynamicCache
 
 import gistkern
+from gistkern.cache.fingerprint import named_modules
 
 
 @pytest.fixture
@@ -318,6 +319,15 @@ def test_another_adapter_is_another_model(patched):
             wrapped.base_model.enable_adapter_layers()
             wrapped.set_adapter("one")
             assert torch.equal(wrapped(ids, past_key_values=cache.clone()).logits, expected)
+
+
+def test_modules_are_those_that_torch_names(patched):
+    model, _ = patched
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj  # one module in two places is named once
+    model.model.layers[1].mlp.gate_proj = None
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["gist_embeddings"])
+    for whole in (model, model.model, get_peft_model(model, config)):
+        assert named_modules(whole) == list(whole.named_modules())
 
 
 def test_moving_a_cache_where_it_is_gives_itself(patched):
