@@ -125,7 +125,7 @@ bench-report: setup ## everything beside its baselines, into docs/results.md and
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report $(ARGS)
 
 bench-check: setup ## compare with the recorded ratios of docs/results/cpu.json; not part of CI
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.check $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measured.report --check $(ARGS)
 
 # no setup: where a GPU is there may be no network (docs/internals/gpu-run.md says what to carry)
 gpu: ## everything worth eight minutes of a GPU, into runs/gpu and docs/results (ARGS=--dry-run rehearses on the CPU)

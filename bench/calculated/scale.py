@@ -6,10 +6,9 @@ Nothing here ran on several GPUs. Pairs come from the layouts, shards from `gist
 training step would cut them; speeds are published peaks, of the card and of its links.
 """
 
-import argparse
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from bench.calculated.serving import LLAMA_3_8B
 from bench.fill import DOCS, fill
@@ -25,27 +24,6 @@ NODE = 8
 ROW = 2 * LLAMA_3_8B.num_key_value_heads * LLAMA_3_8B.head_dim * ITEM  # bytes of a key and a value
 SCHEMES = ("512/8", "hierarchical")
 CASES = tuple((tokens, ranks) for tokens, many in ((1 << 20, (8, 64)), (10 << 20, (64, 1024))) for ranks in many)
-
-
-class Scale(NamedTuple):
-    """One layer's forward on the busiest rank. Sizes in bytes, times in seconds."""
-
-    scheme: str
-    tokens: int
-    ranks: int
-    gist_rows: int  # compact rows of the whole context
-    received: int  # by a rank: gist rows of all others
-    ring: int  # and in ring attention: keys and values of all others
-    kept: int  # keys and values of a rank for the backward: its own rows, and the compact rows
-    compute: float  # products of the heaviest shard at the card's peak
-    full_compute: float  # of its share under full causal attention, evenly cut
-    balance: float  # mean over largest work of a shard
-    padding: float  # rows that all ranks send over compact rows
-    link: str  # the slowest in use
-
-    def seconds(self, size: int) -> float:
-        """Of receiving so many bytes at the link's published speed."""
-        return size / LINKS[self.link]
 
 
 def gist_bytes(rows: int, ranks: int, kv_heads: int, head_dim: int, itemsize: int, grad_itemsize: int = 0) -> int:
@@ -74,8 +52,8 @@ def layer_weights() -> int:
     return model.hidden_size * (projections * model.head_dim + 3 * model.intermediate_size)
 
 
-def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
-    """One case."""
+def calculated(layout: GistLayout, scheme: str, ranks: int) -> dict[str, Any]:
+    """One layer's forward on the busiest rank, by what the table calls it: bytes, seconds and ratios."""
     gpu, model = gpu_named(GPU), LLAMA_3_8B
     per_pair = 4 * model.head_dim * model.num_attention_heads  # FLOPs of two products
     per_row = 2 * layer_weights()
@@ -83,53 +61,50 @@ def calculated(layout: GistLayout, scheme: str, ranks: int) -> Scale:
         warnings.simplefilter("ignore")
         shards = split_layout(layout, ranks, row_cost=per_row / per_pair)
     rows, heaviest = layout.num_rows, max(shard.work for shard in shards)
-    mean = sum(shard.work for shard in shards) / ranks
     owed = ranks * shards[0].own.shape[1]  # every rank's part is as long as the longest
-    local = max(shard.end - shard.begin for shard in shards)
+    link = "NVLink" if ranks <= NODE else "InfiniBand"  # the slowest in use
+    received = gist_bytes(owed, ranks, model.num_key_value_heads, model.head_dim, ITEM)
+    ring = ring_bytes(rows, ranks, model.num_key_value_heads, model.head_dim, ITEM)
     full = rows * (rows + 1) // 2 / ranks * per_pair + rows / ranks * per_row
-    return Scale(
-        scheme=scheme,
-        tokens=rows,
-        ranks=ranks,
-        gist_rows=layout.num_compact,
-        received=gist_bytes(owed, ranks, model.num_key_value_heads, model.head_dim, ITEM),
-        ring=ring_bytes(rows, ranks, model.num_key_value_heads, model.head_dim, ITEM),
-        kept=(local + layout.num_compact) * ROW,
-        compute=heaviest * per_pair / gpu.flops,
-        full_compute=full / gpu.flops,
-        balance=mean / heaviest,
-        padding=owed / layout.num_compact,
-        link="NVLink" if ranks <= NODE else "InfiniBand",
-    )
+    return {
+        "layout": scheme,
+        "tokens": rows,
+        "GPUs": ranks,
+        "gist rows": layout.num_compact,  # of the whole context
+        "received, MB": received / 1e6,  # by a rank: gist rows of all others
+        "ring, MB": ring / 1e6,  # and in ring attention: keys and values of all others
+        "link": link,
+        "receiving, ms": 1e3 * received / LINKS[link],
+        "ring, ms": 1e3 * ring / LINKS[link],
+        "products, ms": 1e3 * heaviest * per_pair / gpu.flops,  # of the heaviest shard at the card's peak
+        "full attention, ms": 1e3 * full / gpu.flops,  # of a rank's share under full causal attention, evenly cut
+        # keys and values of a rank for the backward: its own rows, and the compact rows
+        "kept K/V, MB": (max(shard.end - shard.begin for shard in shards) + layout.num_compact) * ROW / 1e6,
+        "padding": owed / layout.num_compact,  # rows that all ranks send over compact rows
+        "balance": sum(shard.work for shard in shards) / ranks / heaviest,  # mean over largest work of a shard
+    }
 
 
-def tables(scales: Sequence[Scale]) -> dict[str, str]:
+def tables(cases: list[dict[str, Any]]) -> dict[str, str]:
     """The table of docs/internals/scale.md."""
+    digits = {"padding": 1, "balance": 2}
 
-    def shown(name: str, factor: float) -> Callable[[Any], str]:
-        return lambda row: significant(factor * row[name])
+    def cell(name: str) -> Callable[[Any], Any]:
+        if name in digits:
+            return lambda case: f"{case[name]:.{digits[name]}f}"
+        return lambda case: significant(case[name]) if isinstance(case[name], float) else case[name]
 
-    rows = [
-        one._asdict() | {"receiving": one.seconds(one.received), "ring time": one.seconds(one.ring)} for one in scales
-    ]
-    cells = {"layout": "scheme", "tokens": "tokens", "GPUs": "ranks", "gist rows": "gist_rows"}
-    sizes = {"received, MB": shown("received", 1e-6), "ring, MB": shown("ring", 1e-6), "link": "link"}
-    times = {"receiving, ms": shown("receiving", 1e3), "ring, ms": shown("ring time", 1e3)}
-    times |= {"products, ms": shown("compute", 1e3), "full attention, ms": shown("full_compute", 1e3)}
-    rest = {"kept K/V, MB": shown("kept", 1e-6), "padding": lambda row: f"{row['padding']:.1f}"}
-    return {"cases": columns(rows, cells | sizes | times | rest | {"balance": lambda row: f"{row['balance']:.2f}"})}
+    return {"cases": columns(cases, {name: cell(name) for name in cases[0]})}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(arguments)
-    scales = []
+def main() -> None:
+    """Fill the page."""
+    cases = []
     for tokens in dict.fromkeys(tokens for tokens, _ in CASES):
         for scheme in SCHEMES:
             layout = layout_of(scheme, tokens)
-            scales += [calculated(layout, scheme, ranks) for one, ranks in CASES if one == tokens]
-    fill(DOCS / "internals" / "scale.md", tables(scales))
+            cases += [calculated(layout, scheme, ranks) for one, ranks in CASES if one == tokens]
+    fill(DOCS / "internals" / "scale.md", tables(cases))
 
 
 if __name__ == "__main__":

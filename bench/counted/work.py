@@ -7,16 +7,13 @@ row intervals and chunks) on the configs a call would pick; tests/bench/test_wor
 kernels really make in the interpreter. Nothing here is a time.
 """
 
-import argparse
 import heapq
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.fill import DOCS, fill
 from bench.markdown import table
-from bench.rows import write_report
 from bench.shapes import layout_of
 from gistkern import GistLayout
 from gistkern.kernels.chips import Chip, chip_named
@@ -200,71 +197,43 @@ def _work(kernel: str, costs: np.ndarray, masked: int, config, shape: Shape) -> 
 
 
 COUNTED = ("64/4", "256/16", "256/64", "1024/128", "one segment")
-ROWS = (4096, 8192, 16384, 32768, 65536, 131072)
+ROWS = (4096, 16384, 131072)
 ARCHES = ("sm_80", "sm_90", "sm_100")
-SHOWN_ROWS = (4096, 16384, 131072)
 
 
-def count(name: str, rows: int, arch: str, shape: Shape) -> dict[str, Any]:
-    """One row of the report."""
-    chip = chip_named(arch)
-    layout = layout_of(name, rows)
-    pairs = visible_pairs(layout)
-    per_product = 2 * pairs * shape.heads * shape.head_dim
-    works = {"forward": forward_work(layout, shape, chip), **backward_work(layout, shape, chip)}
-    config = pick("fwd", arch, padded(shape.head_dim), shape.itemsize)
+def ratios(layout: GistLayout, works: dict[str, Work], shape: Shape) -> tuple[float, float]:
+    """FLOPs of the visited tiles over those of the visible pairs alone: of the forward, and of the backward."""
+    per_product = 2 * visible_pairs(layout) * shape.heads * shape.head_dim
+    backward = sum(work.flops for name, work in works.items() if name != "forward")
+    products = PRODUCTS["bwd_dq"] + PRODUCTS["bwd_dkv"]
+    return works["forward"].flops / (PRODUCTS["fwd"] * per_product), backward / (products * per_product)
+
+
+def counted(name: str, rows: int) -> list[str]:
+    """A line of the table: ratios of every chip, the rest of the second one's."""
+    layout, shape, chips = layout_of(name, rows), Shape(), [chip_named(arch) for arch in ARCHES]
+    works = [{"forward": forward_work(layout, shape, chip), **backward_work(layout, shape, chip)} for chip in chips]
+    found = zip(*(ratios(layout, one, shape) for one in works), strict=True)
+    shown, chip = works[1], chips[1]
+    config = pick("fwd", ARCHES[1], padded(shape.head_dim), shape.itemsize)
     pack = pack_heads(shape.heads // shape.kv_heads, config.block_rows)
     scattered = uncompacted_tiles(layout, config.block_rows // pack, config.block_cols) * shape.heads // pack
-    backward = sum(work.flops for key, work in works.items() if key != "forward")
-    return {
-        "segments": name,
-        "rows": rows,
-        "arch": arch,
-        "multiprocessors": chip.multiprocessors,
-        "visible_pairs": pairs,
-        "share_of_causal": pairs / (rows * (rows + 1) / 2),
-        "tiles_without_compaction": scattered / works["forward"].tiles,
-        "forward_ratio": works["forward"].flops / (PRODUCTS["fwd"] * per_product),
-        "backward_ratio": backward / ((PRODUCTS["bwd_dq"] + PRODUCTS["bwd_dkv"]) * per_product),
-        "launches": {
-            key: {"programs": len(work.costs), "tiles": work.tiles, "masked_tiles": work.masked, "flops": work.flops}
-            | {"balance": balance(work.costs, chip.multiprocessors)}
-            for key, work in works.items()
-        },
-    }
+    forward = shown["forward"]
+    return [
+        *(name, f"{rows:,}", f"{visible_pairs(layout) / (rows * (rows + 1) / 2):.1%}"),
+        *(f"{ratio:.2f}" for one in found for ratio in one),
+        *(f"{scattered / forward.tiles:.2f}", f"{forward.masked / forward.tiles:.1%}"),
+        *(f"{balance(shown[key].costs, chip.multiprocessors):.2f}" for key in ("forward", "dkv local", "dkv gist")),
+    ]
 
 
-def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The table of docs/internals/work.md: ratios of every chip, the rest of the second one's."""
-    found = {(row["segments"], row["rows"], row["arch"]): row for row in rows}
+def tables() -> dict[str, str]:
+    """The table of docs/internals/work.md."""
     head = ["segments", "rows", "pairs of causal"]
     head += [f"{key}, {arch}" for key in ("forward", "backward") for arch in ARCHES]
     head += ["uncompacted", "masked", "balance, forward", "dk/dv local", "dk/dv gist"]
-    lines = []
-    for name in COUNTED:
-        for size in SHOWN_ROWS:
-            chips = [found[name, size, arch] for arch in ARCHES]
-            ratios = [f"{row[f'{key}_ratio']:.2f}" for key in ("forward", "backward") for row in chips]
-            shown = found[name, size, ARCHES[1]]
-            launches = shown["launches"]
-            masked = launches["forward"]["masked_tiles"] / launches["forward"]["tiles"]
-            balances = [f"{launches[key]['balance']:.2f}" for key in ("forward", "dkv local", "dkv gist")]
-            line = [name, f"{size:,}", f"{shown['share_of_causal']:.1%}", *ratios]
-            lines.append([*line, f"{shown['tiles_without_compaction']:.2f}", f"{masked:.1%}", *balances])
-    return {"work": table(head, lines)}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Count and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, metavar="REPORT.json", help="write every row, and leave the page alone")
-    given = parser.parse_args(arguments)
-    rows = [count(name, rows, arch, Shape()) for arch in ARCHES for name in COUNTED for rows in ROWS]
-    if given.rows:
-        write_report(given.rows, {"grade": "emulated", "command": "make work", "rows": rows})
-    else:
-        fill(DOCS / "internals" / "work.md", tables(rows))
+    return {"work": table(head, [counted(name, rows) for name in COUNTED for rows in ROWS])}
 
 
 if __name__ == "__main__":
-    main()
+    fill(DOCS / "internals" / "work.md", tables())

@@ -23,25 +23,25 @@ def test_a_layer_has_the_weights_of_the_published_model():
 
 def test_bytes_are_those_of_rows_of_all_other_ranks(case):
     row = 2 * 8 * 128 * 2
-    assert case.gist_rows == 64 * 4
-    assert case.ring == 6400 // 4 * 3 * row
-    sent = round(case.padding * 256)
+    assert case["gist rows"] == 64 * 4
+    assert case["ring, MB"] == 6400 // 4 * 3 * row / 1e6
+    sent = round(case["padding"] * 256)
     assert sent >= 256
-    assert case.received == sent // 4 * 3 * row
-    assert case.link == "NVLink"
-    assert case.seconds(450 * 10**9) == 1
+    assert case["received, MB"] == sent // 4 * 3 * row / 1e6
+    assert case["link"] == "NVLink"
+    assert case["receiving, ms"] == pytest.approx(1e9 * case["received, MB"] / (450 * 10**9))
 
 
 def test_time_is_the_work_of_the_heaviest_shard(case):
     pairs = sum(100 * 101 // 2 + 100 * 4 * segment for segment in range(64))
     per_pair, per_row = 4 * 128 * 32, 2 * scale.layer_weights()
-    whole = (pairs * per_pair + 6400 * per_row) / gpu_named(scale.GPU).flops
-    assert case.compute * case.balance == pytest.approx(whole / 4)
-    assert 0.95 < case.balance <= 1
-    full = (6400 * 6401 // 2 * per_pair + 6400 * per_row) / gpu_named(scale.GPU).flops
-    assert case.full_compute == pytest.approx(full / 4)
+    whole = 1e3 * (pairs * per_pair + 6400 * per_row) / gpu_named(scale.GPU).flops
+    assert case["products, ms"] * case["balance"] == pytest.approx(whole / 4)
+    assert 0.95 < case["balance"] <= 1
+    full = 1e3 * (6400 * 6401 // 2 * per_pair + 6400 * per_row) / gpu_named(scale.GPU).flops
+    assert case["full attention, ms"] == pytest.approx(full / 4)
     # its own rows and every compact row
-    assert case.kept == pytest.approx((1600 + 256) * 2 * 8 * 128 * 2, rel=0.1)
+    assert case["kept K/V, MB"] == pytest.approx((1600 + 256) * 2 * 8 * 128 * 2 / 1e6, rel=0.1)
 
 
 def test_the_page_shows_what_was_calculated(case):
