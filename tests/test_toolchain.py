@@ -1,6 +1,6 @@
 """The sanitizer catches what it is there for: bugs planted in a copy of the kernels make `tests/gpu` fail.
 
-Each run is a process of its own on a copy of the sources, as `make sanitize` runs the real ones.
+Each run is a process of its own on a copy of the sources; that the same tests pass on the real ones is `make sanitize`.
 """
 
 import os
@@ -65,10 +65,9 @@ def sanitized(tmp_path_factory):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "setup.py", copy)  # the path shim looks for it
         shutil.copy(ROOT / "pyproject.toml", copy)
-        if file:
-            source = (copy / "kernels" / file).read_text()
-            assert source.count(old) == 1, f"{file} has changed: plant the bug anew"
-            (copy / "kernels" / file).write_text(source.replace(old, new))
+        source = (copy / "kernels" / file).read_text()
+        assert source.count(old) == 1, f"{file} has changed: plant the bug anew"
+        (copy / "kernels" / file).write_text(source.replace(old, new))
         environment = os.environ | {
             "GISTKERN_EMULATED": "1",
             "PYTHONPATH": str(copy),
@@ -82,13 +81,6 @@ def sanitized(tmp_path_factory):
         return done.returncode, done.stdout + done.stderr
 
     return run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("selection", [ATTENTION, CHUNKS], ids=["attention", "chunks"])
-def test_the_real_kernels_pass(sanitized, selection):
-    code, output = sanitized(None, "", "", selection)
-    assert code == 0, output[-3000:]
 
 
 @pytest.mark.slow

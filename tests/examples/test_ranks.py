@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import command, entries, smoke, tiny_llama
-from launching import launch, torchrun
+from launching import launch
 from safetensors.torch import load_file
 
 import gistkern
@@ -56,12 +56,16 @@ def ranks_of(parent):
 def test_a_killed_process_ends_the_run_and_one_goes_on(finished, tmp_path):
     """Two processes train in micro-batches until one is killed, one goes on, and the log is that of one from the start.
 
-    The smoke preset's batches are of two contexts: in half of the four shares there is none.
+    The smoke preset's batches are of two contexts: in half of the four shares there is none. accelerate launches them,
+    whose launcher calls torchrun's, as others here do (`launch`).
     """
     alone, _ = finished
     folder = tmp_path / "run"
+    # "--cpu" would start one process; without a GPU these are two on the CPU
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    python, *rest = command("--run", folder, "--accumulate", 2)
     process = subprocess.Popen(
-        [*torchrun(2), *command("--run", folder, "--accumulate", 2)[1:]],
+        [python, *launcher, *rest],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,6 +74,7 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(finished, tmp_path):
         while not newest_whole(folder):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
+        assert "rng_state_1.pth" in {path.name for path in newest_whole(folder).iterdir()}, "there were two"
         workers = ranks_of(process.pid)
         assert len(workers) == 2
         os.kill(workers[-1], signal.SIGKILL)
@@ -77,28 +82,11 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(finished, tmp_path):
     finally:
         process.terminate()
     assert process.returncode != 0
-    assert "Signal 9 (SIGKILL)" in said, "torchrun says which process died, and of what"
+    assert "Signal 9 (SIGKILL)" in said, "the launcher says which process died, and of what"
     again = subprocess.run(command("--run", folder, "--resume"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     same_run(folder, alone)
     assert (folder / "report.json").exists()
-
-
-@pytest.mark.slow
-def test_accelerate_launches_it_too(finished, tmp_path):
-    folder = tmp_path / "run"
-    # "--cpu" would start one process; without a GPU these are two on the CPU
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    python, *rest = command("--run", folder)
-    process = subprocess.Popen([python, *launcher, *rest], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = process.communicate(timeout=500)
-    finally:
-        process.terminate()
-    assert process.returncode == 0, said
-    assert "rng_state_1.pth" in {path.name for path in newest_whole(folder).iterdir()}, "there were two"
-    assert len((folder / "answers.jsonl").read_text().splitlines()) == 8, "one process evaluates"
-    same_run(folder, finished[0])
 
 
 @pytest.mark.slow

