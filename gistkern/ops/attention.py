@@ -11,7 +11,7 @@ from gistkern import backends
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_once
 from gistkern.ops import library
-from gistkern.ops.checks import check_scale, refuse_forward_mode
+from gistkern.ops.checks import FIXED_SCALES, check_scale, refuse_forward_mode
 from gistkern.ops.plan import Found, keep, kept, key_of, plan_for
 from gistkern.ops.room import Room, check_room, has_room, room_key
 from gistkern.ops.sinks import check_learned_sinks
@@ -19,8 +19,6 @@ from gistkern.ops.sinks import check_learned_sinks
 __all__ = ["AttentionOptions", "attend", "gist_attention", "needs_operators"]
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
-# what a scale can be that a plan's key may hold as it is; a tensor's value may change
-_FIXED = {float, int, type(None)}
 
 
 class AttentionOptions(NamedTuple):
@@ -136,7 +134,7 @@ def attend(
     tensors = q, k, v, past_key, past_value, learned_sinks
     if torch.compiler.is_compiling() or needs_operators(tensors):
         return _by_operators(*tensors[:5], layout, options)
-    if scale.__class__ not in _FIXED:
+    if scale.__class__ not in FIXED_SCALES:
         scale = float(scale)  # type: ignore[arg-type]
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
     if room is not None and (gradient or not has_room(room, layout)):

@@ -18,6 +18,7 @@ from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout.checks import check_bounds, check_gather
 
 __all__ = [
+    "FIXED_SCALES",
     "call",
     "check_attention",
     "check_backward",
@@ -31,6 +32,8 @@ __all__ = [
     "refuse_second_derivative",
 ]
 
+# types of scales that a key of prepared calls may hold as they are; a tensor's value may change
+FIXED_SCALES = {float, int, type(None)}
 # of scores, as float32: one that rounds to 0 or infinity would make every probability NaN
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 

@@ -11,15 +11,12 @@ from gistkern import backends
 from gistkern.kernels.arguments import DecodeArguments
 from gistkern.ops import decode_library
 from gistkern.ops.attention import needs_operators
-from gistkern.ops.checks import check_scale
+from gistkern.ops.checks import FIXED_SCALES, check_scale
 from gistkern.ops.decode_checks import check_compact, check_decode, per_row, refuse_gradients
 from gistkern.ops.sinks import check_learned_sinks, with_learned_sinks
 from gistkern.rows import KeyValueRows
 
 __all__ = ["Decodes", "Seen", "gist_compact", "gist_decode"]
-
-# what a scale can be that a key may hold as it is; a tensor's value may change
-_FIXED = {float, int, type(None)}
 
 
 def gist_decode(
@@ -161,7 +158,7 @@ class Decodes:
         if learns or torch.compiler.is_compiling() or needs_operators((q, own, own_values, pool, pool_values, sinks)):
             tensors = (q, gist, KeyValueRows(own, own_values), *seen[:4], None)
             return _run(_checked(tensors, capacity, scale, sinks, backend), tensors, sinks)[0]
-        if scale.__class__ not in _FIXED:
+        if scale.__class__ not in FIXED_SCALES:
             scale = float(scale)  # type: ignore[arg-type]
         room = own.shape[2]  # of a tail that grows from step to step
         key = (
