@@ -363,10 +363,13 @@ _ALIGNED = 16  # elements: kernels are specialised for pointers to whole 16 byte
 
 
 def _tensors(arrays: list[np.ndarray], device: torch.device, packed: bool = True) -> list[torch.Tensor]:
-    """The arrays as tensors: `packed` views of one buffer for each type, otherwise their own memory on the host."""
-    arrays = [one if one.flags.c_contiguous else np.ascontiguousarray(one) for one in arrays]
+    """The arrays as tensors on a device: views of one buffer for each type if `packed`, else for each type and shape.
+
+    The second asks less of the host, and is for a device that is the host.
+    """
     if not packed:
-        return [torch.from_numpy(one) for one in arrays]
+        return _of_alike(arrays)
+    arrays = [one if one.flags.c_contiguous else np.ascontiguousarray(one) for one in arrays]
     room: dict[np.dtype, int] = {}
     places = []
     for one in arrays:
@@ -380,3 +383,19 @@ def _tensors(arrays: list[np.ndarray], device: torch.device, packed: bool = True
         there[one.dtype].as_strided(one.shape, (*one.shape[1:], 1), place)
         for one, place in zip(arrays, places, strict=True)
     ]
+
+
+def _of_alike(arrays: list[np.ndarray]) -> list[torch.Tensor]:
+    """Tensors on the host; those of one type and shape are copied at once."""
+    alike: dict[Any, list[int]] = {}
+    for index, one in enumerate(arrays):
+        key = one.dtype, one.shape
+        if key in alike:
+            alike[key] += [index]
+        else:
+            alike[key] = [index]
+    found: dict[int, torch.Tensor] = {}
+    for places in alike.values():
+        copies = torch.from_numpy(np.array([arrays[place] for place in places])).unbind()
+        found.update(zip(places, copies, strict=True))
+    return [found[index] for index in range(len(arrays))]
