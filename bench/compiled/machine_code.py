@@ -55,6 +55,9 @@ _TENSOR = _CLASS_PATTERNS["tensor core"]
 _TENSOR_FORM = re.compile(rf"({CLASSES['tensor core']})(\..*)?")
 # v_mfma_f32_32x32x8_bf16 -> mfma
 _TENSOR_NAME = re.compile(r"^v_|_.*")
+# HGMMA.64x128x16.F32.BF16: what a warpgroup multiplies
+_WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
+_PRODUCTS_PER_CYCLE = 2048
 _ASYNC = re.compile(r"LDGSTS|UTMALDG|UBLKCP|buffer_load_\w+_lds")
 _SPILL = re.compile(r"LDL|STL|scratch_(load|store)\w*")
 
@@ -139,8 +142,22 @@ def _instructions(code: list[Instruction], shared: int, chip: Chip, working: re.
             "async_copies": _total(body, _ASYNC),
             "full_tile_instructions": len(loop.shortest_turn),
             "full_tile": _mix(map(_bare, loop.shortest_turn)),
+            "issue_per_tensor_cycle": issue_per_tensor_cycle(loop.shortest_turn),
         },
     }
+
+
+def issue_per_tensor_cycle(turn: Iterable[str]) -> float | None:
+    """Cycles that a warp's instructions take to issue over those that its warpgroup's products take; None without any.
+
+    Of a turn of opcodes with modifiers, on sm_90: each of the four schedulers issues one instruction a cycle for the
+    warp of a warpgroup that it has, and the tensor cores of a multiprocessor do 2,048 multiplications of 16 bits each.
+    Above 1 instructions bound the loop, however well everything overlaps.
+    """
+    opcodes = list(turn)
+    shapes = [found for found in map(_WGMMA.match, opcodes) if found]
+    products = sum(int(found[1]) * int(found[2]) * int(found[3]) for found in shapes)
+    return round(len(opcodes) * _PRODUCTS_PER_CYCLE / products, 2) if products else None
 
 
 def _nvidia(cubin: Cubin, chip: Chip) -> tuple[dict[str, Any], list[Instruction], int]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.measured import flex
+from bench.measured import flash4, flex
 from bench.measured.timing import largest
 from gistkern import GistLayout, gist_attention
 
@@ -230,6 +230,11 @@ BASELINES = {
         name: Baseline(f"{name} varlen, gists gathered", of_package(package), lacks(package, _moves))
         for name, package in FLASH.items()
     },
+    "flash-attn 4 masked": Baseline(
+        "flash-attn 4, keys as [gists, raw], mask_mod and lists of blocks",
+        flash4.masked,
+        lambda layout, heads: lacks(flash4.PACKAGE, flash4.why_not)(layout, heads),
+    ),
     "flashinfer": Baseline(
         "FlashInfer, ragged, gists gathered",
         flashinfer_ragged,
