@@ -21,7 +21,7 @@ BLOCK = 128, 128
 
 
 class Blocks(NamedTuple):
-    """Which blocks of each line are looked at: int32 ``[1, 1, lines]`` how many, ``[1, 1, lines, blocks]`` first those."""
+    """Which blocks of each line are looked at: how many, int32 ``[1, 1, lines]``, and ``[1, 1, lines, blocks]``."""
 
     masked_count: torch.Tensor
     masked: torch.Tensor

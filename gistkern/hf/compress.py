@@ -10,11 +10,11 @@ import torch
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.call_size import call_tokens
+from gistkern.cache.host_copy import on_device
 from gistkern.cache.host_plan import (
     Call,
     Placed,
     Reading,
-    on_device,
     place_documents,
     plan_segments,
     plan_summary,

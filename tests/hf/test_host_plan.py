@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import gistkern
 from gistkern.cache.cache import GistCache
-from gistkern.cache.host_plan import Call, Reading, _tensors, on_device, plan_segments, plan_summary, right_aligned
+from gistkern.cache.host_copy import _tensors, on_device
+from gistkern.cache.host_plan import Call, Reading, plan_segments, plan_summary, right_aligned
 from gistkern.cache.plan import CacheState, plan_call, plan_layout
 from gistkern.cache.versions import CACHE
 from gistkern.corpus.rows import documents_of
