@@ -1,4 +1,4 @@
-// The one file that knows torch, through libtorch's stable ABI: the same library loads under CPU and CUDA builds of
+// The file that knows torch (planned.cpp is the other), through libtorch's stable ABI: the same library loads under CPU and CUDA builds of
 // torch >= 2.10. It checks tensors (tensor_checks.h, and cpu/bounds.h for values on the CPU), turns them into the
 // argument structs of the kernels and allocates results. No call of these operators reaches outside a buffer.
 #include <torch/csrc/stable/library.h>
@@ -342,7 +342,7 @@ void compact(Tensor k, Tensor v, MaybeTensor past_k, MaybeTensor past_v, Tensor 
 }
 
 // Counts changes of these operators; INTERFACE of gistkern/backends/native.py must agree.
-int64_t interface() { return 3; }
+int64_t interface() { return 4; }
 
 std::string instruction_set() {
   const char* error = nullptr;

@@ -31,7 +31,7 @@ ARCHS = ("80", "86", "89", "90a", "100", "120")
 TORCH = (2, 10)
 SANITIZERS = ("address,undefined", "thread")
 
-TORCH_SOURCES = ("bindings", "launcher", "older_systems")
+TORCH_SOURCES = ("bindings", "launcher", "planned", "older_systems")
 CPU_SOURCES = ("instruction_set", "launch_attention", "launch_compact", "launch_decode")
 CUDA_SOURCES = ("compact", "decode")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <mutex>
 #include <sstream>
+#include <utility>
+#include <vector>
 
 #include "dynamic_loading.h"
 
@@ -208,64 +210,92 @@ std::string check_header(const int64_t* header, size_t tensors) {
   return "";
 }
 
-}  // namespace
+// A launch with its parameters packed. One of a call's many: nothing is cleared that is not read.
+struct Packed {
+  const int64_t* header;
+  uint64_t words[kMaxParameters];
+  void* parameters[kMaxParameters + 1];
+  std::vector<std::pair<size_t, Map>> maps;  // which parameter, and what of
+  std::vector<TensorMap> encoded;
+};
 
-std::string launch_described(const int64_t* header, int64_t length, const std::vector<LaunchTensor>& tensors,
-                             void* stream) {
+std::string pack(const LaunchDescription& described, const LaunchTensor* tensors, size_t num_tensors, Packed& packed) {
   using namespace description;
-  if (length < kHeader) return "the description ends in its header";
+  const int64_t* header = packed.header = described.numbers;
+  if (described.length < kHeader) return "the description ends in its header";
   if (header[kCluster] < 1 || header[kCluster] > kMaxCluster) {
     return text("a cluster has 1 to ", kMaxCluster, " blocks, not ", header[kCluster]);
   }
-  if (std::string error = check_header(header, tensors.size()); !error.empty()) return error;
+  if (std::string error = check_header(header, num_tensors); !error.empty()) return error;
   const auto count = static_cast<size_t>(header[kParameters]);
-  Reader reader{header + kHeader, header + length};
-  uint64_t words[kMaxParameters];
-  void* parameters[kMaxParameters + 1] = {};
-  std::vector<std::pair<size_t, Map>> maps;
+  Reader reader{header + kHeader, header + described.length};
+  packed.parameters[count] = nullptr;
   for (size_t i = 0; i < count; ++i) {
-    parameters[i] = &words[i];
+    packed.parameters[i] = &packed.words[i];
     const int64_t kind = reader.number();
     if (kind == kNumber) {
-      words[i] = static_cast<uint64_t>(reader.number());
+      packed.words[i] = static_cast<uint64_t>(reader.number());
       continue;
     }
     const int64_t index = reader.number(), type = reader.number();
     if (reader.ended) break;
     if (kind != kPointer && kind != kMap) return text("parameter ", i, " is of no known kind (", kind, ")");
-    if (index < 0 || index >= static_cast<int64_t>(tensors.size())) {
-      return text("parameter ", i, " is tensor ", index, " of ", tensors.size());
+    if (index < 0 || index >= static_cast<int64_t>(num_tensors)) {
+      return text("parameter ", i, " is tensor ", index, " of ", num_tensors);
     }
-    const LaunchTensor& tensor = tensors[static_cast<size_t>(index)];
+    const LaunchTensor& tensor = tensors[index];
     if (tensor.type != type) return text("tensor ", index, " has the element type ", tensor.type, ", not ", type);
     if (kind == kMap) {
-      std::string error = read_map(reader, tensor, maps.emplace_back(i, Map{}).second);
+      std::string error = read_map(reader, tensor, packed.maps.emplace_back(i, Map{}).second);
       if (!error.empty()) return text("the tensor map of tensor ", index, " ", error);
       continue;
     }
     const int64_t alignment = reader.number();
     if (reader.ended) break;
-    words[i] = reinterpret_cast<uint64_t>(tensor.data);
-    if (alignment < 1 || words[i] % static_cast<uint64_t>(alignment) != 0) {
+    packed.words[i] = reinterpret_cast<uint64_t>(tensor.data);
+    if (alignment < 1 || packed.words[i] % static_cast<uint64_t>(alignment) != 0) {
       return text("tensor ", index, " must start at a multiple of ", alignment, " bytes");
     }
   }
   if (reader.ended || reader.next != reader.end) return "the description is not as long as its parameters";
+  return "";
+}
 
+std::string encode(const Driver& driver, Packed& packed) {
+  if (packed.maps.empty()) return "";
+  if (driver.encode == nullptr) return "this CUDA driver is too old for tensor maps";
+  packed.encoded.resize(packed.maps.size());
+  for (size_t i = 0; i < packed.maps.size(); ++i) {
+    const auto& [parameter, map] = packed.maps[i];
+    const int code = driver.encode(&packed.encoded[i], map.type, map.rank, const_cast<void*>(map.tensor->data),
+                                   map.sizes, map.strides, map.box, map.element_strides, kNoInterleave, map.swizzle,
+                                   kPromote128, map.fill);
+    if (code != 0) return failure(driver, "cuTensorMapEncodeTiled", code);
+    mend_small(packed.encoded[i], map, driver.version);
+    packed.parameters[parameter] = &packed.encoded[i];
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string launch_described(const LaunchDescription* launches, size_t count, const LaunchTensor* tensors,
+                             size_t num_tensors, void* stream) {
+  if (count > kMaxLaunches) return text("a call has up to ", kMaxLaunches, " launches, not ", count);
+  Packed packed[kMaxLaunches];
+  for (size_t i = 0; i < count; ++i) {
+    if (std::string error = pack(launches[i], tensors, num_tensors, packed[i]); !error.empty()) return error;
+  }
   const Driver found = driver();
   if (found.launch == nullptr) return "no CUDA driver is loaded: a kernel's handle comes from one";
-  if (!maps.empty() && found.encode == nullptr) return "this CUDA driver is too old for tensor maps";
-  std::vector<TensorMap> encoded(maps.size());
-  for (size_t i = 0; i < maps.size(); ++i) {
-    const auto& [parameter, map] = maps[i];
-    const int code =
-        found.encode(&encoded[i], map.type, map.rank, const_cast<void*>(map.tensor->data), map.sizes, map.strides,
-                     map.box, map.element_strides, kNoInterleave, map.swizzle, kPromote128, map.fill);
-    if (code != 0) return failure(found, "cuTensorMapEncodeTiled", code);
-    mend_small(encoded[i], map, found.version);
-    parameters[parameter] = &encoded[i];
+  for (size_t i = 0; i < count; ++i) {
+    if (std::string error = encode(found, packed[i]); !error.empty()) return error;
   }
-  return launch_it(found, header, parameters, stream);
+  for (size_t i = 0; i < count; ++i) {
+    std::string error = launch_it(found, packed[i].header, packed[i].parameters, stream);
+    if (!error.empty()) return error;
+  }
+  return "";
 }
 
 }  // namespace gistkern

@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 namespace gistkern {
 
@@ -40,10 +39,17 @@ enum Header : int {
 enum Kind : int { kNumber, kPointer, kMap };
 }  // namespace description
 
-// Checks the description and the tensors and launches on `stream` (a CUstream). Returns what is wrong, or nothing:
-// the driver is called only if all is right. The driver is the one that has loaded the kernel, so this library needs
-// none to load.
-std::string launch_described(const int64_t* description, int64_t length, const std::vector<LaunchTensor>& tensors,
-                             void* stream);
+struct LaunchDescription {
+  const int64_t* numbers = nullptr;
+  int64_t length = 0;
+};
+
+constexpr size_t kMaxLaunches = 8;
+
+// Checks the descriptions and the tensors, and makes the launches one after the other on `stream` (a CUstream). Returns
+// what is wrong, or nothing: the driver launches nothing unless all is right with all of them. The driver is the one
+// that has loaded the kernels, so this library needs none to load.
+std::string launch_described(const LaunchDescription* launches, size_t count, const LaunchTensor* tensors,
+                             size_t num_tensors, void* stream);
 
 }  // namespace gistkern

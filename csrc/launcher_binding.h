@@ -32,7 +32,8 @@ inline void launch(Tensor description, std::vector<Tensor> tensors, bool emulate
   }
   const auto* numbers = static_cast<const int64_t*>(description.data_ptr());
   const auto run = [&](void* stream) {
-    const std::string error = launch_described(numbers, description.numel(), given, stream);
+    const LaunchDescription described{numbers, description.numel()};
+    const std::string error = launch_described(&described, 1, given.data(), given.size(), stream);
     require(error.empty(), error);
   };
   if (emulated) return run(nullptr);

@@ -25,11 +25,11 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The GPU of a tensor made current, and its current stream.
+// A GPU made current, and its current stream.
 class OnGpu {
  public:
-  explicit OnGpu(const Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+  explicit OnGpu(int32_t device) : guard_(device), stream_(current_stream(device)) {}
+  explicit OnGpu(const Tensor& tensor) : OnGpu(tensor.get_device_index()) {}
   void* stream() const { return stream_; }
 
  private:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from gistkern.backends import native
 from gistkern.kernels.device import emulated
 
-__all__ = ["Parameter", "PreparedLaunch", "kernel_parameters", "prepare"]
+__all__ = ["Parameter", "PreparedLaunch", "describe", "kernel_parameters", "prepare"]
 
 # of csrc/launcher.h
 _NUMBER, _POINTER, _MAP = 0, 1, 2
@@ -88,10 +89,20 @@ def prepare(kernel: Any, grid: tuple[int, int, int], values: Sequence[Any]) -> P
     ValueError
         If an argument is not of its type, or the kernel needs what only Triton's own launcher gives.
     """
+    return PreparedLaunch(torch.tensor(describe(kernel, grid, values), dtype=torch.int64), kernel)
+
+
+def describe(
+    kernel: Any, grid: tuple[int, int, int], values: Sequence[Any], slots: dict[int, int] | None = None
+) -> list[int]:
+    """What csrc/launcher.h calls the description of such a launch; arguments and errors as those of `prepare`.
+
+    `slots` numbers the tensors (or the bases of descriptors) by their `id`; otherwise they are numbered as they come.
+    """
     metadata = kernel.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise ValueError(f"{metadata.name} needs scratch memory, which a prepared launch does not give")
-    packed = _Packed(iter(getattr(metadata, "tensordesc_meta", None) or ()))
+    packed = _Packed(iter(getattr(metadata, "tensordesc_meta", None) or ()), slots)
     signature = list(kernel.src.signature.values())
     if len(signature) != len(values):
         raise ValueError(f"{metadata.name} takes {len(signature)} arguments, got {len(values)}")
@@ -101,24 +112,24 @@ def prepare(kernel: Any, grid: tuple[int, int, int], values: Sequence[Any]) -> P
     for _ in ("global scratch", "profile scratch"):
         packed.number("i64", 0)
     # a dropped or misplaced parameter would be read as another
-    taken = [parameter.size for parameter in kernel_parameters(kernel.asm["cubin"], metadata.name)]
+    taken = _sizes(kernel.asm["cubin"], metadata.name)
     if taken != packed.sizes:
         raise RuntimeError(f"{metadata.name} takes parameters of {taken} bytes, its arguments make {packed.sizes}")
     kernel.run  # noqa: B018 (Triton loads a kernel where this is first asked for)
     warps, cluster, shared = kernel.packed_metadata[:3]
     header = [kernel.function, *grid, warps, shared, cluster]
-    header += [int(metadata.launch_pdl), int(metadata.launch_cooperative_grid), packed.tensors, len(packed.sizes)]
-    return PreparedLaunch(torch.tensor([*header, *packed.entries], dtype=torch.int64), kernel)
+    header += [int(metadata.launch_pdl), int(metadata.launch_cooperative_grid)]
+    return [*header, packed.tensors if slots is None else len(slots), len(packed.sizes), *packed.entries]
 
 
 class _Packed:
     """Entries of csrc/launcher.h, and the bytes of each."""
 
-    def __init__(self, maps: Iterator[dict[str, Any]]) -> None:
+    def __init__(self, maps: Iterator[dict[str, Any]], slots: dict[int, int] | None) -> None:
         self.entries: list[int] = []
         self.sizes: list[int] = []
         self.tensors = 0
-        self._maps = maps
+        self._maps, self._slots = maps, slots
 
     def add(self, kind: Any, value: Any, path: tuple[int, ...], attributes: dict[tuple[int, ...], dict]) -> None:
         """An argument, of Triton's type `kind`."""
@@ -155,8 +166,7 @@ class _Packed:
         if value is None:
             self.number("i64", 0)
         else:
-            self._append(_POINTER_BYTES, _POINTER, self.tensors, _element(kind), alignment)
-            self.tensors += 1
+            self._append(_POINTER_BYTES, _POINTER, self._number(value), _element(kind), alignment)
 
     def descriptor(self, kind: str, value: Any) -> None:
         """A tensor map, followed by its shape and strides as Triton passes them."""
@@ -168,12 +178,15 @@ class _Packed:
         if getattr(value, "round_f32_to_tf32", False):
             map_type = _TF32
         element = _element(kind[len("tensordesc<") : kind.index("[")])
-        head = (self.tensors, element, map_type, made["swizzle"], int(value.padding == "nan"))
+        head = (self._number(value.base), element, map_type, made["swizzle"], int(value.padding == "nan"))
         self._append(_MAP_BYTES, _MAP, *head, len(shape), *shape, *strides, *made["block_size"])
-        self.tensors += 1
         for kind, numbers in (("i32", shape), ("i64", strides)):
             for number in numbers:
                 self.number(kind, number)
+
+    def _number(self, tensor: Any) -> int:
+        self.tensors += 1
+        return self.tensors - 1 if self._slots is None else self._slots[id(tensor)]
 
     def _append(self, size: int, *entry: int) -> None:
         self.sizes.append(size)
@@ -184,6 +197,11 @@ def _element(kind: str) -> int:
     if kind not in _ELEMENTS:
         raise ValueError(f"a prepared launch takes no tensor of {kind}")
     return _ELEMENTS[kind]
+
+
+@lru_cache(maxsize=1024)
+def _sizes(cubin: bytes, name: str) -> list[int]:
+    return [parameter.size for parameter in kernel_parameters(cubin, name)]
 
 
 def kernel_parameters(cubin: bytes, name: str) -> list[Parameter]:

@@ -37,8 +37,8 @@ VARIANTS = {"automatic": 0, "simt": 1, "tensor_core": 2}
 # a library to load instead of the installed one: tests build some of their own (csrc/build_extension.py)
 LIBRARY = "GISTKERN_LIBRARY"
 _TORCH = (2, 10)
-# of the operators in csrc/bindings.cpp that this file calls
-INTERFACE = 3
+# of the operators in csrc/ that this package calls
+INTERFACE = 4
 
 
 def library_path() -> Path:

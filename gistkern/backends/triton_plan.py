@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gistkern.backends.planned import GIVEN, PART, RESULT, PlannedCall, planned_call
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import plan_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import plan_gist_attn_bwd_dq
@@ -14,7 +15,7 @@ from gistkern.kernels.compact import plan_gist_compact
 from gistkern.kernels.decode import plan_gist_decode
 from gistkern.kernels.device import products_precision
 from gistkern.kernels.fold import plan_gist_fold
-from gistkern.kernels.launch import Steps
+from gistkern.kernels.launch import Steps, hooked
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import dense_rows
 
@@ -51,6 +52,7 @@ class TritonPlan:
     ) -> None:
         self.device, self.dtype, self.scale = q.device, q.dtype, scale
         self.vectors, self.in_room = vectors, in_room
+        self.fp32, self.has_past = q.dtype == torch.float32, past_k is not None
         given = [q, k, v] if past_k is None or past_v is None else [q, k, v, past_k, past_v]
         self.copies = any(tensor.stride(-1) != 1 or tensor.is_neg() for tensor in given)
         self.past = 0 if past_k is None else past_k.shape[2]
@@ -61,6 +63,20 @@ class TritonPlan:
         self.past_shape = (*k.shape[:2], self.past, k.shape[3])
         self._forward: _Forward | None = None
         self._backward: _Backward | None = None
+
+    def again(self, whole: bool, *given: torch.Tensor) -> list[torch.Tensor]:
+        """A forward on q, k, v and past rows by one call of the extension (planned.py), if it is planned for these.
+
+        Its results are the output, and if `whole` the LSE and newly gathered rows of keys and values. There are none,
+        and nothing has been launched, where tensors are of another kind or the calls have not been described so far.
+        """
+        planned = self._forward
+        if planned is None or self.copies:
+            return []
+        call = planned.whole if whole else planned.narrow
+        if call is None or hooked() or (self.fp32 and planned.precision != products_precision(self.device)):
+            return []
+        return call.run(call.description, given)
 
     def forward(
         self,
@@ -89,12 +105,12 @@ class TritonPlan:
             gist_k, gist_v = past_k, past_v
         if past_k is None or past_v is None:
             past_k, past_v = k, v  # not read
-        tensors = q, k, v, past_k, past_v, gist_k, gist_v, out, lse
-        precision = products_precision(device) if dtype == torch.float32 else "ieee"  # the user's setting by now
+        tensors = q, k, v, past_k, past_v, out, lse, gist_k, gist_v
+        precision = products_precision(device) if self.fp32 else "ieee"  # the user's setting by now
         planned = self._forward
         if planned is None or planned.precision != precision:
             planned = self._forward = _Forward(self, tensors, precision)
-        planned.steps.run(tensors, planned.buffers)
+        planned.run(tensors)
         return out, lse, gist_k, gist_v
 
     def backward(
@@ -113,32 +129,26 @@ class TritonPlan:
         Without atomics: two runs are bit-identical. Tensors may lie otherwise than in the forward: what offloads saved
         tensors brings them back contiguous.
         """
-        if self.copies:
-            grad_out, q, k, v, gist_k, gist_v = map(_dense, (grad_out, q, k, v, gist_k, gist_v))
-        strides = grad_out.stride(), q.stride(), k.stride(), v.stride(), gist_k.stride(), gist_v.stride()
-        key = (
-            strides,
-            out.stride(),
-            lse.stride(),
-            products_precision(q.device) if self.dtype == torch.float32 else "ieee",
-        )
+        given = grad_out, q, k, v, gist_k, gist_v, out, lse
         planned = self._backward
+        precision = products_precision(q.device) if self.fp32 else "ieee"
+        if planned is not None and planned.call is not None and planned.key[-1] == precision and not hooked():
+            found = planned.call.run(planned.call.description, given)
+            if found:
+                return tuple(found) if self.past else (*found, None, None)
+        key = (*(tensor.stride() for tensor in given), precision)
+        dense = (*map(_dense, given[:6]), out.contiguous(), lse.contiguous())
+        if any(one is not other for one, other in zip(dense, given, strict=True)):
+            return self.backward(*dense)
         if planned is None or planned.key != key:
-            given = grad_out, q, k, v, gist_k, gist_v
-            dense = tuple(map(dense_rows, given))
-            if any(one is not other for one, other in zip(dense, given, strict=True)) or not (
-                out.is_contiguous() and lse.is_contiguous()
-            ):
-                return self.backward(*dense, out.contiguous(), lse.contiguous())  # type: ignore[call-arg]
-            planned = self._backward = _Backward(self, given, key)
+            planned = self._backward = _Backward(self, given[:6], key)
         dq, dk = torch.empty_like(out), torch.empty_like(k, memory_format=torch.contiguous_format)
         past_k = dk
         if self.past:
             past_k = torch.empty(*self.past_shape, dtype=q.dtype, device=q.device)
         dv = torch.empty_like(dk)
         past_v = torch.empty_like(past_k) if self.past else dv
-        tensors = grad_out, q, k, v, gist_k, gist_v, out, lse, dq, dk, dv, past_k, past_v
-        planned.steps.run(tensors, planned.buffers)
+        planned.run((*given, dq, dk, dv, past_k, past_v))
         return (dq, dk, dv, past_k, past_v) if self.past else (dq, dk, dv, None, None)
 
 
@@ -148,11 +158,19 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Forward:
-    """The launches of a forward: compaction where rows are gathered, attention or decoding, the merge of its splits."""
+    """The launches of a forward: compaction where rows are gathered, attention or decoding, the merge of its splits.
+
+    Attributes
+    ----------
+    whole, narrow : PlannedCall or None
+        The same in one call of the extension, that hands back all that it makes, or the output alone.
+    """
 
     def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...], precision: str) -> None:
-        self.precision, merge = precision, None
-        q, k, v, _, _, gist_k, gist_v, *_ = tensors
+        self.precision, merge, self.described = precision, None, plan.in_room  # whose rows a call hands back itself
+        self.whole: PlannedCall | None = None
+        self.narrow: PlannedCall | None = None
+        q, k, v, past_k, past_v, _, _, gist_k, gist_v = tensors
         arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
         if q.shape[2] <= DECODE_ROWS:
             launch, merge = plan_gist_decode(arguments, precision)
@@ -160,8 +178,8 @@ class _Forward:
             launch = plan_gist_attn_fwd(arguments, precision)
         splits, stats = 1 if merge is None else launch.numbers[-1], q.shape[:3].numel()
         work = () if merge is None else (splits * stats * q.shape[3], splits * stats)
-        self.steps = Steps(plan.device, plan.vectors, work)
-        self.strides = tuple(t.stride()[:3] for t in tensors[:7])
+        self.steps = Steps(plan.device, plan.vectors, work, self.buffers)
+        self.strides = tuple(t.stride()[:3] for t in (q, k, v, past_k, past_v, gist_k, gist_v))
         self.compacts = plan.gathers and gist_k.numel() > 0
         if self.compacts:
             copies = plan_gist_compact(k, plan.past, plan.compact, plan.past if plan.in_room else 0)
@@ -169,9 +187,22 @@ class _Forward:
         self.steps.add(launch, plan.dtype, self.strides, splits > 1)
         if merge is not None:
             self.steps.add(merge, plan.dtype)
+        self.gathers, self.has_past = plan.gathers, plan.has_past
+
+    def run(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Launch; what is launched a second time is described for `TritonPlan.again`."""
+        if self.steps.prepared and not self.described:
+            self.described = True
+            self.whole, self.narrow = (planned_call(self.steps, tensors, self.roles(made)) for made in (RESULT, PART))
+        self.steps.run(tensors)
+
+    def roles(self, made: str) -> tuple[str | int, ...]:
+        """Of the tensors that `buffers` takes, with the LSE and gathered rows `made` so (`planned_call`)."""
+        past = (GIVEN, GIVEN) if self.has_past else (1, 2)  # k and v, which are not read
+        return GIVEN, GIVEN, GIVEN, *past, RESULT, made, *((made, made) if self.gathers else (3, 4))
 
     def buffers(
-        self, q, k, v, past_k, past_v, gist_k, gist_v, out, lse, begin, end, start, gather, *parts
+        self, q, k, v, past_k, past_v, out, lse, gist_k, gist_v, begin, end, start, gather, *parts
     ) -> tuple[tuple[Any, ...], ...]:
         """Those of each launch."""
         of_q, of_k, of_v, of_past_k, of_past_v, of_gist_k, of_gist_v = self.strides
@@ -185,17 +216,25 @@ class _Forward:
 
 
 class _Backward:
-    """The launches of a backward for tensors of these strides: dq, compact rows, local rows, and both together."""
+    """The launches of a backward for tensors of these strides: dq, compact rows, local rows, and both together.
+
+    Attributes
+    ----------
+    call : PlannedCall or None
+        The same in one call of the extension.
+    """
 
     def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...], key: tuple[Any, ...]) -> None:
         grad_out, q, k, v, gist_k, gist_v = tensors
-        self.key, precision = key, key[-1]
+        self.key, precision, self.described = key, key[-1], False
+        self.call: PlannedCall | None = None
         arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
         gist, chunks = plan_gist_attn_bwd_dkv(q, gist_k, grad_out, True, plan.scale, precision)
         local, _ = plan_gist_attn_bwd_dkv(q, k, grad_out, False, plan.scale, precision)
         stats, sums = q.shape[:3].numel(), chunks * gist_k.numel()
-        self.folds = gist_k.numel() > 0
-        self.steps = Steps(plan.device, plan.vectors, (stats, stats, sums, sums) if self.folds else (stats, stats))
+        self.folds, self.has_past = gist_k.numel() > 0, plan.past > 0
+        work = (stats, stats, sums, sums) if self.folds else (stats, stats)
+        self.steps = Steps(plan.device, plan.vectors, work, self.buffers)
         self.strides = tuple(t.stride()[:3] for t in tensors)
         of_grad, of_q, of_k, of_v, of_gist_k, of_gist_v = self.strides
         self.steps.add(plan_gist_attn_bwd_dq(arguments, precision), plan.dtype, self.strides)
@@ -205,6 +244,14 @@ class _Backward:
         if self.folds:
             self.of_parts = torch.empty(gist_k.shape, device="meta").stride()[:3]
             self.steps.add(plan_gist_fold(k, plan.past, plan.compact, chunks), plan.dtype, self.of_parts)
+
+    def run(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Launch; what is launched a second time is described for one call of the extension."""
+        if self.steps.prepared and not self.described:
+            self.described = True
+            past = (RESULT, RESULT) if self.has_past else (9, 10)  # dk and dv, where no row is written
+            self.call = planned_call(self.steps, tensors, (*[GIVEN] * 8, RESULT, RESULT, RESULT, *past))
+        self.steps.run(tensors)
 
     def buffers(self, *values: Any) -> tuple[tuple[Any, ...], ...]:
         """Those of each launch."""

@@ -139,6 +139,12 @@ def attend(
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
     if room is not None and (gradient or not has_room(room, layout)):
         room = None
+    last = layout.__dict__.get("_plan")
+    if last is not None and room is None and learned_sinks is None:
+        asked = scale, backend, gradient, wants_lse, None
+        found = last.attend_again(q, k, v, past_key, past_value, layout, asked, wants_lse or wants_rows)
+        if found is not None:
+            return found
     try:
         of_room = None if room is None else room_key(room, past_key, past_value)
         key = key_of(*tensors, layout, scale, backend, gradient, wants_lse, of_room)

@@ -6,6 +6,7 @@ They serve what has to see operators: torch.compile, tracing, dispatch modes, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,9 @@ class Plan(Protocol):
     gathers: bool  # whether calls bring new compact rows; otherwise attention reads the past ones
     vectors: tuple[torch.Tensor, ...]  # gist_begin, gist_end, local_begin and gather, contiguous
 
+    again: Callable[..., list[torch.Tensor]] | None
+    """Output, and if the first argument says so, the LSE and newly gathered rows; nothing where `forward` has to."""
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError if one of the vectors was written to since the plan was made."""
 
@@ -42,9 +46,23 @@ class GistAttention(torch.autograd.Function):
     """Output; with `whole` also the LSE (not differentiable), and the compact rows where the call gathers new ones."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, whole: bool, q, k, v, past_k, past_v, learned_sinks) -> torch.Tensor | Tensors:
-        """As `Plan.forward`, and keep what the backward needs. What is not handed out costs autograd nothing."""
-        out, lse, gist_k, gist_v = plan.forward(q, k, v, past_k, past_v)
+    def forward(
+        ctx: Any, plan: Plan, whole: bool, sure: bool, q, k, v, past_k, past_v, learned_sinks
+    ) -> torch.Tensor | Tensors | None:
+        """As `Plan.forward`, and keep what the backward needs. What is not handed out costs autograd nothing.
+
+        Unless it is `sure` that the plan is one for these tensors, None if `Plan.again` finds that it is not.
+        """
+        again = plan.again
+        found = (
+            () if again is None else again(True, q, k, v) if past_k is None else again(True, q, k, v, past_k, past_v)
+        )
+        if found:
+            out, lse, gist_k, gist_v = found if plan.gathers else (*found, past_k, past_v)
+        elif sure:
+            out, lse, gist_k, gist_v = plan.forward(q, k, v, past_k, past_v)
+        else:
+            return None
         if learned_sinks is not None:
             out, lse = with_learned_sinks(out, lse, learned_sinks)
         ctx.plan = plan
@@ -56,28 +74,28 @@ class GistAttention(torch.autograd.Function):
             ctx.mark_non_differentiable(lse)
             return out, lse
         # rows of keys and values that do not learn do not either: a cache would keep this call's graph alive with them
-        ctx.mark_non_differentiable(lse, *(() if any(ctx.needs_input_grad[3:7]) else (gist_k, gist_v)))
+        ctx.mark_non_differentiable(lse, *(() if any(ctx.needs_input_grad[4:8]) else (gist_k, gist_v)))
         return out, lse, gist_k, gist_v
 
     @staticmethod
     def backward(ctx: Any, grad_out, _=None, grad_gist_k=None, grad_gist_v=None) -> Tensors:
-        """None for the plan and `whole`, and the gradients of the six tensors."""
+        """None for what is no tensor, and the gradients of the six tensors."""
         saved = ctx.saved_tensors
         ctx.plan.check_unchanged()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (None, None, *_by_operators(ctx.plan, saved, grad_out, grad_gist_k, grad_gist_v))
+            return (None, None, None, *_by_operators(ctx.plan, saved, grad_out, grad_gist_k, grad_gist_v))
         q, k, v, gist_k, gist_v, out, lse, learned_sinks = saved
         dq = dk = dv = past_k = past_v = sinks = None
         if grad_out is not None:
             if forward_ad._current_level >= 0:
                 refuse_forward_mode(grad_out)
             dq, dk, dv, past_k, past_v = ctx.plan.backward(grad_out, q, k, v, gist_k, gist_v, out, lse)
-            if learned_sinks is not None and ctx.needs_input_grad[7]:
+            if learned_sinks is not None and ctx.needs_input_grad[8]:
                 sinks = gradient_of_sinks(grad_out, out, lse, learned_sinks)
         if grad_gist_k is not None or grad_gist_v is not None:  # somebody uses the compact rows themselves
             more = of_compact_rows(ctx.plan, k, gist_k, grad_gist_k, grad_gist_v)
             dk, dv, past_k, past_v = (added(a, b) for a, b in zip((dk, dv, past_k, past_v), more, strict=True))
-        return None, None, dq, dk, dv, past_k, past_v, sinks
+        return None, None, None, dq, dk, dv, past_k, past_v, sinks
 
 
 # beneath what `Function.apply` does for torch.func, under which no plan is run: a fifth of its time

@@ -52,6 +52,7 @@ class Plan:
     """
 
     key: tuple[Any, ...]
+    again: Callable[..., list[torch.Tensor]] | None = None  # see `gistkern.ops.function.Plan`
     follows = False  # whether it serves the layout of the next decode step too, behind a tail that is longer
 
     def __init__(self, backend: str, scale: float, gradient: bool, layout: GistLayout, has_past: bool) -> None:
@@ -75,10 +76,48 @@ class Plan:
             if learned_sinks is not None:
                 out, lse = with_learned_sinks(out, lse, learned_sinks)
             return out, lse, gist_k, gist_v
-        found = apply(self, whole, q, k, v, past_k, past_v, learned_sinks)
+        found = apply(self, whole, True, q, k, v, past_k, past_v, learned_sinks)
         if not whole:
             return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
+
+    def attend_again(
+        self, q, k, v, past_k, past_v, layout: GistLayout, asked: tuple[Any, ...], whole: bool
+    ) -> Found | None:
+        """`attend` without learned sinks or room, if tensors, layout and `asked` are as they were; None otherwise.
+
+        `asked` is all but the layout and the tensors that a plan depends on: as `key_of` takes it. The tensors are
+        looked at by what computes.
+        """
+        # asked at every layer: attributes only, and no loop
+        begin, end, local, gather = self._given
+        if (
+            self.again is None
+            or asked != self.key[-2]
+            or configs.changes != self.key[-1]
+            or self.copied
+            or (past_k is None) != (past_v is None)
+            or not (layout.gist_begin is begin and layout.gist_end is end)
+            or not (layout.local_begin is local and layout.gather is gather)
+            or versions_of(begin, end, local, gather) != self._versions
+        ):
+            return None
+        try:
+            if self.gradient:
+                found = apply(self, whole, False, q, k, v, past_k, past_v, None)
+                if found is None:
+                    return None
+                if not whole:
+                    return found, None, None, None
+            else:
+                found = self.again(whole, q, k, v) if past_k is None else self.again(whole, q, k, v, past_k, past_v)
+                if not found:
+                    return None
+                if not whole:
+                    return found[0], None, None, None
+        except NotImplementedError:  # sparse, nested and meta tensors: refused by name where a plan is made
+            return None
+        return tuple(found) if self.gathers else (*found, past_k, past_v)
 
     def may_be_stale(self) -> bool:
         """Whether copies may belie the layout's vectors: nobody counts writes to inference tensors or to a graph's."""
@@ -126,6 +165,7 @@ class _OfTriton(Plan):
         super().__init__(*rest)
         launches = self.module.TritonPlan(*tensors, self.vectors, self.scale, in_room)
         self.forward, self.backward = launches.forward, launches.backward  # type: ignore[method-assign]
+        self.again = launches.again
 
 
 class _Prepared(Plan):

@@ -2,6 +2,9 @@
 
 # ruff: noqa: E402 (the stub comes before Triton)
 
+import copy
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -73,15 +76,17 @@ def run(layout, inputs, grad=None):
 @pytest.mark.parametrize("name", CASES)
 def test_the_driver_is_given_what_triton_gives_it(name, monkeypatch):
     """Function, grid, block, shared memory, and the bytes of all parameters, of the sizes that the cubin says."""
-    layout, sizes = CASES[name]
+    layout, sizes = copy.copy(CASES[name][0]), CASES[name][1]  # without plans
     compared = []
 
-    def both_ways(steps, tensors, buffers_of):
-        work = torch.empty(steps._bytes, dtype=torch.uint8) if steps._bytes else None
-        everything = steps._all(tensors, work)
-        assert steps._prepare(tensors, work, buffers_of)
-        by_address = buffers_of(*map(_address, everything))
-        for number, ((launch, _), buffers) in enumerate(zip(steps.launches, buffers_of(*everything), strict=True)):
+    def both_ways(steps, tensors):
+        work = steps.workspace(tensors[0].device)
+        everything = steps.arguments(tensors, work)
+        assert steps._prepare(tensors, work)
+        by_address = steps.buffers_of(*map(_address, everything))
+        for number, ((launch, _), buffers) in enumerate(
+            zip(steps.launches, steps.buffers_of(*everything), strict=True)
+        ):
             kernel = launch.kernel.warmup(*buffers, *launch.numbers, grid=(1,), **launch._options())
             parameters = kernel_parameters(kernel.asm["cubin"], kernel.metadata.name)
             kernel.run  # noqa: B018 - loads the code
@@ -109,6 +114,79 @@ def test_the_driver_is_given_what_triton_gives_it(name, monkeypatch):
     assert "gist_attn_bwd_dq_kernel" in compared
     assert ("gist_fold_kernel" in compared) == (layout.num_compact > 0)
     assert ("merge_splits_kernel" in compared) == (name == "a split decode step")
+
+
+def cut(call, launches):
+    """The description of a planned call with its first so many launches."""
+    numbers, at = call.description.tolist(), 4
+    for _ in range(numbers[2]):  # slots: kind, type, value, dims, sizes, strides
+        at += 4 + 2 * numbers[at + 3]
+    for _ in range(launches):
+        at += 1 + numbers[at]
+    return torch.tensor([*numbers[:3], launches, *numbers[4:at]])
+
+
+def compare(call, steps, tensors, given, made):
+    """That each launch of a planned call is that of the steps, with the results in the place of those `made`."""
+    everything = steps.arguments(tensors, steps.workspace(tensors[0].device))
+    mine = {tensor.data_ptr() for tensor in (*given, *steps.vectors)}
+    new = {tensor.data_ptr(): tensor for tensor in everything if tensor.data_ptr() not in mine}
+    names, seen = [], set()
+    for number, (kernel, _, _) in enumerate(steps.kernels(everything)):
+        parameters = kernel_parameters(kernel.asm["cubin"], kernel.metadata.name)
+        stub.record(kernel.function, [parameter.size for parameter in parameters])
+        (launch, _), buffers = steps.launches[number], steps.buffers_of(*everything)[number]
+        launch(tensors[0].device, *buffers)
+        expected, before = stub.last(), stub.launches()
+        results = call.run(cut(call, number + 1), given)
+        assert stub.launches() == before + number + 1
+        found = stub.last()
+        assert found._replace(parameters=[]) == expected._replace(parameters=[])
+        at = {}
+        for theirs, ours in zip(expected.parameters, found.parameters, strict=True):
+            if ours != theirs:
+                address, other = (int.from_bytes(part, "little") for part in (theirs, ours))
+                assert address in new
+                assert at.setdefault(address, other) == other
+        assert len(set(at.values())) == len(at)
+        spans = sorted((other, other + new[address].nbytes) for address, other in at.items())
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        assert all(other % 16 == 0 for other in at.values())
+        for result, tensor in zip(results, made, strict=True):
+            assert at.get(tensor.data_ptr(), result.data_ptr()) == result.data_ptr()
+            assert (result.shape, result.stride(), result.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        seen.update(at)
+        names.append(launch.kernel.__name__)
+    assert seen == set(new), "all that the steps write"
+    return names
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("room behind")])
+def test_the_extension_gives_the_driver_what_triton_gives_it(name, monkeypatch):
+    """Of forwards that hand back all that they make and of those that do not, and of backwards."""
+    layout, sizes = copy.copy(CASES[name][0]), CASES[name][1]  # without plans
+    steps_run, known = Steps.run, []
+    monkeypatch.setattr(
+        Steps, "run", lambda steps, tensors: (known.append((steps, tensors)), steps_run(steps, tensors))
+    )
+    inputs = make_inputs(layout, **sizes)
+    run(layout, inputs)
+    run(layout, inputs)
+    assert len(known) == 4
+    run(layout, inputs)
+    assert len(known) == 4, "the third time, nothing is left to Python"
+    plan = layout.__dict__["_plan"]
+    launches = plan.again.__self__
+    (steps, tensors), (steps_back, tensors_back) = known[2:]
+    given, made = tensors[: 5 if layout.past else 3], tensors[5 : 9 if plan.gathers else 7]
+    names = compare(launches._forward.whole, steps, tensors, given, made)
+    assert compare(launches._forward.narrow, steps, tensors, given, made[:1]) == names
+    assert ("merge_splits_kernel" in names) == (name == "a split decode step")
+    names = compare(
+        launches._backward.call, steps_back, tensors_back, tensors_back[:8], tensors_back[8 : 13 if layout.past else 11]
+    )
+    assert "gist_attn_bwd_dq_kernel" in names
+    assert ("gist_fold_kernel" in names) == (layout.num_compact > 0)
 
 
 def test_only_aligned_tensors_are_launched_by_address(by_triton):
