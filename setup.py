@@ -40,8 +40,9 @@ class BuildWithKernels(build_py):
         super().run()
         if self.editable_mode:  # the shim reads the checkout's folder
             return
-        for source in sorted((ROOT / "kernels").glob("*.py")):
-            target = Path(self.build_lib) / "gistkern" / "kernels" / source.name
+        for source in sorted((ROOT / "kernels").rglob("*.py")):
+            target = Path(self.build_lib) / "gistkern" / source.relative_to(ROOT)
+            self.mkpath(str(target.parent))
             self.copy_file(str(source), str(target))
 
 

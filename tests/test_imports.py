@@ -92,7 +92,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in files("gistkern/**/*.py")
-} | {f"gistkern.kernels.{path.stem}": path for path in files("kernels/*.py")}
+} | {f"gistkern.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}": path for path in files("kernels/**/*.py")}
 FACES = {name for name, path in MODULES.items() if path.name == "__init__.py" and name.count(".") < 2}
 
 
@@ -144,7 +144,7 @@ def test_examples_use_public_names_only(path):
 
 
 SMALL = (
-    *("gistkern/**/*.py", "kernels/*.py", "examples/**/*.py", "bench/*.py", "setup.py", "csrc/**/*.py"),
+    *("gistkern/**/*.py", "kernels/**/*.py", "examples/**/*.py", "bench/*.py", "setup.py", "csrc/**/*.py"),
     *("csrc/**/*.h", "csrc/**/*.c*"),
 )
 

@@ -66,7 +66,7 @@ SHIPPED = [
 
 def check_wheel(file, tmp_path):
     names = zipfile.ZipFile(file).namelist()
-    assert "gistkern/kernels/chips.py" in names
+    assert {"gistkern/kernels/chips.py", "gistkern/kernels/hopper/ring.py"} <= names
     assert {"gistkern/demo/page.txt", *SHIPPED} <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "examples/", "bench/"))]
     site = tmp_path / "site"
@@ -92,7 +92,8 @@ def made(source, tmp_path_factory):
 def test_sdist_holds_what_a_build_needs(made):
     unpacked, *_ = made
     held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
-    sources = [f"{f.parent.name}/{f.name}" for f in [*(ROOT / "csrc").glob("*.*"), *(ROOT / "kernels").glob("*.py")]]
+    sources = [*(ROOT / "csrc").glob("*.*"), *(ROOT / "kernels").rglob("*.py")]
+    sources = [str(source.relative_to(ROOT)) for source in sources]
     assert not {name for name in sources if not name.endswith((".so", ".pyc"))} - held
     assert set(SHIPPED) <= held
     assert not [name for name in held if name.startswith(("tests/", "examples/", "bench/"))], "no tests that cannot run"
