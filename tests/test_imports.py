@@ -133,7 +133,7 @@ def test_no_backend_computes_by_another(path):
     assert not imported & {f"gistkern.backends.{name}" for name in others}
 
 
-@pytest.mark.parametrize("path", files("examples/*.py", "examples/passkey/*.py"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", files("examples/*.py", "examples/*/*.py"), ids=lambda p: p.name)
 def test_examples_use_public_names_only(path):
     packages = {
         name: importlib.import_module(name)
