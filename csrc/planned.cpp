@@ -1,5 +1,6 @@
-// The operator `run_planned`: a forward or a backward that Python has planned, in one call. It makes the results and
-// the workspace and launches the plan's kernels on them (launcher.h). Beside bindings.cpp this file knows torch.
+// The operators `run_planned` and `planned_output`: a forward or a backward that Python has planned, in one call. They
+// make the results and the workspace and launch the plan's kernels on them (launcher.h). Beside bindings.cpp this file
+// knows torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "launcher.h"
@@ -34,7 +36,6 @@ constexpr int32_t kOnCpu = -1;
 
 struct Slot {
   int64_t kind, value;
-  LaunchTensor tensor;
 };
 
 class Description {
@@ -57,19 +58,18 @@ class Description {
             gistkern::kMaxLaunches, " launches, not ", num_launches);
   }
 
-  Slot slot() {
+  Slot slot(LaunchTensor& tensor) {
     const int64_t* head = take(4);
     const int64_t type = head[1], dims = head[3];
     require(head[0] >= kGiven && head[0] <= kPart, "a slot is of no known kind (", head[0], ")");
     require(type >= 0 && type <= INT8_MAX, "a slot has the element type ", type);
     require(dims >= 0 && dims <= kMaxDims, "a slot has ", dims, " dimensions, it may have up to ", kMaxDims);
-    Slot slot{head[0], head[2], {}};
-    slot.tensor.type = static_cast<int32_t>(type);
-    slot.tensor.element_bytes = static_cast<int32_t>(aoti_torch_dtype_element_size(slot.tensor.type));
-    slot.tensor.dims = static_cast<size_t>(dims);
-    slot.tensor.sizes = take(dims);
-    slot.tensor.strides = take(dims);
-    return slot;
+    tensor.type = static_cast<int32_t>(type);
+    tensor.element_bytes = static_cast<int32_t>(aoti_torch_dtype_element_size(tensor.type));
+    tensor.dims = static_cast<size_t>(dims);
+    tensor.sizes = take(dims);
+    tensor.strides = take(dims);
+    return {head[0], head[2]};
   }
 
   LaunchDescription launch() {
@@ -110,9 +110,8 @@ int64_t span(const LaunchTensor& tensor) {
 }
 
 // Whether a tensor is what the kernels were chosen for. Not an error: the caller has other ways to serve it.
-bool fits(const Tensor& tensor, Slot& slot, int32_t device) {
+bool fits(const Tensor& tensor, LaunchTensor& expected, int64_t alignment, int32_t device) {
   if (device == kOnCpu ? !tensor.is_cpu() : !tensor.is_cuda() || tensor.get_device_index() != device) return false;
-  LaunchTensor& expected = slot.tensor;
   if (static_cast<int32_t>(tensor.scalar_type()) != expected.type) return false;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   if (!std::equal(sizes.begin(), sizes.end(), expected.sizes, expected.sizes + expected.dims) ||
@@ -120,7 +119,7 @@ bool fits(const Tensor& tensor, Slot& slot, int32_t device) {
     return false;
   }
   expected.data = tensor.data_ptr();
-  return reinterpret_cast<uintptr_t>(expected.data) % static_cast<uint64_t>(slot.value) == 0;
+  return reinterpret_cast<uintptr_t>(expected.data) % static_cast<uint64_t>(alignment) == 0;
 }
 
 Tensor made(const LaunchTensor& like, int32_t device) {
@@ -133,24 +132,27 @@ Tensor made(const LaunchTensor& like, int32_t device) {
 }
 
 // Results in the order of their slots; none at all, and nothing launched, if a tensor is not as described.
-std::vector<Tensor> run_planned(Tensor numbers, std::vector<Tensor> given) {
+std::vector<Tensor> run(const Tensor& numbers, const std::vector<const Tensor*>& given, size_t most_results) {
   Description description(numbers);
   const int32_t device = description.device;
   const auto num_slots = static_cast<size_t>(description.num_slots);
-  Slot slots[kMaxSlots];
-  size_t num_given = 0;
+  std::vector<Slot> slots(num_slots);
+  std::vector<LaunchTensor> tensors(num_slots);
+  size_t num_given = 0, num_results = 0;
   for (size_t i = 0; i < num_slots; ++i) {
-    Slot& slot = slots[i] = description.slot();
-    if (slot.kind == kGiven) {
-      require(slot.value >= 1, "a tensor starts at a multiple of ", slot.value, " bytes");
-      if (num_given == given.size() || !fits(given[num_given], slot, device)) return {};
+    LaunchTensor& tensor = tensors[i];
+    const auto [kind, value] = slots[i] = description.slot(tensor);
+    if (kind == kGiven) {
+      require(value >= 1, "a tensor starts at a multiple of ", value, " bytes");
+      if (num_given == given.size() || !fits(*given[num_given], tensor, value, device)) return {};
       ++num_given;
-    } else if (slot.kind == kFixed) {
-      slot.tensor.data = reinterpret_cast<const void*>(slot.value);
+    } else if (kind == kFixed) {
+      tensor.data = reinterpret_cast<const void*>(value);
     } else {
-      const int64_t elements = span(slot.tensor), bytes = slot.tensor.element_bytes;
-      require(slot.kind == kResult || (slot.value >= 0 && slot.value % kAlignment == 0 &&
-                                       elements <= (description.workspace_bytes - slot.value) / bytes),
+      const int64_t elements = span(tensor);
+      num_results += kind == kResult;
+      require(kind == kResult || (value >= 0 && value % kAlignment == 0 &&
+                                  elements <= (description.workspace_bytes - value) / tensor.element_bytes),
               "a part lies outside of the workspace");
     }
   }
@@ -159,35 +161,58 @@ std::vector<Tensor> run_planned(Tensor numbers, std::vector<Tensor> given) {
   const auto num_launches = static_cast<size_t>(description.num_launches);
   for (size_t i = 0; i < num_launches; ++i) launches[i] = description.launch();
   description.end();
+  require(num_results <= most_results, "a plan of ", num_results, " results was run for ", most_results);
 
-  LaunchTensor tensors[kMaxSlots];
-  const auto run = [&](void* stream) {
+  const auto launch = [&](void* stream) {
     std::vector<Tensor> results;
     const int64_t bytes = description.workspace_bytes, one = 1;
     std::optional<Tensor> workspace;  // freed in the stream's order, after the launches
     if (bytes > 0) workspace = made({nullptr, static_cast<int32_t>(ScalarType::Byte), 1, &bytes, &one, 1}, device);
-    auto* first = workspace ? static_cast<char*>(workspace->data_ptr()) : nullptr;
+    const char* first = workspace ? static_cast<const char*>(workspace->data_ptr()) : nullptr;
     for (size_t i = 0; i < num_slots; ++i) {
-      Slot& slot = slots[i];
-      if (slot.kind == kResult) slot.tensor.data = results.emplace_back(made(slot.tensor, device)).data_ptr();
-      if (slot.kind == kPart) slot.tensor.data = first + slot.value;
-      tensors[i] = slot.tensor;
+      LaunchTensor& tensor = tensors[i];
+      if (slots[i].kind == kResult) tensor.data = results.emplace_back(made(tensor, device)).data_ptr();
+      if (slots[i].kind == kPart) tensor.data = first + slots[i].value;
     }
-    const std::string error = launch_described(launches, num_launches, tensors, num_slots, stream);
+    const std::string error = launch_described(launches, num_launches, tensors.data(), num_slots, stream);
     require(error.empty(), error);
     return results;
   };
-  if (device == kOnCpu) return run(nullptr);
+  if (device == kOnCpu) return launch(nullptr);
   const gistkern::OnGpu on(device);
-  return run(on.stream());
+  return launch(on.stream());
+}
+
+std::vector<Tensor> run_planned(const Tensor& description, const std::vector<Tensor>& tensors) {
+  std::vector<const Tensor*> given;
+  for (const Tensor& tensor : tensors) given.push_back(&tensor);
+  return run(description, given, kMaxSlots);
+}
+
+// The one result of a forward that hands back no other, or an undefined tensor (None): without lists a microsecond less.
+Tensor planned_output(const Tensor& description, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const MaybeTensor& past_k, const MaybeTensor& past_v) {
+  std::vector<const Tensor*> given{&q, &k, &v};
+  if (past_k) given.push_back(&*past_k);
+  if (past_v) given.push_back(&*past_v);
+  std::vector<Tensor> results = run(description, given, 1);
+  return results.empty() ? Tensor() : std::move(results[0]);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gistkern_native, m) {
   m.def("run_planned(Tensor description, Tensor[] tensors) -> Tensor[]");
+  m.def(
+      "planned_output(Tensor description, Tensor q, Tensor k, Tensor v, Tensor? past_k, Tensor? past_v) -> Tensor");
 }
 
 // Not for sparse, quantized and meta tensors, which lie otherwise.
-STABLE_TORCH_LIBRARY_IMPL(gistkern_native, CPU, m) { m.impl("run_planned", TORCH_BOX(&run_planned)); }
-STABLE_TORCH_LIBRARY_IMPL(gistkern_native, CUDA, m) { m.impl("run_planned", TORCH_BOX(&run_planned)); }
+STABLE_TORCH_LIBRARY_IMPL(gistkern_native, CPU, m) {
+  m.impl("run_planned", TORCH_BOX(&run_planned));
+  m.impl("planned_output", TORCH_BOX(&planned_output));
+}
+STABLE_TORCH_LIBRARY_IMPL(gistkern_native, CUDA, m) {
+  m.impl("run_planned", TORCH_BOX(&run_planned));
+  m.impl("planned_output", TORCH_BOX(&planned_output));
+}

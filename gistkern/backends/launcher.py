@@ -99,109 +99,174 @@ def describe(
 
     `slots` numbers the tensors (or the bases of descriptors) by their `id`; otherwise they are numbered as they come.
     """
+    taken = _taken(kernel, tuple(kernel.src.signature.values()))
+    if len(taken.arguments) != len(values):
+        raise ValueError(f"{kernel.metadata.name} takes {len(taken.arguments)} arguments, got {len(values)}")
+    given: list[Any] = []
+    _flatten(taken.arguments, values, given)
+    packed = _Packed(slots)
+    for parameter, value in zip(taken.parameters, given, strict=True):
+        parameter.pack(packed, value)
     metadata = kernel.metadata
-    if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise ValueError(f"{metadata.name} needs scratch memory, which a prepared launch does not give")
-    packed = _Packed(iter(getattr(metadata, "tensordesc_meta", None) or ()), slots)
-    signature = list(kernel.src.signature.values())
-    if len(signature) != len(values):
-        raise ValueError(f"{metadata.name} takes {len(signature)} arguments, got {len(values)}")
-    attributes = {path: dict(pairs) for path, pairs in kernel.src.attrs.items()}
-    for index, (kind, value) in enumerate(zip(signature, values, strict=True)):
-        packed.add(kind, value, (index,), attributes)
-    for _ in ("global scratch", "profile scratch"):
-        packed.number("i64", 0)
-    # a dropped or misplaced parameter would be read as another
-    taken = _sizes(kernel.asm["cubin"], metadata.name)
-    if taken != packed.sizes:
-        raise RuntimeError(f"{metadata.name} takes parameters of {taken} bytes, its arguments make {packed.sizes}")
-    kernel.run  # noqa: B018 (Triton loads a kernel where this is first asked for)
     warps, cluster, shared = kernel.packed_metadata[:3]
     header = [kernel.function, *grid, warps, shared, cluster]
     header += [int(metadata.launch_pdl), int(metadata.launch_cooperative_grid)]
-    return [*header, packed.tensors if slots is None else len(slots), len(packed.sizes), *packed.entries]
+    tensors = packed.tensors if slots is None else len(slots)
+    entries = (*packed.entries, _NUMBER, 0, _NUMBER, 0)  # no scratch memory, neither global nor of a profiler
+    return [*header, tensors, packed.parameters + 2, *entries]
 
 
 class _Packed:
-    """Entries of csrc/launcher.h, and the bytes of each."""
+    """Entries of csrc/launcher.h, and how many parameters and tensors they are."""
 
-    def __init__(self, maps: Iterator[dict[str, Any]], slots: dict[int, int] | None) -> None:
+    __slots__ = ("entries", "parameters", "slots", "tensors")
+
+    def __init__(self, slots: dict[int, int] | None) -> None:
         self.entries: list[int] = []
-        self.sizes: list[int] = []
-        self.tensors = 0
-        self._maps, self._slots = maps, slots
+        self.parameters = self.tensors = 0
+        self.slots = slots
 
-    def add(self, kind: Any, value: Any, path: tuple[int, ...], attributes: dict[tuple[int, ...], dict]) -> None:
-        """An argument, of Triton's type `kind`."""
-        if isinstance(kind, tuple):
-            for index, (part, inner) in enumerate(zip(kind, value, strict=True)):
-                self.add(part, inner, (*path, index), attributes)
-        elif kind == "constexpr":
-            return
-        elif kind.startswith("tensordesc"):
-            self.descriptor(kind, value)
-        elif kind.startswith("*"):
-            self.pointer(kind[1:], value, attributes.get(path, {}).get("tt.divisibility", 1))
-        else:
-            self.number(kind, value)
+    def number_of(self, tensor: Any) -> int:
+        """Of a tensor among those of the launch."""
+        self.tensors += 1
+        return self.tensors - 1 if self.slots is None else self.slots[id(tensor)]
 
-    def number(self, kind: str, value: int | float) -> None:
-        """An integer or a float."""
-        if kind in _FLOATS:
-            data = struct.pack(_FLOATS[kind], value)
-        elif kind in _INTEGERS:
-            size, value = _INTEGERS[kind], int(value)
-            low, high = (0, 256**size) if kind[0] == "u" else (-(256**size) // 2, 256**size // 2)
-            if kind in ("i1", "u1"):
-                low, high = 0, 2
-            if not low <= value < high:
-                raise ValueError(f"{value} is no {kind}")
-            data = value.to_bytes(size, "little", signed=low < 0)
-        else:
-            raise ValueError(f"a prepared launch takes no {kind}")
-        self._append(len(data), _NUMBER, int.from_bytes(data.ljust(8, b"\0"), "little", signed=True))
 
-    def pointer(self, kind: str, value: Any, alignment: int) -> None:
-        """A tensor, or none."""
+class _Integer:
+    """Of `bits` that hold values from `low` to below `high`."""
+
+    def __init__(self, kind: str) -> None:
+        size = _INTEGERS[kind]
+        self.kind, self.sizes = kind, [size]
+        half, signed = 256**size // 2, kind[0] != "u"
+        self.low: int = -half if signed else 0
+        self.high: int = half if signed else 2 * half
+        if kind in ("i1", "u1"):
+            self.low, self.high = 0, 2
+
+    def pack(self, packed: _Packed, value: int) -> None:
+        """Its low bytes are those of the parameter."""
+        value = int(value)
+        if not self.low <= value < self.high:
+            raise ValueError(f"{value} is no {self.kind}")
+        packed.entries += (_NUMBER, value if value < 2**63 else value - 2**64)
+        packed.parameters += 1
+
+
+class _Float:
+    def __init__(self, kind: str) -> None:
+        self.format = _FLOATS[kind]
+        self.sizes = [struct.calcsize(self.format)]
+
+    def pack(self, packed: _Packed, value: float) -> None:
+        """Its bits."""
+        data = struct.pack(self.format, value)
+        packed.entries += (_NUMBER, int.from_bytes(data, "little", signed=len(data) == 8))
+        packed.parameters += 1
+
+
+class _Pointer:
+    """To a tensor, or none."""
+
+    sizes = (_POINTER_BYTES,)
+
+    def __init__(self, kind: str, alignment: int) -> None:
+        self.element, self.alignment = _element(kind), alignment
+
+    def pack(self, packed: _Packed, value: Any) -> None:
+        """Which tensor it is."""
         if value is None:
-            self.number("i64", 0)
+            packed.entries += (_NUMBER, 0)
         else:
-            self._append(_POINTER_BYTES, _POINTER, self._number(value), _element(kind), alignment)
+            packed.entries += (_POINTER, packed.number_of(value), self.element, self.alignment)
+        packed.parameters += 1
 
-    def descriptor(self, kind: str, value: Any) -> None:
-        """A tensor map, followed by its shape and strides as Triton passes them."""
-        made = next(self._maps, None)
+
+class _Descriptor:
+    """A tensor map, followed by its shape and strides as Triton passes them."""
+
+    def __init__(self, kind: str, made: dict[str, Any] | None) -> None:
         if made is None or made["fp4_padded"]:
             raise ValueError("a prepared launch takes tensor descriptors that become tensor maps, and none of fp4")
-        shape, strides = list(value.shape), list(value.strides)
-        map_type = _DRIVER_TYPES.get(made["elem_type"], made["elem_type"])
-        if getattr(value, "round_f32_to_tf32", False):
-            map_type = _TF32
-        element = _element(kind[len("tensordesc<") : kind.index("[")])
-        head = (self._number(value.base), element, map_type, made["swizzle"], int(value.padding == "nan"))
-        self._append(_MAP_BYTES, _MAP, *head, len(shape), *shape, *strides, *made["block_size"])
-        for kind, numbers in (("i32", shape), ("i64", strides)):
+        self.element, self.box, self.swizzle = _element(kind), made["block_size"], made["swizzle"]
+        self.type = _DRIVER_TYPES.get(made["elem_type"], made["elem_type"])
+        self.shape, self.strides = _Integer("i32"), _Integer("i64")
+        rank = len(self.box)
+        self.sizes = [_MAP_BYTES, *self.shape.sizes * rank, *self.strides.sizes * rank]
+
+    def pack(self, packed: _Packed, value: Any) -> None:
+        """All that it is made from."""
+        kind = _TF32 if getattr(value, "round_f32_to_tf32", False) else self.type
+        head = (_MAP, packed.number_of(value.base), self.element, kind, self.swizzle, int(value.padding == "nan"))
+        packed.entries += (*head, len(value.shape), *value.shape, *value.strides, *self.box)
+        packed.parameters += 1
+        for parameter, numbers in ((self.shape, value.shape), (self.strides, value.strides)):
             for number in numbers:
-                self.number(kind, number)
+                parameter.pack(packed, number)
 
-    def _number(self, tensor: Any) -> int:
-        self.tensors += 1
-        return self.tensors - 1 if self._slots is None else self._slots[id(tensor)]
 
-    def _append(self, size: int, *entry: int) -> None:
-        self.sizes.append(size)
-        self.entries += entry
+class _Taken(NamedTuple):
+    """What a kernel takes: its arguments, of which None are constants, in tuples as they come; and those in a row."""
+
+    arguments: tuple[Any, ...]
+    parameters: tuple[Any, ...]
+
+
+@lru_cache(maxsize=1024)
+def _taken(kernel: Any, signature: tuple[Any, ...]) -> _Taken:
+    metadata = kernel.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise ValueError(f"{metadata.name} needs scratch memory, which a prepared launch does not give")
+    attributes = {path: dict(pairs) for path, pairs in kernel.src.attrs.items()}
+    maps, parameters = iter(getattr(metadata, "tensordesc_meta", None) or ()), []
+
+    def arguments(kinds: Sequence[Any], path: tuple[int, ...]) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for index, kind in enumerate(kinds):
+            if isinstance(kind, tuple):
+                found.append(arguments(kind, (*path, index)))
+                continue
+            found.append(None if kind == "constexpr" else kind)
+            if kind != "constexpr":
+                alignment = attributes.get((*path, index), {}).get("tt.divisibility", 1)
+                parameters.append(_parameter(kind, alignment, maps))
+        return tuple(found)
+
+    taken = _Taken(arguments(signature, ()), tuple(parameters))
+    # a dropped or misplaced parameter would be read as another; behind them stand two addresses of scratch memory
+    made = [size for parameter in parameters for size in parameter.sizes] + 2 * [_POINTER_BYTES]
+    sizes = [parameter.size for parameter in kernel_parameters(kernel.asm["cubin"], metadata.name)]
+    if sizes != made:
+        raise RuntimeError(f"{metadata.name} takes parameters of {sizes} bytes, its arguments make {made}")
+    kernel.run  # noqa: B018 (Triton loads a kernel where this is first asked for)
+    return taken
+
+
+def _parameter(kind: str, alignment: int, maps: Iterator[dict[str, Any]]) -> Any:
+    if kind.startswith("tensordesc"):
+        return _Descriptor(kind[len("tensordesc<") : kind.index("[")], next(maps, None))
+    if kind.startswith("*"):
+        return _Pointer(kind[1:], alignment)
+    if kind in _FLOATS:
+        return _Float(kind)
+    if kind in _INTEGERS:
+        return _Integer(kind)
+    raise ValueError(f"a prepared launch takes no {kind}")
+
+
+def _flatten(kinds: tuple[Any, ...], values: Sequence[Any], found: list[Any]) -> None:
+    """Append the values that are parameters, of arguments of these kinds."""
+    for kind, value in zip(kinds, values, strict=True):
+        if kind.__class__ is tuple:
+            _flatten(kind, value, found)
+        elif kind is not None:
+            found.append(value)
 
 
 def _element(kind: str) -> int:
     if kind not in _ELEMENTS:
         raise ValueError(f"a prepared launch takes no tensor of {kind}")
     return _ELEMENTS[kind]
-
-
-@lru_cache(maxsize=1024)
-def _sizes(cubin: bytes, name: str) -> list[int]:
-    return [parameter.size for parameter in kernel_parameters(cubin, name)]
 
 
 def kernel_parameters(cubin: bytes, name: str) -> list[Parameter]:

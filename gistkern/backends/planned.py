@@ -5,6 +5,7 @@ What csrc/planned.cpp does at every call is described here once, of launches tha
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +39,15 @@ class PlannedCall:
         What the description points to: the kernels' code, and tensors that are the same at every call.
     """
 
-    __slots__ = ("description", "kept", "run")
+    __slots__ = ("description", "kept", "output", "run")
 
     def __init__(self, description: torch.Tensor, kept: tuple[Any, ...]) -> None:
         self.description, self.kept = description, kept
+        native_operators = native.operators()
         # of (description, tensors): the results in new tensors, or none if a tensor is not of the kind described
-        self.run = native.operators().run_planned.default._op  # beneath a Python function that only passes on
+        self.run = native_operators.run_planned.default._op  # beneath a Python function that only passes on
+        # of (description, q, k, v, past_k, past_v): the one result of a forward, or None
+        self.output = native_operators.planned_output.default._op
 
 
 def planned_call(steps: Steps, tensors: Sequence[torch.Tensor], roles: Sequence[str | int]) -> PlannedCall | None:
@@ -85,9 +89,11 @@ def planned_call(steps: Steps, tensors: Sequence[torch.Tensor], roles: Sequence[
     except (KeyError, ValueError, RuntimeError):
         return None
     head = [_ON_CPU if emulated() else device.index, slots.bytes, len(slots.numbers), len(launches)]
-    numbers = [*head, *slots.entries, *(number for launch in launches for number in (len(launch), *launch))]
+    numbers = array("q", (*head, *slots.entries))
+    for launch in launches:
+        numbers.extend((len(launch), *launch))
     kept = (steps.vectors, tuple([kernel for kernel, _, _ in kernels]))
-    return PlannedCall(torch.tensor(numbers, dtype=torch.int64), kept)
+    return PlannedCall(torch.frombuffer(numbers, dtype=torch.int64), kept)
 
 
 class _Slots:
@@ -100,9 +106,13 @@ class _Slots:
 
     def add(self, role: str, tensor: torch.Tensor) -> None:
         """One slot more."""
-        value = {GIVEN: ALIGNMENT, FIXED: tensor.data_ptr(), RESULT: 0, PART: self.bytes}[role]
-        shape = tensor.shape
+        value, shape = 0, tensor.shape
+        if role == GIVEN:
+            value = ALIGNMENT
+        elif role == FIXED:
+            value = tensor.data_ptr()
+        elif role == PART:
+            value = self.bytes
+            self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self.numbers[id(tensor)] = len(self.numbers)
         self.entries += (_KINDS[role], _ELEMENTS[tensor.dtype], value, len(shape), *shape, *tensor.stride())
-        if role == PART:
-            self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,19 +65,39 @@ class TritonPlan:
         self._forward: _Forward | None = None
         self._backward: _Backward | None = None
 
-    def again(self, whole: bool, *given: torch.Tensor) -> list[torch.Tensor]:
-        """A forward on q, k, v and past rows by one call of the extension (planned.py), if it is planned for these.
+    def again(
+        self,
+        whole: bool,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past_k: torch.Tensor | None,
+        past_v: torch.Tensor | None,
+        room: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Sequence[Any] | None:
+        """`forward` by one call of the extension (planned.py); unless `whole` it may hand back the output alone.
 
-        Its results are the output, and if `whole` the LSE and newly gathered rows of keys and values. There are none,
-        and nothing has been launched, where tensors are of another kind or the calls have not been described so far.
+        None, and nothing has been launched, where tensors are of another kind than those that the plan was made for, or
+        the calls are not described.
         """
         planned = self._forward
-        if planned is None or self.copies:
-            return []
-        call = planned.whole if whole else planned.narrow
-        if call is None or hooked() or (self.fp32 and planned.precision != products_precision(self.device)):
-            return []
-        return call.run(call.description, given)
+        if planned is None or hooked() or (self.fp32 and planned.precision != products_precision(self.device)):
+            return None
+        call = planned.calls[whole]
+        if call is None:
+            return None
+        if not whole:
+            out = call.output(call.description, q, k, v, past_k, past_v)
+            return None if out is None else (out, None, None, None)
+        rows: tuple[Any, ...] = (past_k, past_v)
+        given = (q, k, v) if past_k is None else (q, k, v, past_k, past_v)
+        if room is not None:
+            rows = room[0].narrow(2, 0, self.compact), room[1].narrow(2, 0, self.compact)
+            given = (*given, *rows)
+        found = call.run(call.description, given)
+        if not found:
+            return None
+        return found if len(found) == 4 else (*found, *rows)
 
     def forward(
         self,
@@ -86,8 +107,15 @@ class TritonPlan:
         past_k: torch.Tensor | None,
         past_v: torch.Tensor | None,
         room: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values: the past ones where none are new."""
+        whole: bool = True,
+    ) -> Sequence[Any]:
+        """Output, LSE, and the compact rows ``[B, Hkv, G, D]`` of keys and values: the past ones where none are new.
+
+        Unless `whole`, all but the output may be None.
+        """
+        found = self.again(whole, q, k, v, past_k, past_v, room)
+        if found is not None:
+            return found
         if self.copies:
             q, k, v = map(_dense, (q, k, v))
             past_k, past_v = (None if t is None else _dense(t) for t in (past_k, past_v))
@@ -110,7 +138,7 @@ class TritonPlan:
         planned = self._forward
         if planned is None or planned.precision != precision:
             planned = self._forward = _Forward(self, tensors, precision)
-        planned.run(tensors)
+        planned.run(tensors, whole)
         return out, lse, gist_k, gist_v
 
     def backward(
@@ -162,14 +190,15 @@ class _Forward:
 
     Attributes
     ----------
-    whole, narrow : PlannedCall or None
-        The same in one call of the extension, that hands back all that it makes, or the output alone.
+    calls : dict of PlannedCall or None
+        The same in one call of the extension, that hands back all that it makes (True) or the output alone (False).
     """
 
     def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...], precision: str) -> None:
-        self.precision, merge, self.described = precision, None, plan.in_room  # whose rows a call hands back itself
-        self.whole: PlannedCall | None = None
-        self.narrow: PlannedCall | None = None
+        self.precision, merge = precision, None
+        self.calls: dict[bool, PlannedCall | None] = {True: None, False: None}
+        # copies are new at each call; rows in their room are wanted
+        self.undescribed = set() if plan.copies else {True} if plan.in_room else {True, False}
         q, k, v, past_k, past_v, _, _, gist_k, gist_v = tensors
         arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
         if q.shape[2] <= DECODE_ROWS:
@@ -187,19 +216,20 @@ class _Forward:
         self.steps.add(launch, plan.dtype, self.strides, splits > 1)
         if merge is not None:
             self.steps.add(merge, plan.dtype)
-        self.gathers, self.has_past = plan.gathers, plan.has_past
+        self.gathers, self.in_room, self.has_past = plan.gathers, plan.in_room, plan.has_past
 
-    def run(self, tensors: tuple[torch.Tensor, ...]) -> None:
+    def run(self, tensors: tuple[torch.Tensor, ...], whole: bool) -> None:
         """Launch; what is launched a second time is described for `TritonPlan.again`."""
-        if self.steps.prepared and not self.described:
-            self.described = True
-            self.whole, self.narrow = (planned_call(self.steps, tensors, self.roles(made)) for made in (RESULT, PART))
+        if self.steps.prepared and whole in self.undescribed:
+            self.undescribed.remove(whole)
+            self.calls[whole] = planned_call(self.steps, tensors, self.roles(RESULT if whole else PART))
         self.steps.run(tensors)
 
     def roles(self, made: str) -> tuple[str | int, ...]:
         """Of the tensors that `buffers` takes, with the LSE and gathered rows `made` so (`planned_call`)."""
-        past = (GIVEN, GIVEN) if self.has_past else (1, 2)  # k and v, which are not read
-        return GIVEN, GIVEN, GIVEN, *past, RESULT, made, *((made, made) if self.gathers else (3, 4))
+        past: tuple[str | int, ...] = (GIVEN, GIVEN) if self.has_past else (1, 2)  # k and v, which are not read
+        rows: tuple[str | int, ...] = (GIVEN, GIVEN) if self.in_room else (made, made) if self.gathers else (3, 4)
+        return GIVEN, GIVEN, GIVEN, *past, RESULT, made, *rows
 
     def buffers(
         self, q, k, v, past_k, past_v, out, lse, gist_k, gist_v, begin, end, start, gather, *parts
@@ -226,7 +256,7 @@ class _Backward:
 
     def __init__(self, plan: TritonPlan, tensors: tuple[torch.Tensor, ...], key: tuple[Any, ...]) -> None:
         grad_out, q, k, v, gist_k, gist_v = tensors
-        self.key, precision, self.described = key, key[-1], False
+        self.key, precision, self.undescribed = key, key[-1], True
         self.call: PlannedCall | None = None
         arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
         gist, chunks = plan_gist_attn_bwd_dkv(q, gist_k, grad_out, True, plan.scale, precision)
@@ -247,8 +277,8 @@ class _Backward:
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Launch; what is launched a second time is described for one call of the extension."""
-        if self.steps.prepared and not self.described:
-            self.described = True
+        if self.steps.prepared and self.undescribed:
+            self.undescribed = False
             past = (RESULT, RESULT) if self.has_past else (9, 10)  # dk and dv, where no row is written
             self.call = planned_call(self.steps, tensors, (*[GIVEN] * 8, RESULT, RESULT, RESULT, *past))
         self.steps.run(tensors)

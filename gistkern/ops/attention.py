@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from gistkern import backends
+from gistkern.kernels import configs
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import check_once
 from gistkern.ops import library
@@ -89,7 +90,7 @@ def gist_attention(
     >>> gist_attention(q, k, k, layout).shape
     torch.Size([1, 4, 11, 16])
     """
-    options = AttentionOptions(scale, backend, learned_sinks)
+    options = scale, backend, learned_sinks
     out, lse, _, _ = attend(
         q, k, v, layout, options, past_key=past_key, past_value=past_value, wants_lse=return_lse, wants_rows=False
     )
@@ -104,7 +105,7 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     layout: GistLayout,
-    options: AttentionOptions,
+    options: tuple[float | None, str, torch.Tensor | None],
     *,
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
@@ -116,6 +117,8 @@ def attend(
 
     Parameters
     ----------
+    options : tuple
+        As `AttentionOptions`.
     room : (Tensor, Tensor), optional
         Contiguous buffers ``[B, Hkv, C, D]`` of keys and values whose first ``layout.past`` rows are `past_key` and
         `past_value`, with room behind them. Where no tensor learns and C suffices, the call's new rows are written
@@ -139,17 +142,24 @@ def attend(
     gradient = torch.is_grad_enabled() and _any_learns(*tensors)
     if room is not None and (gradient or not has_room(room, layout)):
         room = None
-    last = layout.__dict__.get("_plan")
-    if last is not None and room is None and learned_sinks is None:
-        asked = scale, backend, gradient, wants_lse, None
-        found = last.attend_again(q, k, v, past_key, past_value, layout, asked, wants_lse or wants_rows)
-        if found is not None:
-            return found
+    whole, last, key = wants_lse or wants_rows, None, None
+    asked: tuple[Any, ...] = ()
     try:
         of_room = None if room is None else room_key(room, past_key, past_value)
-        key = key_of(*tensors, layout, scale, backend, gradient, wants_lse, of_room)
-    except (AttributeError, ValueError, RuntimeError):  # no tensors, or nested and sparse ones: refused by name
-        key = None
+        of_sinks = None if learned_sinks is None else (learned_sinks.shape, learned_sinks.dtype, learned_sinks.device)
+        asked = scale, backend, gradient, wants_lse, of_room, of_sinks, configs.changes
+        last = layout.__dict__.get("_plan")
+    except AttributeError:  # no tensors or no layout: refused by name
+        asked = ()
+    if last is not None:
+        found = last.attend_again(*tensors, layout, asked, whole, room)
+        if found is not None:
+            return found
+    if asked:
+        try:
+            key = key_of(*tensors[:5], layout, asked)
+        except (AttributeError, ValueError, RuntimeError):  # nested and sparse tensors too
+            key = None
     plan = None if key is None else kept(layout, key)
     if plan is not None and plan.backend == "torch" and backends.get("torch").refuses(q) is not None:
         plan = None  # the user has changed what torch may use since
@@ -161,7 +171,7 @@ def attend(
         plan = plan_for(backend, tensors[:5], layout, scale, gradient, **wanted)
         assert key is not None
         keep(layout, key, plan)
-    return plan.attend(*tensors, wants_lse or wants_rows, room)
+    return plan.attend(*tensors, whole, room)
 
 
 def needs_operators(tensors: tuple[torch.Tensor | None, ...]) -> bool:
@@ -171,13 +181,13 @@ def needs_operators(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     are those of `gistkern.ops.library`; where nobody looks a plan is run.
     """
     q, k, v, past_key, past_value, learned_sinks = tensors
-    types = {type(q), type(k), type(v), type(past_key), type(past_value), type(learned_sinks)}
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or not types <= _PLAIN
+        or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
+        or not (type(past_key) in _PLAIN and type(past_value) in _PLAIN and type(learned_sinks) in _PLAIN)
     )
 
 
@@ -193,7 +203,7 @@ def _any_learns(q, k, v, past_key, past_value, learned_sinks) -> bool:
     )
 
 
-def _by_operators(q, k, v, past_key, past_value, layout: GistLayout, options: AttentionOptions) -> Found:
+def _by_operators(q, k, v, past_key, past_value, layout: GistLayout, options: tuple[Any, ...]) -> Found:
     """Compaction and attention as two operators."""
     scale, backend, learned_sinks = options
     given = (q, k, v, past_key, past_value, learned_sinks)

@@ -6,7 +6,7 @@ They serve what has to see operators: torch.compile, tracing, dispatch modes, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,14 +29,14 @@ class Plan(Protocol):
     gathers: bool  # whether calls bring new compact rows; otherwise attention reads the past ones
     vectors: tuple[torch.Tensor, ...]  # gist_begin, gist_end, local_begin and gather, contiguous
 
-    again: Callable[..., list[torch.Tensor]] | None
-    """Output, and if the first argument says so, the LSE and newly gathered rows; nothing where `forward` has to."""
-
     def check_unchanged(self) -> None:
         """Raise RuntimeError if one of the vectors was written to since the plan was made."""
 
     def forward(self, q, k, v, past_k, past_v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output ``[B, Hq, N, D]``, LSE ``[B, Hq, N]``, and compact rows ``[B, Hkv, G, D]`` of keys and values."""
+
+    def again(self, whole: bool, q, k, v, past_k, past_v) -> Sequence[Any] | None:
+        """As `forward`, if the plan is one for these tensors, and None if that is not known; without `whole`, less."""
 
     def backward(self, grad_out, q, k, v, gist_k, gist_v, out, lse) -> Tensors:
         """Gradients of q, k, v, and of past rows (None without); those of gathered rows are in k's and v's."""
@@ -53,16 +53,10 @@ class GistAttention(torch.autograd.Function):
 
         Unless it is `sure` that the plan is one for these tensors, None if `Plan.again` finds that it is not.
         """
-        again = plan.again
-        found = (
-            () if again is None else again(True, q, k, v) if past_k is None else again(True, q, k, v, past_k, past_v)
-        )
-        if found:
-            out, lse, gist_k, gist_v = found if plan.gathers else (*found, past_k, past_v)
-        elif sure:
-            out, lse, gist_k, gist_v = plan.forward(q, k, v, past_k, past_v)
-        else:
+        found = plan.forward(q, k, v, past_k, past_v) if sure else plan.again(True, q, k, v, past_k, past_v)
+        if found is None:
             return None
+        out, lse, gist_k, gist_v = found
         if learned_sinks is not None:
             out, lse = with_learned_sinks(out, lse, learned_sinks)
         ctx.plan = plan

@@ -6,7 +6,7 @@ plan is made, so that tensors with the same tuple need no more questions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 
 from gistkern import backends
 from gistkern.backends import plain
-from gistkern.kernels import configs
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.layout import GistLayout
 from gistkern.layout.checks import is_checked, state_of
@@ -52,7 +51,7 @@ class Plan:
     """
 
     key: tuple[Any, ...]
-    again: Callable[..., list[torch.Tensor]] | None = None  # see `gistkern.ops.function.Plan`
+    asked: tuple[Any, ...] = ()  # of its key, what `key_of` takes beside tensors and layout
     follows = False  # whether it serves the layout of the next decode step too, behind a tail that is longer
 
     def __init__(self, backend: str, scale: float, gradient: bool, layout: GistLayout, has_past: bool) -> None:
@@ -72,52 +71,21 @@ class Plan:
         Unless `whole`, all but the output may be None. New rows are written to `room`, if there is one.
         """
         if not self.gradient:
-            out, lse, gist_k, gist_v = self.forward(q, k, v, past_k, past_v, room)
-            if learned_sinks is not None:
-                out, lse = with_learned_sinks(out, lse, learned_sinks)
-            return out, lse, gist_k, gist_v
+            return _with(learned_sinks, *self.forward(q, k, v, past_k, past_v, room))
         found = apply(self, whole, True, q, k, v, past_k, past_v, learned_sinks)
         if not whole:
             return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
 
     def attend_again(
-        self, q, k, v, past_k, past_v, layout: GistLayout, asked: tuple[Any, ...], whole: bool
+        self, q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, asked: tuple[Any, ...], whole: bool, room
     ) -> Found | None:
-        """`attend` without learned sinks or room, if tensors, layout and `asked` are as they were; None otherwise.
+        """`attend`, if the plan turns out to be one for these tensors, this layout and what is `asked`; else None."""
+        return None
 
-        `asked` is all but the layout and the tensors that a plan depends on: as `key_of` takes it. The tensors are
-        looked at by what computes.
-        """
-        # asked at every layer: attributes only, and no loop
-        begin, end, local, gather = self._given
-        if (
-            self.again is None
-            or asked != self.key[-2]
-            or configs.changes != self.key[-1]
-            or self.copied
-            or (past_k is None) != (past_v is None)
-            or not (layout.gist_begin is begin and layout.gist_end is end)
-            or not (layout.local_begin is local and layout.gather is gather)
-            or versions_of(begin, end, local, gather) != self._versions
-        ):
-            return None
-        try:
-            if self.gradient:
-                found = apply(self, whole, False, q, k, v, past_k, past_v, None)
-                if found is None:
-                    return None
-                if not whole:
-                    return found, None, None, None
-            else:
-                found = self.again(whole, q, k, v) if past_k is None else self.again(whole, q, k, v, past_k, past_v)
-                if not found:
-                    return None
-                if not whole:
-                    return found[0], None, None, None
-        except NotImplementedError:  # sparse, nested and meta tensors: refused by name where a plan is made
-            return None
-        return tuple(found) if self.gathers else (*found, past_k, past_v)
+    def again(self, whole: bool, q, k, v, past_k, past_v, room: Room | None = None) -> Sequence[Any] | None:
+        """See `gistkern.ops.function.Plan`."""
+        return None
 
     def may_be_stale(self) -> bool:
         """Whether copies may belie the layout's vectors: nobody counts writes to inference tensors or to a graph's."""
@@ -158,14 +126,55 @@ class Plan:
         return dq, added(dk, more_k), added(dv, more_v), *past_rows
 
 
+def _with(learned_sinks: torch.Tensor | None, out, lse, gist_k, gist_v) -> Found:
+    if learned_sinks is not None:
+        out, lse = with_learned_sinks(out, lse, learned_sinks)
+    return out, lse, gist_k, gist_v
+
+
 class _OfTriton(Plan):
-    """By launches that are prepared once."""
+    """By launches that are prepared once, and look at their tensors themselves."""
 
     def __init__(self, tensors: tuple[Any, ...], in_room: bool, *rest: Any) -> None:
         super().__init__(*rest)
         launches = self.module.TritonPlan(*tensors, self.vectors, self.scale, in_room)
         self.forward, self.backward = launches.forward, launches.backward  # type: ignore[method-assign]
-        self.again = launches.again
+        self.again = launches.again  # type: ignore[method-assign]
+
+    def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool, room: Room | None) -> Found:
+        """See `Plan.attend`."""
+        if self.gradient:
+            return super().attend(q, k, v, past_k, past_v, learned_sinks, whole, room)
+        more = whole or learned_sinks is not None
+        return _with(learned_sinks, *self.forward(q, k, v, past_k, past_v, room, more))  # type: ignore[call-arg]
+
+    def attend_again(
+        self, q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, asked: tuple[Any, ...], whole: bool, room
+    ) -> Found | None:
+        """See `Plan.attend_again`."""
+        # asked at every layer: attributes only, and no loop
+        begin, end, local, gather = self._given
+        if (
+            asked != self.asked
+            or self.copied
+            or (past_k is None) != (past_v is None)
+            or not (layout.gist_begin is begin and layout.gist_end is end)
+            or not (layout.local_begin is local and layout.gather is gather)
+            or versions_of(begin, end, local, gather) != self._versions
+        ):
+            return None
+        try:
+            if not self.gradient:
+                found = self.again(whole or learned_sinks is not None, q, k, v, past_k, past_v, room)
+                if found is None or learned_sinks is None:
+                    return found  # type: ignore[return-value]
+                return _with(learned_sinks, *found)
+            found = apply(self, whole, False, q, k, v, past_k, past_v, learned_sinks)
+        except NotImplementedError:  # of sparse, nested and meta tensors: refused by name where a plan is made
+            return None
+        if found is None or not whole:
+            return None if found is None else (found, None, None, None)
+        return found if self.gathers else (*found, past_k, past_v)
 
 
 class _Prepared(Plan):
@@ -234,21 +243,19 @@ def versions_of(begin, end, local, gather) -> tuple[int, ...] | None:
         return None
 
 
-def key_of(q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, *rest: Any) -> tuple[Any, ...]:
-    """All that a plan depends on: of the tensors, the layout's vectors, `rest`, and the kernels' configs.
+def key_of(q, k, v, past_k, past_v, layout: GistLayout, asked: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that a plan depends on: of the tensors, the layout's vectors, and what is `asked` beside.
 
     Local rows are counted from the end of the layout's tail: a plan that knows no more (`Plan.follows`) serves the next
     decode step too. Raises AttributeError, ValueError or RuntimeError for what are no dense tensors.
     """
-    state, tail, sinks = state_of(layout), layout.tail, None
+    state, tail = state_of(layout), layout.tail
     past: Any = past_k is None and past_v is None  # one without the other is refused
     if past_k is not None and past_v is not None:
         past = (
             *(past_k.shape, past_k.stride(), past_k.dtype, past_k.device),
             *(past_v.shape, past_v.stride(), past_v.dtype, past_v.device),
         )
-    if learned_sinks is not None:
-        sinks = learned_sinks.shape, learned_sinks.dtype, learned_sinks.device
     batch, heads, rows, dim = k.shape
     v_batch, v_heads, v_rows, v_dim = v.shape
     local = batch, heads, rows - tail, dim, v_batch, v_heads, v_rows - tail, v_dim
@@ -258,7 +265,7 @@ def key_of(q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, *rest: An
         negative = tuple([tensor.is_neg() for tensor in given])
     return (
         *(q.shape, q.stride(), q.dtype, q.device, local, k.stride(), k.dtype, k.device, v.stride(), v.dtype, v.device),
-        *(past, sinks, negative, state and (state[0], state[2:]), rest, configs.changes),
+        *(past, negative, state and (state[0], state[2:]), asked),
     )
 
 
@@ -276,7 +283,7 @@ def kept(layout: GistLayout, key: tuple[Any, ...]) -> Plan | None:
 
 def keep(layout: GistLayout, key: tuple[Any, ...], plan: Plan) -> None:
     """Keep a plan on the layout, unless its values could not be read to check them, or are copies that go stale."""
-    plan.key = key
+    plan.key, plan.asked = key, key[-1]
     if not is_checked(layout) or plan.may_be_stale():
         return
     plans = layout.__dict__.setdefault("_plans", {})

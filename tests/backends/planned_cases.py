@@ -17,6 +17,11 @@ from gistkern.testing import make_inputs
 SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
 
 
+def forward_of(layout):
+    """What a layout's last plan knows of a forward."""
+    return layout.__dict__["_plan"].again.__self__._forward
+
+
 class Case:
     """A layout whose forward is planned, and tensors of the kind that it is planned for."""
 
@@ -27,8 +32,11 @@ class Case:
         self.given = tuple(leaf.detach() for leaf in self.leaves)
         self.grad = inputs.grad_out
         for _ in range(3):
+            self.attend(*self.given, return_lse=True)
+        self.whole: PlannedCall = forward_of(self.layout).calls[True]
+        for _ in range(3):
             self.attend(*self.given)
-        self.call: PlannedCall = self.layout.__dict__["_plan"].again.__self__._forward.whole
+        self.call: PlannedCall = forward_of(self.layout).calls[False]
 
     def attend(self, q, k, v, **options):
         return gist_attention(q, k, v, self.layout, backend="triton", **options)
@@ -67,9 +75,15 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_nothing_is_launched_on_tensors_of_another_kind(case, name):
-    assert len(case.call.run(case.call.description, case.given)) == 4
-    before = stub.launches()
-    assert case.call.run(case.call.description, OTHERS[name](*case.given)) == []
+    assert len(case.whole.run(case.whole.description, case.given)) == 4
+    assert len(case.call.run(case.call.description, case.given)) == 1
+    before, others = stub.launches(), OTHERS[name](*case.given)
+    assert case.call.run(case.call.description, others) == []
+    if len(others) == 3:
+        assert case.call.output(case.call.description, *others, None, None) is None
+    assert case.call.output(case.call.description, *case.given, None, case.given[1]) is None
+    with pytest.raises(RuntimeError, match="a plan of 4 results was run for 1"):
+        case.whole.output(case.whole.description, *case.given, None, None)
     assert stub.launches() == before
 
 
@@ -81,6 +95,8 @@ def test_nothing_is_launched_on_tensors_of_another_device(case):
     for other in (k.to("meta"), k.to_sparse()):
         with pytest.raises(NotImplementedError):
             case.call.run(case.call.description, (q, other, v))
+        with pytest.raises(NotImplementedError):
+            case.call.output(case.call.description, q, other, v, None, None)
     assert stub.launches() == before
 
 
@@ -134,14 +150,13 @@ def slots_of(description):
     ],
 )
 def test_memory_is_made_only_as_large_as_memory_is(case, kind, offset, value, message):
-    narrow = case.layout.__dict__["_plan"].again.__self__._forward.narrow
-    numbers = narrow.description.clone()
+    numbers = case.call.description.clone()
     before, at = stub.launches(), slots_of(numbers)[kind][-1]
     if offset == 8:
         numbers[at + 4] = max(2, numbers[at + 4])
     numbers[at + offset] = value
     with pytest.raises(RuntimeError, match=message):
-        narrow.run(numbers, case.given)
+        case.call.run(numbers, case.given)
     assert stub.launches() == before
 
 
@@ -188,6 +203,24 @@ def test_a_third_call_leaves_nothing_to_python(case, by_steps):
     assert not by_steps
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_learned_sinks_are_counted_in(case, by_steps, learns):
+    """Their plan is not that of calls without them."""
+    tensors = case.leaves if learns else case.given
+    sinks = torch.zeros(SIZES["heads"], requires_grad=learns)
+    case.attend(*tensors)
+    for _ in range(3):
+        out, lse = case.attend(*tensors, learned_sinks=sinks, return_lse=True)
+    del by_steps[:]
+    out, lse = case.attend(*tensors, learned_sinks=sinks, return_lse=True)
+    assert not by_steps
+    assert (out.shape, lse.shape) == (tensors[0].shape, tensors[0].shape[:3])
+    assert out.requires_grad == learns
+    plan = case.layout.__dict__["_plan"]
+    case.attend(*tensors, return_lse=True)
+    assert case.layout.__dict__["_plan"] is not plan
+
+
 def test_one_tensor_given_twice_is_two_tensors(case, by_steps):
     """A plan that was made for a call with k in the place of v."""
     layout, (q, k, v) = GistLayout.from_segments([100], 8, tail=20), case.given
@@ -205,11 +238,11 @@ def recorded(layout, given):
     """The parameters of the last launch of a call."""
     from gistkern.backends.launcher import kernel_parameters
 
-    launches = layout.__dict__["_plan"].again.__self__._forward
-    kernel = launches.steps._kernels[-1]
+    launches = forward_of(layout)
+    kernel, call = launches.steps._kernels[-1], launches.calls[False]
     taken = kernel_parameters(kernel.asm["cubin"], kernel.metadata.name)
     stub.record(kernel.function, [parameter.size for parameter in taken])
-    launches.whole.run(launches.whole.description, given)
+    call.run(call.description, given)
     return stub.last().parameters
 
 
