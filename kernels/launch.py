@@ -9,6 +9,7 @@ Tensors that stand askew, an interpreter, and a profiler that wants to hear of l
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -130,6 +131,12 @@ class Steps:
         self._kernels: tuple[CompiledKernel, ...] | None = None
         self._prepared: tuple[_Prepared, ...] | None = None
         self._stream: Callable[[int], int] = int  # unless prepared
+
+    def on(self, vectors: tuple[torch.Tensor, ...]) -> Steps:
+        """The same launches on other vectors of the same shapes."""
+        other = copy(self)
+        other.vectors, other._vectors = vectors, tuple(map(_address, vectors))
+        return other
 
     def add(self, launch: Launch, *types: Any) -> None:
         """One launch more; `types` as `Launch.chosen` takes them."""

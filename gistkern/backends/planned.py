@@ -35,19 +35,36 @@ class PlannedCall:
     ----------
     description : torch.Tensor
         int64 on the CPU, as csrc/planned.cpp says.
-    kept : tuple
-        What the description points to: the kernels' code, and tensors that are the same at every call.
+    vectors : tuple of Tensor
+        Tensors that are the same at every call; the description holds their addresses.
+    addresses : tuple of int
+        Where in the description.
+    kernels : tuple
+        Kept, so that the driver keeps the code that the description points to.
     """
 
-    __slots__ = ("description", "kept", "output", "run")
+    __slots__ = ("addresses", "description", "kernels", "output", "run", "vectors")
 
-    def __init__(self, description: torch.Tensor, kept: tuple[Any, ...]) -> None:
-        self.description, self.kept = description, kept
+    def __init__(
+        self,
+        description: torch.Tensor,
+        vectors: tuple[torch.Tensor, ...],
+        addresses: tuple[int, ...],
+        kernels: tuple[Any, ...],
+    ) -> None:
+        self.description, self.vectors, self.addresses, self.kernels = description, vectors, addresses, kernels
         native_operators = native.operators()
         # of (description, tensors): the results in new tensors, or none if a tensor is not of the kind described
         self.run = native_operators.run_planned.default._op  # beneath a Python function that only passes on
         # of (description, q, k, v, past_k, past_v): the one result of a forward, or None
         self.output = native_operators.planned_output.default._op
+
+    def on(self, vectors: tuple[torch.Tensor, ...]) -> PlannedCall:
+        """The same on other vectors of the same shapes."""
+        numbers = array("q", self.description.numpy().tobytes())
+        for at, vector in zip(self.addresses, vectors, strict=True):
+            numbers[at] = vector.data_ptr()
+        return PlannedCall(torch.frombuffer(numbers, dtype=torch.int64), vectors, self.addresses, self.kernels)
 
 
 def planned_call(steps: Steps, tensors: Sequence[torch.Tensor], roles: Sequence[str | int]) -> PlannedCall | None:
@@ -92,15 +109,20 @@ def planned_call(steps: Steps, tensors: Sequence[torch.Tensor], roles: Sequence[
     numbers = array("q", (*head, *slots.entries))
     for launch in launches:
         numbers.extend((len(launch), *launch))
-    kept = (steps.vectors, tuple([kernel for kernel, _, _ in kernels]))
-    return PlannedCall(torch.frombuffer(numbers, dtype=torch.int64), kept)
+    addresses = tuple([len(head) + at for at in slots.fixed])
+    code = tuple([kernel for kernel, _, _ in kernels])
+    return PlannedCall(torch.frombuffer(numbers, dtype=torch.int64), steps.vectors, addresses, code)
 
 
 class _Slots:
-    """Entries of csrc/planned.cpp, the number of each tensor's by its id, and the bytes of the workspace."""
+    """Entries of csrc/planned.cpp, the number of each tensor's by its id, and the bytes of the workspace.
+
+    `fixed` is where among the entries the addresses of fixed ones stand.
+    """
 
     def __init__(self) -> None:
         self.entries: list[int] = []
+        self.fixed: list[int] = []
         self.numbers: dict[int, int] = {}
         self.bytes = 0
 
@@ -111,6 +133,7 @@ class _Slots:
             value = ALIGNMENT
         elif role == FIXED:
             value = tensor.data_ptr()
+            self.fixed.append(len(self.entries) + 2)
         elif role == PART:
             value = self.bytes
             self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
 
 from gistkern.backends.planned import GIVEN, PART, RESULT, PlannedCall, planned_call
+from gistkern.kernels import configs
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import plan_gist_attn_bwd_dkv
 from gistkern.kernels.attn_bwd_dq import plan_gist_attn_bwd_dq
@@ -21,6 +23,12 @@ from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import dense_rows
 
 __all__ = ["TritonPlan"]
+
+
+# launches that are described, of forwards and of backwards, by the kind of their tensors: what serves one layout serves
+# others on their own vectors. Beyond so many, tensors of ever new shapes come by: start again
+_MOST = 256
+_known: dict[Any, _Forward | _Backward] = {}
 
 
 class TritonPlan:
@@ -62,6 +70,10 @@ class TritonPlan:
         self.lse_shape = tuple(q.shape[:3])
         self.gist_shape = (*k.shape[:2], self.compact, k.shape[3])
         self.past_shape = (*k.shape[:2], self.past, k.shape[3])
+        # all that decides which launches a call consists of, and on what they run but for addresses
+        of = tuple([(tensor.shape, tensor.stride(), tensor.is_neg()) for tensor in given])
+        sizes = tuple([vector.shape for vector in vectors])
+        self.kind = (of, self.has_past, q.dtype, q.device, sizes, scale, in_room, configs.changes)
         self._forward: _Forward | None = None
         self._backward: _Backward | None = None
 
@@ -81,6 +93,8 @@ class TritonPlan:
         the calls are not described.
         """
         planned = self._forward
+        if planned is None:
+            planned = self._forward = _adopted((self.kind, _Forward), self.vectors)
         if planned is None or hooked() or (self.fp32 and planned.precision != products_precision(self.device)):
             return None
         call = planned.calls[whole]
@@ -138,7 +152,8 @@ class TritonPlan:
         planned = self._forward
         if planned is None or planned.precision != precision:
             planned = self._forward = _Forward(self, tensors, precision)
-        planned.run(tensors, whole)
+        if planned.run(tensors, whole):
+            _share((self.kind, _Forward), planned)
         return out, lse, gist_k, gist_v
 
     def backward(
@@ -159,6 +174,8 @@ class TritonPlan:
         """
         given = grad_out, q, k, v, gist_k, gist_v, out, lse
         planned = self._backward
+        if planned is None:
+            planned = self._backward = _adopted((self.kind, _Backward), self.vectors)
         precision = products_precision(q.device) if self.fp32 else "ieee"
         if planned is not None and planned.call is not None and planned.key[-1] == precision and not hooked():
             found = planned.call.run(planned.call.description, given)
@@ -176,13 +193,26 @@ class TritonPlan:
             past_k = torch.empty(*self.past_shape, dtype=q.dtype, device=q.device)
         dv = torch.empty_like(dk)
         past_v = torch.empty_like(past_k) if self.past else dv
-        planned.run((*given, dq, dk, dv, past_k, past_v))
+        if planned.run((*given, dq, dk, dv, past_k, past_v)):
+            _share((self.kind, _Backward), planned)
         return (dq, dk, dv, past_k, past_v) if self.past else (dq, dk, dv, None, None)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     """`dense_rows`, of which the memory does not hold the negative."""
     return dense_rows(tensor.resolve_neg())
+
+
+def _share(key: tuple[Any, ...], described: _Forward | _Backward) -> None:
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = described
+
+
+def _adopted(key: tuple[Any, ...], vectors: tuple[torch.Tensor, ...]) -> Any:
+    """What is known of such calls, on these vectors; None if nothing is."""
+    known = _known.get(key)
+    return None if known is None else known.on(vectors)
 
 
 class _Forward:
@@ -218,12 +248,21 @@ class _Forward:
             self.steps.add(merge, plan.dtype)
         self.gathers, self.in_room, self.has_past = plan.gathers, plan.in_room, plan.has_past
 
-    def run(self, tensors: tuple[torch.Tensor, ...], whole: bool) -> None:
-        """Launch; what is launched a second time is described for `TritonPlan.again`."""
-        if self.steps.prepared and whole in self.undescribed:
-            self.undescribed.remove(whole)
+    def run(self, tensors: tuple[torch.Tensor, ...], whole: bool) -> bool:
+        """Launch; what is launched a second time is described for `TritonPlan.again`. Returns whether it was by now."""
+        describes = self.steps.prepared and whole in self.undescribed
+        if describes:
+            self.undescribed = self.undescribed - {whole}
             self.calls[whole] = planned_call(self.steps, tensors, self.roles(RESULT if whole else PART))
         self.steps.run(tensors)
+        return describes
+
+    def on(self, vectors: tuple[torch.Tensor, ...]) -> _Forward:
+        """The same on another layout's vectors."""
+        other = copy(self)
+        other.steps = self.steps.on(vectors)
+        other.calls = {whole: call and call.on(vectors) for whole, call in self.calls.items()}
+        return other
 
     def roles(self, made: str) -> tuple[str | int, ...]:
         """Of the tensors that `buffers` takes, with the LSE and gathered rows `made` so (`planned_call`)."""
@@ -275,13 +314,21 @@ class _Backward:
             self.of_parts = torch.empty(gist_k.shape, device="meta").stride()[:3]
             self.steps.add(plan_gist_fold(k, plan.past, plan.compact, chunks), plan.dtype, self.of_parts)
 
-    def run(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        """Launch; what is launched a second time is described for one call of the extension."""
-        if self.steps.prepared and self.undescribed:
+    def run(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """As `_Forward.run`."""
+        describes = self.steps.prepared and self.undescribed
+        if describes:
             self.undescribed = False
             past = (RESULT, RESULT) if self.has_past else (9, 10)  # dk and dv, where no row is written
             self.call = planned_call(self.steps, tensors, (*[GIVEN] * 8, RESULT, RESULT, RESULT, *past))
         self.steps.run(tensors)
+        return describes
+
+    def on(self, vectors: tuple[torch.Tensor, ...]) -> _Backward:
+        """The same on another layout's vectors."""
+        other = copy(self)
+        other.steps, other.call = self.steps.on(vectors), self.call and self.call.on(vectors)
+        return other
 
     def buffers(self, *values: Any) -> tuple[tuple[Any, ...], ...]:
         """Those of each launch."""

@@ -151,7 +151,7 @@ def attend(
         last = layout.__dict__.get("_plan")
     except AttributeError:  # no tensors or no layout: refused by name
         asked = ()
-    if last is not None:
+    if last is not None and last.attend_again is not None:
         found = last.attend_again(*tensors, layout, asked, whole, room)
         if found is not None:
             return found
@@ -160,7 +160,7 @@ def attend(
             key = key_of(*tensors[:5], layout, asked)
         except (AttributeError, ValueError, RuntimeError):  # nested and sparse tensors too
             key = None
-    plan = None if key is None else kept(layout, key)
+    plan = None if key is None else kept(layout, key, last)
     if plan is not None and plan.backend == "torch" and backends.get("torch").refuses(q) is not None:
         plan = None  # the user has changed what torch may use since
     if plan is None:

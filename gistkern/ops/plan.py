@@ -52,6 +52,8 @@ class Plan:
 
     key: tuple[Any, ...]
     asked: tuple[Any, ...] = ()  # of its key, what `key_of` takes beside tensors and layout
+    # as `attend`, of the layout and what is asked too: None unless the plan turns out to be one for all of these
+    attend_again: Callable[..., Found | None] | None = None
     follows = False  # whether it serves the layout of the next decode step too, behind a tail that is longer
 
     def __init__(self, backend: str, scale: float, gradient: bool, layout: GistLayout, has_past: bool) -> None:
@@ -71,17 +73,14 @@ class Plan:
         Unless `whole`, all but the output may be None. New rows are written to `room`, if there is one.
         """
         if not self.gradient:
-            return _with(learned_sinks, *self.forward(q, k, v, past_k, past_v, room))
+            out, lse, gist_k, gist_v = self.forward(q, k, v, past_k, past_v, room)
+            if learned_sinks is not None:
+                out, lse = with_learned_sinks(out, lse, learned_sinks)
+            return out, lse, gist_k, gist_v
         found = apply(self, whole, True, q, k, v, past_k, past_v, learned_sinks)
         if not whole:
             return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
-
-    def attend_again(
-        self, q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, asked: tuple[Any, ...], whole: bool, room
-    ) -> Found | None:
-        """`attend`, if the plan turns out to be one for these tensors, this layout and what is `asked`; else None."""
-        return None
 
     def again(self, whole: bool, q, k, v, past_k, past_v, room: Room | None = None) -> Sequence[Any] | None:
         """See `gistkern.ops.function.Plan`."""
@@ -269,9 +268,11 @@ def key_of(q, k, v, past_k, past_v, layout: GistLayout, asked: tuple[Any, ...]) 
     )
 
 
-def kept(layout: GistLayout, key: tuple[Any, ...]) -> Plan | None:
-    """The plan of a layout for calls of this key, if there is one and the layout's tensors are as they were."""
-    last: Plan | None = layout.__dict__.get("_plan")
+def kept(layout: GistLayout, key: tuple[Any, ...], last: Plan | None) -> Plan | None:
+    """The plan of a layout for calls of this key, if there is one and the layout's tensors are as they were.
+
+    `last` is the one that was asked for last.
+    """
     if last is not None and last.key == key and not (last.copied and last.may_be_stale()):
         return last
     plan: Plan | None = layout.__dict__.get("_plans", {}).get(key)

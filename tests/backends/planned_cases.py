@@ -10,10 +10,12 @@ from bench.measured import stub
 stub.activate()
 
 from gistkern import GistLayout, gist_attention
+from gistkern.backends import triton_plan
 from gistkern.backends.planned import PlannedCall
 from gistkern.kernels.launch import Steps
 from gistkern.testing import make_inputs
 
+VECTORS = "gist_begin", "gist_end", "local_begin", "gather"
 SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
 
 
@@ -46,7 +48,8 @@ class Case:
 
 
 @pytest.fixture
-def case():
+def case(monkeypatch):
+    monkeypatch.setattr(triton_plan, "_known", {})
     return Case()
 
 
@@ -203,6 +206,30 @@ def test_a_third_call_leaves_nothing_to_python(case, by_steps):
     assert not by_steps
 
 
+def test_what_is_known_of_one_layout_serves_others_on_their_own_vectors(case, by_steps):
+    for _ in range(3):
+        case.both()
+    others = Case.__new__(Case)
+    others.layout, others.leaves, others.grad = GistLayout.from_segments([90, 2], 4, tail=28), case.leaves, case.grad
+    del by_steps[:]
+    others.attend(*case.given)
+    mine, theirs = ([getattr(one.layout, name).data_ptr() for name in VECTORS] for one in (others, case))
+    seen = {int.from_bytes(part, "little") for part in recorded(others.layout, case.given)}
+    assert seen >= set(mine[:3])
+    assert not seen & set(theirs)
+    others.both()
+    assert not by_steps
+    call = others.layout.__dict__["_plan"].again.__self__._backward.call
+    assert [int(call.description[at]) for at in call.addresses] == mine
+    assert all(one is getattr(others.layout, name) for one, name in zip(call.vectors, VECTORS, strict=True))
+    case.attend(*case.given)
+    assert {int.from_bytes(part, "little") for part in recorded(case.layout, case.given)} >= set(theirs[:3])
+    for different in ({"scale": 0.5}, {"past_key": case.given[1][:, :, :0], "past_value": case.given[2][:, :, :0]}):
+        del by_steps[:]
+        others.attend(*case.given, **different)
+        assert len(by_steps) == 1, different
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_learned_sinks_are_counted_in(case, by_steps, learns):
     """Their plan is not that of calls without them."""
@@ -301,9 +328,10 @@ def test_other_tensors_are_served_by_other_plans(case):
 
 
 def test_a_layout_that_was_written_to_is_looked_at_again(case, by_steps):
+    plan = case.layout.__dict__["_plan"]
     case.layout.local_begin.add_(0)
     case.attend(*case.given)
-    assert by_steps, "a new plan"
+    assert case.layout.__dict__["_plan"] is not plan
     case.layout.gist_end[0, 0] = 5  # the first row sees gists that come after it
     before = stub.launches()
     with pytest.raises(ValueError, match="invalid GistLayout"):

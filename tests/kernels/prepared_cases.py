@@ -16,6 +16,7 @@ from triton import knobs
 
 from bench.measured.host import COUNTS, cases, counted
 from gistkern import GistLayout, gist_attention
+from gistkern.backends import triton_plan
 from gistkern.backends.launcher import kernel_parameters
 from gistkern.kernels.launch import Launch, Steps
 from gistkern.ops.attention import AttentionOptions, attend
@@ -41,6 +42,12 @@ CASES = {
     "a decode step": (GistLayout.decode(10, 16), ONE),
     "a split decode step": (GistLayout.decode(3000, 16), ONE),
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch):
+    """Of calls like these, from other tests."""
+    monkeypatch.setattr(triton_plan, "_known", {})
 
 
 @pytest.fixture
