@@ -1,0 +1,147 @@
+"""Hopper's backward: gradients within the budget for every variant, and no wait, arrival or fence to spare."""
+
+import re
+
+import pytest
+import torch
+from emulation import INTERPRETED, SANITIZED
+
+if INTERPRETED:
+    pytest.skip("the interpreter runs no Gluon", allow_module_level=True)
+if SANITIZED:
+    from asynchrony import dropped, plants
+
+from gistkern import GistLayout
+from gistkern.backends import hopper_backward, triton_plan
+from gistkern.backends.hopper_backward import HopperBackward, reason_against
+from gistkern.kernels.device import facts_of
+from gistkern.testing import compare, make_inputs
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def on_hopper():
+    if not SANITIZED and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Two multiprocessors, so that a program walks several tiles."""
+    facts = facts_of(torch.device("cuda", 0))
+    small = type(facts)(facts.arch, 2, facts.l2_bytes, facts.name)
+    monkeypatch.setattr(hopper_backward, "facts_of", lambda device: small)
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch):
+    """Backwards that these kernels have run."""
+    made = []
+
+    def planned(plan, given, key):
+        assert reason_against(*given) is None
+        made.append(HopperBackward(given, plan.vectors, plan.past, plan.scale, key))
+        return made[-1]
+
+    monkeypatch.setattr(triton_plan, "_Backward", planned)
+    return made
+
+
+LAYOUTS = {
+    "T=1": lambda: GistLayout.from_segments([], 1, tail=1),
+    "T=71-one-segment": lambda: GistLayout.from_segments([], 1, tail=71, sink_tokens=0),
+    "T=70-wide-gists": lambda: GistLayout.from_segments([7, 5], 25, tail=8),
+    "T=66-hierarchical": lambda: GistLayout.hierarchical([11] * 4, 3, 5, tail=5),
+    "T=60-sliding": lambda: GistLayout.sliding(60, 21, 8, gists=2),
+    "packed": lambda: GistLayout.pack([GistLayout.from_segments([n, 9], 2, tail=3) for n in (11, 30, 1)]),
+    "left-padded": lambda: GistLayout.stack([GistLayout.from_segments([n], 2, tail=5) for n in (40, 3)], "left"),
+    "right-padded": lambda: GistLayout.stack([GistLayout.from_segments([n], 2, tail=5) for n in (40, 3)], "right"),
+    "ragged-past": lambda: GistLayout.from_input_ids(
+        torch.tensor([[1, 2, 90, 3] * 6] * 2), [90], past=torch.tensor([0, 17])
+    ),
+    "past-rows-and-tail": lambda: GistLayout.from_segments([30, 30], 4, tail=20).last_rows(33),
+    "windowed": lambda: GistLayout.from_segments([20, 17, 13], 3, tail=4).windowed(9),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_scheme(name, device):
+    layout = LAYOUTS[name]().to(device)
+    compare(make_inputs(layout, heads=8, kv_heads=2, head_dim=64, dtype=BF16), layout, "triton")
+
+
+# several tiles of rows and of local columns; the compact columns' second half holds a few
+LONG = {"long": lambda: GistLayout.from_segments([100, 70, 60], 24, tail=40)}
+VARIANTS = [(64, FP16, 4, 1), (128, BF16, 4, 1), (128, FP16, 2, 2), (128, BF16, 6, 1), (64, BF16, 32, 1)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_variant(variant, device):
+    """Head dimensions and types, and 4, 1, 2 and 16 heads packed."""
+    head_dim, dtype, heads, kv_heads = variant
+    layout = LONG["long"]().to(device)
+    compare(make_inputs(layout, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype), layout, "triton")
+
+
+def uneven(device):
+    """A backward whose tiles visit unlike numbers of stages, so that a wrong stage or phase shows wherever it is."""
+
+    def of_tiles(*values):
+        return torch.tensor(values, dtype=torch.int32, device=device).repeat_interleave(32)[None]
+
+    begin = of_tiles(0, 0, 0, 300, 300, 300, 300, 600, 600, 600)
+    end = of_tiles(0, 300, 300, 300, 310, 600, 600, 600, 600, 640)
+    start = of_tiles(0, 16, 40, 48, 80, 80, 80, 160, 160, 160)
+    gather = torch.full((1, 640), -1, device=device)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads, rows):
+        return torch.randn(1, heads, rows, 64, generator=generator).to(device, BF16)
+
+    given = draw(4, 320), draw(4, 320), draw(1, 320), draw(1, 320), draw(1, 640), draw(1, 640)
+    out, lse = draw(4, 320), torch.full((1, 4, 320), 6.0, device=device)  # no forward's: any will do
+    made = HopperBackward(given, (begin, end, start, gather), 0, 0.125)
+    steps = made.steps
+    results = [torch.full_like(given[i], torch.nan) for i in (1, 2, 3)]
+    work = steps.workspace(device)
+    arguments = steps.arguments((*given, out, lse, *results, *results[1:]), work)
+    written = {DQ: [results[0], arguments[18]], GIST: arguments[19:], LOCAL: results[1:]}
+    return steps, steps.buffers_of(*arguments), written
+
+
+WORK, DQ, GIST, LOCAL, FOLD = range(5)
+CAUGHT = "deadlock|has not waited|may still read|writes|without a fence|ends before"
+
+
+@pytest.mark.skipif(not SANITIZED, reason="on a GPU most of these go well most of the time")
+@pytest.mark.parametrize("kernel", [DQ, GIST, LOCAL], ids=["dq", "gist", "local"])
+def test_every_mistake_shows(kernel, device, monkeypatch):
+    """Each wait, arrival, fence and wait for products and stores left out once: a fault, or another result."""
+    monkeypatch.setattr(hopper_backward, "chunk_count", lambda *sizes: 2)
+    steps, buffers, written = uneven(torch.device(device))
+
+    def run(number):
+        for tensor in written[number]:
+            tensor.fill_(torch.nan)
+        steps.launches[number][0](steps.device, *buffers[number])
+        return [tensor.clone() for tensor in written[number]]
+
+    steps.launches[WORK][0](steps.device, *buffers[WORK])
+    if kernel != DQ:
+        run(DQ)
+    right = run(kernel)
+    assert all(tensor.isfinite().all() for tensor in right)
+    unnoticed, planted = [], plants()
+    for kind, number in planted:
+        with dropped(kind, number):
+            try:
+                found = run(kernel)
+            except Exception as fault:
+                noticed = re.search(CAUGHT, str(fault)) is not None
+            else:
+                noticed = not all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+        if not noticed:
+            unnoticed.append((kind, number))
+    assert not unnoticed
+    assert planted
