@@ -135,15 +135,20 @@ def raw_compact(c):
     native.operators().compact(k, v, None, None, gather, slot, *out)
 
 
+def size(tensor, axis):
+    """Of an axis, 0 where a change took it away: that the operator must notice, not this file."""
+    return tensor.shape[axis] if axis < tensor.dim() else 0
+
+
 def public_attention(c, compiled=False):
     """The vectors as a layout of past rows only."""
-    shape = (c["q"].shape[0], c["q"].shape[2])
+    shape = (size(c["q"], 0), size(c["q"], 2))
     places, kept = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64)
     layout = GistLayout(
         *(c["gist_begin"], c["gist_end"], c["local_begin"], places[:, :0], places.bool(), places, places),
         *(kept, kept, kept),
-        past=c["gist_k"].shape[2],
-        tail=c["k"].shape[2] - c["q"].shape[2],
+        past=size(c["gist_k"], 2),
+        tail=size(c["k"], 2) - size(c["q"], 2),
     )
 
     def call(q, k, v, past_key, past_value):

@@ -66,11 +66,16 @@ def test_the_other_instruction_sets_agree_with_the_oracle(name, library):
 
 
 def _preload():
+    """What a sanitized library needs in a process of python.
+
+    A hostile size may ask for gigabytes: refused by a limit, or it would depend on the machine's free memory whether a
+    call is refused or the process is killed.
+    """
     names = [f"lib{name}.so" for name in ("asan", "ubsan")]
     found = [subprocess.run(["gcc", f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
     return {
         "LD_PRELOAD": " ".join(path.strip() for path in found),
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024",
     }
 
 
