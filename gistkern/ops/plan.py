@@ -82,6 +82,19 @@ class Plan:
             return found, None, None, None
         return found if self.gathers else (*found, past_k, past_v)
 
+    def _is_of(self, layout: GistLayout) -> bool:
+        """Whether it is sure that these are the layout's vectors, as they were."""
+        # asked at every layer: attributes only, and no loop
+        begin, end, local, gather = self._given
+        if not (layout.gist_begin is begin and layout.gist_end is end and layout.local_begin is local):
+            return False
+        if self.copied or layout.gather is not gather:
+            return False
+        try:
+            return (begin._version, end._version, local._version, gather._version) == self._versions
+        except RuntimeError:  # as `versions_of`
+            return self._versions is None
+
     def again(self, whole: bool, q, k, v, past_k, past_v, room: Room | None = None) -> Sequence[Any] | None:
         """See `gistkern.ops.function.Plan`."""
         return None
@@ -151,16 +164,7 @@ class _OfTriton(Plan):
         self, q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, asked: tuple[Any, ...], whole: bool, room
     ) -> Found | None:
         """See `Plan.attend_again`."""
-        # asked at every layer: attributes only, and no loop
-        begin, end, local, gather = self._given
-        if (
-            asked != self.asked
-            or self.copied
-            or (past_k is None) != (past_v is None)
-            or not (layout.gist_begin is begin and layout.gist_end is end)
-            or not (layout.local_begin is local and layout.gather is gather)
-            or versions_of(begin, end, local, gather) != self._versions
-        ):
+        if asked != self.asked or (past_k is None) != (past_v is None) or not self._is_of(layout):
             return None
         try:
             if not self.gradient:
@@ -218,9 +222,26 @@ class _OfDecode(Plan):
 
     follows = True
 
-    def __init__(self, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]], *rest: Any) -> None:
+    def __init__(self, decode: Callable[..., tuple[torch.Tensor, torch.Tensor]], q: torch.Tensor, *rest: Any) -> None:
         super().__init__(*rest)
-        self.decode = decode
+        self.decode, self.of_q = decode, q.shape
+
+    def attend_again(
+        self, q, k, v, past_k, past_v, learned_sinks, layout: GistLayout, asked: tuple[Any, ...], whole: bool, room
+    ) -> Found | None:
+        """See `Plan.attend_again`. The kernel looks at all but how many rows the layout says that there are."""
+        if asked != self.asked or past_k is None or past_v is None or learned_sinks is not None:
+            return None
+        try:
+            local, past = k.shape[2], past_k.shape[2]
+            if q.shape != self.of_q or local != layout.tail + self.of_q[2] or past != self.past:
+                return None
+            if not self._is_of(layout):
+                return None
+            out, lse = self.decode(q, k, v, past_k, past_v)
+        except (IndexError, RuntimeError):  # for it there are other plans, or words by name
+            return None
+        return out, lse, past_k, past_v
 
     def attend(self, q, k, v, past_k, past_v, learned_sinks, whole: bool, room: Room | None) -> Found:
         """See `Plan.attend`. There are no new rows."""
@@ -329,5 +350,5 @@ def plan_for(
     if prepare is not None and not gradient and not plan.gathers:
         decode = prepare(AttentionArguments(*tensors, *plan.vectors[:3], scale))
         if decode is not None:
-            return _OfDecode(decode, *rest)
+            return _OfDecode(decode, q, *rest)
     return plan

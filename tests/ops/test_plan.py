@@ -165,6 +165,46 @@ def test_a_plan_lets_nothing_pass_that_its_making_refused(change, learns):
         gist_attention(**({"q": q, "k": k, "v": v, "layout": layout} | change(q, k, v)))
 
 
+@pytest.mark.skipif("cpu" not in ON_CPU, reason="needs the extension")
+def test_a_decode_step_is_looked_at_by_what_computes_it(monkeypatch):
+    """From the second layer on; what it does not take goes the long way."""
+    layout, fresh = GistLayout.decode(6, 8), GistLayout.decode(6, 8)
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    rows = {"past_key": torch.randn(1, 2, 6, 16), "past_value": torch.randn(1, 2, 6, 16)}
+    attention_of = lambda layout, k=k, v=v, q=q, **more: gist_attention(q, k, v, layout, **(rows | more))  # noqa: E731
+    first, asked, key_of = attention_of(layout), [], attention.key_of
+    monkeypatch.setattr(attention, "key_of", lambda *given: asked.append(1) or key_of(*given))
+    assert torch.equal(attention_of(layout), first)
+    assert torch.equal(attention_of(layout, k=k.transpose(1, 2).contiguous().transpose(1, 2)), first)
+    assert torch.equal(attention_of(layout, k=torch._neg_view(-k)), first)
+    assert not asked
+    apart = torch.stack((k, k), -1)[..., 0]
+    assert apart.stride(3) == 2
+    torch.testing.assert_close(attention_of(layout, k=apart), first)
+    assert len(asked) == 1
+    for broken in (
+        {"k": k[:, :, 1:]},
+        {"k": torch.cat((k, k), 2), "v": torch.cat((v, v), 2)},
+        {"past_key": k[:, :, :5], "past_value": k[:, :, :5]},
+        {"past_key": k[:, :, :7], "past_value": k[:, :, :7]},
+        {"past_value": None},
+        {"k": k[0, 0]},
+        {"k": k.double()},
+        {"q": torch.randn(2, 4, 1, 16)},
+        {"v": v.to("meta")},
+    ):
+        with pytest.raises(ValueError, match=r"must be|go together|make them equal|the layout expects|has 2 samples"):
+            attention_of(layout, **broken)
+        with pytest.raises(ValueError, match=r"must be|go together|make them equal|the layout expects|has 2 samples"):
+            attention_of(fresh, **broken)
+    assert torch.equal(attention_of(layout), first)
+    layout.gist_end.fill_(3)
+    torch.testing.assert_close(attention_of(layout), attention_of(layout, backend="reference"))
+    layout.gist_end.fill_(7)
+    with pytest.raises(ValueError, match="gist_end must not pass"):
+        attention_of(layout)
+
+
 def test_a_layout_that_was_written_to_is_looked_at_again():
     layout = GistLayout.from_segments([5], 2, tail=2)
     q = torch.randn(1, 2, 9, 16, requires_grad=True)
