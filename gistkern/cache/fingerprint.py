@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gistkern.cache.offload import on_device
+from gistkern.cache.packed import is_packed, sample_before_packing, shape_before_packing
 from gistkern.cache.reader import Reader, patched
 from gistkern.cache.windows import layer_windows
 
@@ -77,7 +78,9 @@ def fingerprint(inner: nn.Module) -> str:
                 name = f"{prefix}.{own}" if prefix else own
                 if parameter is None or (idle and any(adapter in f"{name}." for adapter in idle)):
                     continue
-                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+                four_bits = parameter.dtype == torch.uint8 and is_packed(parameter)
+                shape = shape_before_packing(parameter) if four_bits else tuple(parameter.shape)
+                digest.update(f"{name}{shape}{parameter.dtype}".encode())
                 values += [_sampled(part) for part in _plain(parameter)]
     if values:
         joined = torch.cat([v.to(values[0].device) for v in values])
@@ -109,6 +112,8 @@ def _sampled(part: torch.Tensor) -> torch.Tensor:
     count = part.numel()
     step = max(1, count // _SAMPLE)
     if not part.is_contiguous() or part.dtype not in _JOINED:
+        if is_packed(part):
+            return sample_before_packing(part, step).to(torch.float32)
         return part.detach().reshape(-1)[::step].to(torch.float32)
     return part.as_strided((-(-count // step),), (step,))
 

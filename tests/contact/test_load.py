@@ -22,9 +22,9 @@ def read(model):
     return model(random_ids(5, 2) % 60, past_key_values=cache).logits
 
 
-def saved(folder, peft=True, tokenizer=None, notes=None, **settings):
+def saved(folder, peft=True, tokenizer=None, notes=None, sizes=None, **settings):
     """A base folder, and beside it what training leaves; returns the trained model's logits."""
-    model = make_model(**({"vocab_size": 70} if tokenizer else {}))
+    model = make_model(**({"vocab_size": 70} if tokenizer else {}), **(sizes or {}))
     model.save_pretrained(folder / "base")
     model.name_or_path = str(folder / "base")
     handle = gistkern.patch(model, tokenizer, **settings)
@@ -173,7 +173,7 @@ def test_who_has_lost_the_patch_is_told_of_load(tmp_path):
 
 def test_a_base_in_4_bits(tmp_path):
     pytest.importorskip("bitsandbytes")
-    saved(tmp_path)
+    saved(tmp_path, sizes={"hidden_size": 128, "intermediate_size": 192})  # what bitsandbytes packs for AVX512-BF16
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     model, _, handle = gistkern.load(tmp_path / "trained", quantization_config=four_bits)
     assert type(handle.inner.layers[0].mlp.up_proj).__name__ == "Linear4bit"
