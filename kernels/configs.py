@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 from gistkern.kernels.tuned import ENVIRONMENT, FIELDS, lookup
 
-__all__ = ["KERNELS", "Config", "family_of", "overridden", "pick", "width_class"]
+__all__ = [
+    "HOPPER",
+    "KERNELS",
+    "Config",
+    "HopperConfig",
+    "family_of",
+    "overridden",
+    "pick",
+    "pick_hopper",
+    "width_class",
+]
 
 KERNELS = ("fwd", "bwd_dq", "bwd_dkv", "decode", "compact")
 
@@ -34,6 +44,34 @@ class Config:
     num_stages: int
     why: str
     two_loops: bool = False
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How Hopper's warp-specialized kernels of one direction are cut, and whether calls take them unasked.
+
+    Tiles of `block_cols` columns stand in a ring of `num_stages`; `why` says what decided both.
+    """
+
+    block_cols: int
+    num_stages: int
+    chosen: bool
+    why: str
+
+
+_UNTIMED = "compiled and emulated; no GPU has run it, so calls take the plain kernels until both have been timed"
+# (direction, head dimension) -> row; forward and backward are chosen apart
+HOPPER = {
+    ("fwd", 64): HopperConfig(128, 4, False, _UNTIMED),
+    ("fwd", 128): HopperConfig(128, 2, False, _UNTIMED),
+    ("bwd", 64): HopperConfig(64, 4, False, _UNTIMED),
+    ("bwd", 128): HopperConfig(64, 4, False, _UNTIMED),
+}
+
+
+def pick_hopper(direction: str, head_dim: int) -> HopperConfig:
+    """The row of a direction, ``"fwd"`` or ``"bwd"``, at a head dimension; without one, a row that is not chosen."""
+    return HOPPER.get((direction, head_dim), HopperConfig(64, 2, False, "no kernel"))
 
 
 # architectures whose limits and tensor-core instructions call for the same tiles

@@ -12,6 +12,7 @@ __all__ = [
     "chunk_count",
     "decode_block_rows",
     "pack_heads",
+    "pack_lanes",
     "padded",
     "section_heads",
     "split_count",
@@ -21,6 +22,8 @@ __all__ = [
 DECODE_ROWS = 8
 # more query heads than this in one tile leave too few positions for the causal diagonal
 MAX_PACK = 16
+# Hopper's kernels stream a K/V head once for all query heads that share it, so they need not pack more than this
+MAX_LANES_PACK = 8
 # a split of the decode kernel below this many columns costs more in merging than it saves
 UNSPLIT_COLUMNS = 512
 SPLIT_COLUMNS = 256
@@ -39,6 +42,11 @@ def pack_heads(group: int, block_rows: int) -> int:
     """How many query heads of one K/V head share a tile: the largest divisor of `group` that fits."""
     limit = min(MAX_PACK, block_rows)
     return max(size for size in range(1, limit + 1) if group % size == 0)
+
+
+def pack_lanes(group: int) -> int:
+    """How many query heads of one K/V head share the 64 lanes of a warpgroup: a power of two, since it divides 64."""
+    return min(group & -group, MAX_LANES_PACK)
 
 
 def section_heads(num_heads: int, head_bytes: int, l2_bytes: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gistkern.backends.hopper import HopperForward, wanted
 from gistkern.backends.triton_plan import TritonPlan
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
@@ -21,8 +22,12 @@ __all__ = ["TritonPlan", "backward", "compact", "compact_backward", "compact_int
 
 def forward(arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, Hq, N, D]`` and log-sum-exp ``[B, Hq, N]``."""
-    launch = launch_gist_decode if arguments.q.shape[2] <= DECODE_ROWS else launch_gist_attn_fwd
-    return launch(arguments.readable(), products_precision(arguments.q.device))
+    arguments, precision = arguments.readable(), products_precision(arguments.q.device)
+    if arguments.q.shape[2] <= DECODE_ROWS:
+        return launch_gist_decode(arguments, precision)
+    if wanted("fwd", *arguments.buffers):
+        return HopperForward(arguments)(arguments)
+    return launch_gist_attn_fwd(arguments, precision)
 
 
 def backward(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gistkern.backends.hopper import HopperForward, MappedSteps, wanted
 from gistkern.backends.planned import GIVEN, PART, RESULT, PlannedCall, planned_call
 from gistkern.kernels import configs
 from gistkern.kernels.arguments import AttentionArguments
@@ -18,7 +19,7 @@ from gistkern.kernels.compact import plan_gist_compact
 from gistkern.kernels.decode import plan_gist_decode
 from gistkern.kernels.device import products_precision
 from gistkern.kernels.fold import plan_gist_fold
-from gistkern.kernels.launch import Steps, hooked
+from gistkern.kernels.launch import ALIGNMENT, Steps, hooked
 from gistkern.kernels.schedule import DECODE_ROWS
 from gistkern.rows import dense_rows
 
@@ -150,7 +151,7 @@ class TritonPlan:
         tensors = q, k, v, past_k, past_v, out, lse, gist_k, gist_v
         precision = products_precision(device) if self.fp32 else "ieee"  # the user's setting by now
         planned = self._forward
-        if planned is None or planned.precision != precision:
+        if planned is None or planned.precision != precision or not planned.reaches(tensors):
             planned = self._forward = _Forward(self, tensors, precision)
         if planned.run(tensors, whole):
             _share((self.kind, _Forward), planned)
@@ -236,17 +237,27 @@ class _Forward:
         else:
             launch = plan_gist_attn_fwd(arguments, precision)
         splits, stats = 1 if merge is None else launch.numbers[-1], q.shape[:3].numel()
-        work = () if merge is None else (splits * stats * q.shape[3], splits * stats)
-        self.steps = Steps(plan.device, plan.vectors, work, self.buffers)
+        work: tuple[int, ...] = () if merge is None else (splits * stats * q.shape[3], splits * stats)
+        self.hopper = None
+        if q.shape[2] > DECODE_ROWS and wanted("fwd", *arguments.buffers):
+            self.hopper = HopperForward(arguments)
+            work = self.hopper.work
+        steps = Steps if self.hopper is None else MappedSteps
+        self.steps = steps(plan.device, plan.vectors, work, self.buffers)
         self.strides = tuple(t.stride()[:3] for t in (q, k, v, past_k, past_v, gist_k, gist_v))
         self.compacts = plan.gathers and gist_k.numel() > 0
         if self.compacts:
             copies = plan_gist_compact(k, plan.past, plan.compact, plan.past if plan.in_room else 0)
             self.steps.add(copies, plan.dtype, self.strides[1:])
-        self.steps.add(launch, plan.dtype, self.strides, splits > 1)
+        for one in (launch,) if self.hopper is None else self.hopper.launches:
+            self.steps.add(one, plan.dtype, self.strides, splits > 1)
         if merge is not None:
             self.steps.add(merge, plan.dtype)
         self.gathers, self.in_room, self.has_past = plan.gathers, plan.in_room, plan.has_past
+
+    def reaches(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the kernels chosen can read these addresses: tensor maps begin at multiples of 16 bytes."""
+        return self.hopper is None or not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
 
     def run(self, tensors: tuple[torch.Tensor, ...], whole: bool) -> bool:
         """Launch; what is launched a second time is described for `TritonPlan.again`. Returns whether it was by now."""
@@ -277,8 +288,12 @@ class _Forward:
         of_q, of_k, of_v, of_past_k, of_past_v, of_gist_k, of_gist_v = self.strides
         local = (k, of_k), (v, of_v)
         seen = ((q, of_q), *local, (gist_k, of_gist_k), (gist_v, of_gist_v))
-        attention = (seen, *(parts or (out, lse)), (begin, end, start))
-        calls = (attention, (parts, out, lse)) if parts else (attention,)
+        rule = begin, end, start
+        if self.hopper is not None:
+            calls = self.hopper.buffers((q, k, v, gist_k, gist_v), out, lse, rule, *parts)
+        else:
+            attention = (seen, *(parts or (out, lse)), rule)
+            calls = (attention, (parts, out, lse)) if parts else (attention,)
         if not self.compacts:
             return calls
         return (((*local, (past_k, of_past_k), (past_v, of_past_v)), gather, seen[3:]), *calls)

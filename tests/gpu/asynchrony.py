@@ -133,14 +133,19 @@ def _join(one, other):
 
 
 def _phases(barrier):
+    """What is in the past of each phase of a barrier, by its number, and who has arrived."""
     if not hasattr(barrier, "phases"):
-        barrier.phases = defaultdict(dict)
+        barrier.phases, barrier.arrived = defaultdict(dict), set()
     return barrier.phases
 
 
 def _hand(state, agent, barrier):
     """`agent` arrives: what it has done until now is in the past of who waits for the phase."""
     clock, phases = state.clock(agent), _phases(barrier)
+    arrival, before = (agent, barrier.completed), phases[barrier.completed - 1]
+    if arrival in barrier.arrived or any(clock.get(other, 0) < time for other, time in before.items()):
+        raise AsynchronyError(f"partition {agent} has not waited for the phase before the one that it arrives for")
+    barrier.arrived.add(arrival)
     _join(phases[barrier.completed], clock)
     clock[agent] = clock.get(agent, 0) + 1
 

@@ -88,7 +88,7 @@ def product(device):
 
 
 WRONG = {
-    "ttng.wait_barrier": ("has not waited for what it reads", "overwrites what 0 may still read|deadlock"),
+    "ttng.wait_barrier": ("has not waited for what it reads", "has not waited for the phase before"),
     "ttng.arrive_barrier": ("deadlock",),
     "ttng.barrier_expect": ("deadlock",),
     "ttng.fence_async_shared": ("without a fence",) * 2,
