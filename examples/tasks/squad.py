@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Paragraph", "Question", "articles", "draw", "read_squad", "refuse_trained_on", "trained_on"]
+__all__ = ["Paragraph", "Question", "articles", "read_squad", "refuse_trained_on", "shuffled", "trained_on"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,11 @@ def articles(paragraphs: Sequence[Paragraph]) -> list[Paragraph]:
     ]
 
 
-def draw(paragraphs: Sequence[Paragraph], n: int, seed: int) -> list[tuple[Paragraph, Question]]:
-    """`n` questions without repetition; a larger `n` of the same seed begins with those of a smaller one."""
+def shuffled(paragraphs: Sequence[Paragraph], seed: int) -> list[tuple[Paragraph, Question]]:
+    """All questions in the order of a seed: its first ones are a draw, and more of them begin with fewer."""
     every = [(paragraph, question) for paragraph in paragraphs for question in paragraph.questions]
-    if n > len(every):
-        raise ValueError(f"there are {len(every)} questions: asked for {n}")
     random.Random(seed).shuffle(every)
-    return every[:n]
+    return every
 
 
 def trained_on(evaluation: Sequence[Paragraph], training: str | Path) -> list[str]:
