@@ -74,6 +74,8 @@ def main(description: str, arguments: Sequence[str] | None = None) -> None:
         parser.error("the following arguments are required: --output")
     with errors_as_one_line(parser):
         paragraphs = read_squad(given.squad) if given.squad else []
+        if given.trained_on and not paragraphs:
+            raise ValueError("--trained-on is looked at for the articles of a file: pass --squad, too")
         refuse_trained_on(paragraphs, given.trained_on)
         run(given, paragraphs, command_line("tasks.py", arguments))
 
@@ -160,8 +162,9 @@ def _reader(method: str, engine: Engine, given: argparse.Namespace, folder: Path
             "checkpoint": {"name": checkpoint.name, "files": _digest(checkpoint)},
         }
     if method in PRESSES:
-        from tasks.presses import Pressed
+        from tasks.presses import Pressed, make_press
 
+        make_press(method, 1, 2)  # says what is missing before anything is read
         return Pressed(engine, method).read, _versions("kvpress")
     from tasks import methods
 

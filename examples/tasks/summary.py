@@ -76,10 +76,10 @@ def _row(key: tuple[Any, ...], group: Sequence[dict[str, Any]]) -> dict[str, Any
         "bytes": round(mean(line["bytes"] for line in group)),
         "cpu_seconds": round(mean(line["seconds"] for line in group), 3),
         "score": first,
-        "value": round(scores[first], 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "also": {name: round(value, 4) for name, value in scores.items() if name != first},
+        "value": round(scores[first], 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "also": {name: round(value, 6) for name, value in scores.items() if name != first},
     }
 
 

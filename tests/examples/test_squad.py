@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tasks.squad import articles, draw, read_squad, refuse_trained_on, trained_on
+from tasks.squad import articles, read_squad, refuse_trained_on, shuffled, trained_on
 
 PARAGRAPHS = [
     ("Super_Bowl", "Denver won. It was in Levi's Stadium.", [("a", "Who won?", ["Denver", "Denver", "Denver team"])]),
@@ -58,14 +58,12 @@ def test_whole_articles(paragraphs):
     assert warsaw == paragraphs[2]
 
 
-def test_a_draw_is_its_seeds_and_grows(paragraphs):
-    ids = [[q.id for _, q in draw(paragraphs, n, seed=3)] for n in (2, 4)]
-    assert ids[1][:2] == ids[0]
-    assert sorted(ids[1]) == ["a", "b", "c", "d"]
-    assert len({tuple(q.id for _, q in draw(paragraphs, 4, seed)) for seed in range(8)}) > 1
-    assert all(q in p.questions for p, q in draw(paragraphs, 4, 0))
-    with pytest.raises(ValueError, match="there are 4 questions: asked for 5"):
-        draw(paragraphs, 5, 0)
+def test_questions_are_shuffled_by_a_seed(paragraphs):
+    every = shuffled(paragraphs, seed=3)
+    assert every == shuffled(paragraphs, seed=3)
+    assert sorted(q.id for _, q in every) == ["a", "b", "c", "d"]
+    assert len({tuple(q.id for _, q in shuffled(paragraphs, seed)) for seed in range(8)}) > 1
+    assert all(q in p.questions for p, q in every)
 
 
 @pytest.mark.parametrize(
