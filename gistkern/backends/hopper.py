@@ -92,7 +92,7 @@ class MappedSteps(Steps):
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Launch on `tensors`."""
-        work = self.workspace(self.device)
+        work = self.workspace(tensors[0].device)
         if self._prepares and not self.prepared:
             self._prepare(tensors, work)
         buffers = self.buffers_of(*self.arguments(tensors, work))

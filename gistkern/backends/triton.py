@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gistkern.backends.hopper import HopperForward, wanted
+from gistkern.backends.hopper_backward import HopperBackward
 from gistkern.backends.triton_plan import TritonPlan
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.attn_bwd_dkv import launch_gist_attn_bwd_dkv
@@ -36,6 +37,13 @@ def backward(
     """Gradients of q, k, v, gist_k and gist_v, without atomics: two runs are bit-identical."""
     arguments, grad_out = arguments.readable(), dense_rows(grad_out)
     q, k, v, gist_k, gist_v, gist_begin, gist_end, local_begin, scale = arguments
+    if wanted("bwd", *arguments.buffers, grad_out):
+        # all compact rows count as past ones, whose gradients are added to nothing
+        gather = torch.empty((q.shape[0], 0), dtype=torch.int64, device=q.device)
+        steps = HopperBackward(arguments, gist_k.shape[2]).steps(q.device, (*arguments.intervals, gather))
+        results = tuple([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in arguments.buffers])
+        steps.run((grad_out, *arguments.buffers, out.contiguous(), lse.contiguous(), *results))
+        return results
     precision = products_precision(q.device)
     dq, rows_lse, delta = launch_gist_attn_bwd_dq(grad_out, arguments, out.contiguous(), lse.contiguous(), precision)
     rest = (rows_lse, delta), scale, precision

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gistkern.backends.hopper import HopperForward, MappedSteps, wanted
+from gistkern.backends.hopper_backward import HopperBackward
 from gistkern.backends.planned import GIVEN, PART, RESULT, PlannedCall, planned_call
 from gistkern.kernels import configs
 from gistkern.kernels.arguments import AttentionArguments
@@ -182,7 +183,8 @@ class TritonPlan:
             found = planned.call.run(planned.call.description, given)
             if found:
                 return tuple(found) if self.past else (*found, None, None)
-        key = (*(tensor.stride() for tensor in given), precision)
+        askew = any(tensor.data_ptr() % ALIGNMENT for tensor in given)  # beyond tensor maps
+        key = (*(tensor.stride() for tensor in given), askew, precision)
         dense = (*map(_dense, given[:6]), out.contiguous(), lse.contiguous())
         if any(one is not other for one, other in zip(dense, given, strict=True)):
             return self.backward(*dense)
@@ -313,10 +315,13 @@ class _Backward:
         self.key, precision, self.undescribed = key, key[-1], True
         self.call: PlannedCall | None = None
         arguments = AttentionArguments(q, k, v, gist_k, gist_v, *plan.vectors[:3], plan.scale)
+        self.folds, self.has_past = gist_k.numel() > 0, plan.past > 0
+        if wanted("bwd", *arguments.buffers, grad_out):
+            self.steps: Steps = HopperBackward(arguments, plan.past).steps(plan.device, plan.vectors)
+            return
         gist, chunks = plan_gist_attn_bwd_dkv(q, gist_k, grad_out, True, plan.scale, precision)
         local, _ = plan_gist_attn_bwd_dkv(q, k, grad_out, False, plan.scale, precision)
         stats, sums = q.shape[:3].numel(), chunks * gist_k.numel()
-        self.folds, self.has_past = gist_k.numel() > 0, plan.past > 0
         work = (stats, stats, sums, sums) if self.folds else (stats, stats)
         self.steps = Steps(plan.device, plan.vectors, work, self.buffers)
         self.strides = tuple(t.stride()[:3] for t in tensors)

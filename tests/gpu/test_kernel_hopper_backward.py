@@ -11,10 +11,13 @@ if INTERPRETED:
 if SANITIZED:
     from asynchrony import dropped, plants
 
-from gistkern import GistLayout
-from gistkern.backends import hopper_backward, triton_plan
-from gistkern.backends.hopper_backward import HopperBackward, reason_against
+from gistkern import GistLayout, gist_attention
+from gistkern.backends import hopper_backward, triton, triton_plan
+from gistkern.backends.hopper import MappedSteps, reason_against
+from gistkern.backends.hopper_backward import HopperBackward
+from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.device import facts_of
+from gistkern.rows import gather_rows
 from gistkern.testing import compare, make_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -34,18 +37,16 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(hopper_backward, "facts_of", lambda device: small)
 
 
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    """Backwards that these kernels have run."""
-    made = []
+@pytest.fixture
+def backward_alone(monkeypatch):
+    """The plain forward, and this backward or a failure."""
 
-    def planned(plan, given, key):
-        assert reason_against(*given) is None
-        made.append(HopperBackward(given, plan.vectors, plan.past, plan.scale, key))
-        return made[-1]
+    def wanted(direction, *tensors):
+        assert reason_against(*tensors) is None
+        return direction == "bwd"
 
-    monkeypatch.setattr(triton_plan, "_Backward", planned)
-    return made
+    monkeypatch.setattr(triton_plan, "wanted", wanted)
+    monkeypatch.setattr(triton_plan, "_known", {})
 
 
 LAYOUTS = {
@@ -66,22 +67,53 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_scheme(name, device):
+def test_every_scheme(name, device, backward_alone):
     layout = LAYOUTS[name]().to(device)
     compare(make_inputs(layout, heads=8, kv_heads=2, head_dim=64, dtype=BF16), layout, "triton")
 
 
+def test_rows_that_see_nothing_get_zeros_and_two_runs_are_bit_identical(device, backward_alone):
+    layout = GistLayout.stack([GistLayout.from_segments([n], 2, tail=5) for n in (40, 3)], "left").to(device)
+    inputs = make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=BF16)
+    leaves = inputs.q, inputs.k, inputs.v
+    runs = [
+        torch.autograd.grad(gist_attention(*leaves, layout, backend="triton"), leaves, inputs.grad_out)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    assert all((gradient[1, :, : 47 - 10] == 0).all() and gradient[1, :, 47 - 10 :].any() for gradient in runs[0])
+
+
 # several tiles of rows and of local columns; the compact columns' second half holds a few
 LONG = {"long": lambda: GistLayout.from_segments([100, 70, 60], 24, tail=40)}
-VARIANTS = [(64, FP16, 4, 1), (128, BF16, 4, 1), (128, FP16, 2, 2), (128, BF16, 6, 1), (64, BF16, 32, 1)]
+VARIANTS = [(64, FP16, 4, 1), (128, BF16, 4, 1), (128, FP16, 2, 2), (128, BF16, 6, 1), (64, BF16, 16, 1)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_variant(variant, device):
-    """Head dimensions and types, and 4, 1, 2 and 16 heads packed."""
+def test_every_variant(variant, device, backward_alone):
+    """Head dimensions and types, and 4, 1, 2 and 8 heads packed."""
     head_dim, dtype, heads, kv_heads = variant
     layout = LONG["long"]().to(device)
     compare(make_inputs(layout, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype), layout, "triton")
+
+
+@pytest.mark.parametrize("gists", [3, 0])
+def test_the_operator_takes_them_where_they_are_asked_for(gists, device, monkeypatch):
+    layout = GistLayout.from_segments([30] if gists else [], max(gists, 1), tail=20, sink_tokens=0).to(device)
+    inputs = make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=BF16)
+    q, k, v = (leaf.detach() for leaf in inputs.leaves().values())
+    rows = [gather_rows(t, layout.gather) for t in (k, v)]
+    arguments = AttentionArguments(q, k, v, *rows, layout.gist_begin, layout.gist_end, layout.local_begin, 0.125)
+    out, lse = triton.forward(arguments)
+    found, served, steps = {}, [], HopperBackward.steps
+    monkeypatch.setattr(HopperBackward, "steps", lambda *given: served.append(choice) or steps(*given))
+    for choice in ("always", "never"):
+        monkeypatch.setenv("GISTKERN_HOPPER", choice)
+        found[choice] = triton.backward(arguments, inputs.grad_out, out, lse)
+    for ours, plain in zip(*found.values(), strict=True):
+        assert ours.shape == plain.shape
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+    assert served == ["always"]
 
 
 def uneven(device):
@@ -101,13 +133,13 @@ def uneven(device):
 
     given = draw(4, 320), draw(4, 320), draw(1, 320), draw(1, 320), draw(1, 640), draw(1, 640)
     out, lse = draw(4, 320), torch.full((1, 4, 320), 6.0, device=device)  # no forward's: any will do
-    made = HopperBackward(given, (begin, end, start, gather), 0, 0.125)
-    steps = made.steps
+    made = HopperBackward(AttentionArguments(*given[1:], begin, end, start, 0.125), 0)
+    steps = MappedSteps(device, (begin, end, start, gather), made.work, made.buffers)
     results = [torch.full_like(given[i], torch.nan) for i in (1, 2, 3)]
     work = steps.workspace(device)
     arguments = steps.arguments((*given, out, lse, *results, *results[1:]), work)
     written = {DQ: [results[0], arguments[18]], GIST: arguments[19:], LOCAL: results[1:]}
-    return steps, steps.buffers_of(*arguments), written
+    return made.launches, made.buffers(*arguments), written
 
 
 WORK, DQ, GIST, LOCAL, FOLD = range(5)
@@ -119,15 +151,16 @@ CAUGHT = "deadlock|has not waited|may still read|writes|without a fence|ends bef
 def test_every_mistake_shows(kernel, device, monkeypatch):
     """Each wait, arrival, fence and wait for products and stores left out once: a fault, or another result."""
     monkeypatch.setattr(hopper_backward, "chunk_count", lambda *sizes: 2)
-    steps, buffers, written = uneven(torch.device(device))
+    device = torch.device(device)
+    launches, buffers, written = uneven(device)
 
     def run(number):
         for tensor in written[number]:
             tensor.fill_(torch.nan)
-        steps.launches[number][0](steps.device, *buffers[number])
+        launches[number](device, *buffers[number])
         return [tensor.clone() for tensor in written[number]]
 
-    steps.launches[WORK][0](steps.device, *buffers[WORK])
+    launches[WORK](device, *buffers[WORK])
     if kernel != DQ:
         run(DQ)
     right = run(kernel)
