@@ -29,6 +29,12 @@ def device():
     return "cpu" if INTERPRETED else "cuda"
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch):
+    """Of calls like these, from tests that have changed what kernels are launched with."""
+    monkeypatch.setattr("gistkern.backends.triton_plan._known", {})
+
+
 @pytest.fixture
 def small_tiles():
     """Tiles of 16 by 16, so that small inputs have many programs, boundaries and full tiles."""
