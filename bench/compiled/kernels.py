@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.plain_flash import launch_plain
@@ -109,7 +110,7 @@ PLAIN = {
 def launch_of(kernel: str, arch: str, dim: int) -> Launch:
     """The launch that a call on a chip of `arch` with head dimension `dim` makes of a kernel of `KERNELS`."""
     call, index = KERNELS[kernel]
-    with _recorded_launches(chip_named(arch)) as launches:
+    with recorded_launches(chip_named(arch)) as launches:
         _attention(dim)[call]()
     return launches[index]
 
@@ -129,7 +130,8 @@ def compiler_input(launch: Launch, arch: str) -> CompilerInput:
 def build(launch: Launch, arch: str) -> Build:
     """Compile a launch for a chip. No GPU and no earlier compilation is needed or used."""
     source = compiler_input(launch, arch)
-    ast = ASTSource(source.fn, source.signature, source.constexprs, source.attrs)
+    kind = GluonASTSource if source.fn.is_gluon() else ASTSource
+    ast = kind(source.fn, source.signature, source.constexprs, source.attrs)
     knobs = triton.knobs
     log = io.StringIO()
     with (
@@ -152,7 +154,7 @@ def target_of(arch: str) -> GPUTarget:
 
 
 @contextlib.contextmanager
-def _recorded_launches(chip: Chip) -> Iterator[list[Launch]]:
+def recorded_launches(chip: Chip) -> Iterator[list[Launch]]:
     """Launchers take CPU tensors for `chip` within the block; what they launch is listed and not run."""
     launches: list[Launch] = []
 

@@ -75,6 +75,7 @@ _FORM_PATTERNS = {name: re.compile(pattern) for name, pattern in FORMS.items()}
 # "ptxas warning : Registers are spilled to local memory in function 'name', ..."
 _WARNING = re.compile(r"(?:\(C\d+\) (?=Potential Performance Loss)|ptxas warning\s*: )(.*)$", re.MULTILINE)
 _WARNED = re.compile(r" in (?:the )?function '([^']*)'")
+_THREADS = re.compile(r"^\.reqntid (\d+)", re.MULTILINE)
 _LABEL = re.compile(r"^([.\w$]+):")
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][.\w]*)\s*([^;]*);")
 _SASS_TARGET = re.compile(r"^(.*)`\(([^)]+)\)")
@@ -105,7 +106,10 @@ def describe(build: Build, chip: Chip) -> dict[str, Any]:
         return facts | _instructions(code, metadata.shared, chip, _TENSOR_FORM)
     columns = getattr(metadata, "tmem_size", 0) or 0
     asm, log = build.compiled.asm["cubin"], build.ptxas_log
-    return describe_cubin(Cubin(asm, metadata.name, log, metadata.num_warps, metadata.shared, columns), chip)
+    # not the metadata's warps: those of one partition, where a kernel has several
+    threads = _THREADS.search(build.compiled.asm["ptx"])
+    assert threads
+    return describe_cubin(Cubin(asm, metadata.name, log, int(threads[1]) // 32, metadata.shared, columns), chip)
 
 
 def describe_cubin(cubin: Cubin, chip: Chip, working: str | None = None) -> dict[str, Any]:

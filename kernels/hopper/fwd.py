@@ -104,19 +104,25 @@ def copy_tiles(maps, q_smem, rings, bars, work_ptr, order, META: gl.constexpr):
 
 
 @gluon.jit
-def masked(b_s, i_col, b_sees, full, W: gl.constexpr, LS: gl.constexpr):
-    """Scores of columns ``[i_col, i_col + W)``, -inf where the rule hides them; untouched where every row sees all."""
+def masked(b_s, i_col, sees, full, W: gl.constexpr, LS: gl.constexpr, META: gl.constexpr):
+    """Scores of columns ``[i_col, i_col + W)``, -inf where the rule hides them; untouched where every row sees all.
+
+    sees: the rule at the half's sample, its first and the last row, and what turns rows of a buffer into columns. The
+    intervals are read where they are needed, at the boundary: they would cost the loop inside registers.
+    """
     gist_begin, gist_end, local_begin, local_end = full
     in_gist = (i_col >= gist_begin) & (i_col + W <= gist_end)
     in_local = (i_col >= local_begin) & (i_col + W <= local_end)
     if not (in_gist | in_local):
-        LR: gl.constexpr = gl.SliceLayout(1, LS)
+        begin_ptr, end_ptr, local_ptr, i_row, n_rows, gist_shift, local_shift, last_shift = sees
         o_col = (i_col + gl.arange(0, W, gl.SliceLayout(0, LS)))[None, :]
-        b_gist, b_gist_end, b_local, b_last = b_sees
-        m_gist = o_col >= gl.convert_layout(b_gist, LR)[:, None]
-        m_gist = m_gist & (o_col < gl.convert_layout(b_gist_end, LR)[:, None])
-        m_local = o_col >= gl.convert_layout(b_local, LR)[:, None]
-        m_local = m_local & (o_col <= gl.convert_layout(b_last, LR)[:, None])
+        o_row = i_row + gl.arange(0, 64, gl.SliceLayout(1, LS)) // META.PACK
+        m_row = o_row < n_rows
+        b_begin = gl.load(begin_ptr + o_row, mask=m_row, other=0) + gist_shift
+        b_end = gl.load(end_ptr + o_row, mask=m_row, other=0) + gist_shift
+        b_local = gl.load(local_ptr + o_row, mask=m_row, other=0) + local_shift
+        m_gist = (o_col >= b_begin[:, None]) & (o_col < b_end[:, None])
+        m_local = (o_col >= b_local[:, None]) & (o_col <= (o_row + last_shift)[:, None])
         b_s = gl.where(m_gist | m_local, b_s, float("-inf"))
     return b_s
 
@@ -133,7 +139,9 @@ def softmax(b_s, b_m, b_l, qk_scale, LS: gl.constexpr, LR: gl.constexpr):
 
 
 @gluon.jit
-def attend_some(b_q, b_k, b_v, state, i_col, b_sees, full, qk_scale, FIRST: gl.constexpr, W: gl.constexpr):
+def attend_some(
+    b_q, b_k, b_v, state, i_col, sees, full, qk_scale, FIRST: gl.constexpr, W: gl.constexpr, META: gl.constexpr
+):
     """Attention over columns ``[FIRST, FIRST + W)`` of the tile that begins at `i_col`; nothing is left under way."""
     b_acc, b_m, b_l = state
     LO: gl.constexpr = b_acc.type.layout
@@ -141,7 +149,7 @@ def attend_some(b_q, b_k, b_v, state, i_col, b_sees, full, qk_scale, FIRST: gl.c
     LP: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LO, k_width=2)
     none = gl.zeros([64, W], gl.float32, LS)
     token = warpgroup_mma(b_q, b_k.slice(FIRST, W, 0).permute((1, 0)), none, use_acc=False, is_async=True)
-    b_s = masked(warpgroup_mma_wait(0, deps=(token,)), i_col + FIRST, b_sees, full, W, LS)
+    b_s = masked(warpgroup_mma_wait(0, deps=(token,)), i_col + FIRST, sees, full, W, LS, META)
     b_p, b_alpha, b_m, b_l = softmax(b_s, b_m, b_l, qk_scale, LS, gl.SliceLayout(1, LO))
     b_p = gl.convert_layout(b_p.to(b_q.dtype), LP)
     token = warpgroup_mma(b_p, b_v.slice(FIRST, W, 0), b_acc * b_alpha[:, None], is_async=True)
@@ -163,7 +171,7 @@ def hand_back(bars, turn, i_begin, i_end, META: gl.constexpr):
 
 
 @gluon.jit
-def attend(b_q, rings, bars, turn, state, i_begin, last_col, b_sees, full, qk_scale, META: gl.constexpr):
+def attend(b_q, rings, bars, turn, state, i_begin, last_col, sees, full, qk_scale, META: gl.constexpr):
     """Attention from tile `i_begin` to column `last_col`: a tile's softmax runs under the products of the next.
 
     turn: stage and phase of tile `i_begin`. Returns the state (`softmax`, and the output before) and the turn after.
@@ -186,7 +194,7 @@ def attend(b_q, rings, bars, turn, state, i_begin, last_col, b_sees, full, qk_sc
         token = warpgroup_mma(b_q, k_ring.index(i_stage).permute((1, 0)), none, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=(token,))
         mbarrier.arrive(k_empty.index(i_stage), count=1)
-        b_s = masked(b_s, i_begin * BN, b_sees, full, BN, LS)
+        b_s = masked(b_s, i_begin * BN, sees, full, BN, LS, META)
         b_p, b_alpha, b_m, b_l = softmax(b_s, b_m, b_l, qk_scale, LS, LR)
         b_acc = b_acc * b_alpha[:, None]
         b_p = gl.convert_layout(b_p.to(dtype), LP)
@@ -200,7 +208,7 @@ def attend(b_q, rings, bars, turn, state, i_begin, last_col, b_sees, full, qk_sc
             o_token = warpgroup_mma(b_p, v_ring.index(i_before), b_acc, is_async=True)
             b_s = warpgroup_mma_wait(1, deps=(s_token,))
             mbarrier.arrive(k_empty.index(i_stage), count=1)
-            b_s = masked(b_s, i * BN, b_sees, full, BN, LS)
+            b_s = masked(b_s, i * BN, sees, full, BN, LS, META)
             b_next, b_alpha, b_m, b_l = softmax(b_s, b_m, b_l, qk_scale, LS, LR)
             b_acc = warpgroup_mma_wait(0, deps=(o_token,))
             mbarrier.arrive(v_empty.index(i_before), count=1)
@@ -222,11 +230,11 @@ def attend(b_q, rings, bars, turn, state, i_begin, last_col, b_sees, full, qk_sc
         WIDE: gl.constexpr = BN > 64
         if WIDE & (n_rest > 32):
             if WIDE:
-                state = attend_some(b_q, b_k, b_v, state, i_col, b_sees, full, qk_scale, 0, 64)
+                state = attend_some(b_q, b_k, b_v, state, i_col, sees, full, qk_scale, 0, 64, META)
                 if n_rest > 64:
-                    state = attend_some(b_q, b_k, b_v, state, i_col, b_sees, full, qk_scale, 64, 32)
+                    state = attend_some(b_q, b_k, b_v, state, i_col, sees, full, qk_scale, 64, 32, META)
         else:
-            state = attend_some(b_q, b_k, b_v, state, i_col, b_sees, full, qk_scale, 0, 32)
+            state = attend_some(b_q, b_k, b_v, state, i_col, sees, full, qk_scale, 0, 32, META)
         b_acc, b_m, b_l = state
         mbarrier.arrive(k_empty.index(i_stage), count=1)
         mbarrier.arrive(v_empty.index(i_stage), count=1)
@@ -252,19 +260,14 @@ def multiply(out_map, q_smem, rings, bars, rows, work_ptr, scale, order, HALF: g
     for i_item in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
         i_b, i_row, i_head, p_work = tile_of(i_item, order, work_ptr, META)
         i_row += HALF * POSITIONS
-        o_row = i_row + o_m // META.PACK
-        m_row = o_row < n_rows
         gist_lo = gl.load(p_work)
         shift = gl.load(p_work + 1) - gl.load(p_work + 2)
         n_tiles = gl.cdiv(gl.load(p_work + 3), META.BN)
         p_half = p_work + 8 + HALF * 8
         full = gl.load(p_half + 4), gl.load(p_half + 5), gl.load(p_half + 6), gl.load(p_half + 7)
-        p_rule = i_b.to(gl.int64) * n_rows + o_row
-        b_gist = gl.load(rule[0] + p_rule, mask=m_row, other=0)
-        b_gist_end = gl.load(rule[1] + p_rule, mask=m_row, other=0)
-        b_local = gl.load(rule[2] + p_rule, mask=m_row, other=0)
-        m_empty = (b_gist >= b_gist_end) & (b_local > o_row + n_past)
-        b_sees = b_gist - gist_lo, b_gist_end - gist_lo, b_local + shift, o_row + (n_past + shift)
+        o_rule = i_b.to(gl.int64) * n_rows
+        begin_ptr, end_ptr, local_ptr = rule[0] + o_rule, rule[1] + o_rule, rule[2] + o_rule
+        sees = begin_ptr, end_ptr, local_ptr, i_row, n_rows, -gist_lo, shift, n_past + shift
 
         mbarrier.wait(q_full.index(HALF), i_turn)
         b_acc = gl.zeros([64, D], gl.float32, LO)
@@ -277,12 +280,17 @@ def multiply(out_map, q_smem, rings, bars, rows, work_ptr, scale, order, HALF: g
             last_col = gl.load(p_half + 2 * i_walk + 1)
             if last_col > 0:
                 turn = hand_back(of_ring, turn, i_seen, i_begin, META)
-                state, turn = attend(b_q, rings, of_ring, turn, state, i_begin, last_col, b_sees, full, qk_scale, META)
+                state, turn = attend(b_q, rings, of_ring, turn, state, i_begin, last_col, sees, full, qk_scale, META)
                 i_seen = gl.cdiv(last_col, META.BN)
         turn = hand_back(of_ring, turn, i_seen, n_tiles, META)
         b_acc, b_m, b_l = state
 
+        o_row = i_row + o_m // META.PACK
+        m_row = o_row < n_rows
+        b_begin = gl.load(begin_ptr + o_row, mask=m_row, other=0)
+        b_end = gl.load(end_ptr + o_row, mask=m_row, other=0)
         # tiles without a mask give rows that see nothing garbage
+        m_empty = (b_begin >= b_end) & (gl.load(local_ptr + o_row, mask=m_row, other=0) > o_row + n_past)
         m_empty = m_empty | (b_l == 0.0)
         b_out = gl.where(m_empty[:, None], 0.0, b_acc / gl.where(m_empty, 1.0, b_l)[:, None])
         b_lse = gl.where(m_empty, float("-inf"), b_m * scale + gl.log2(gl.where(m_empty, 1.0, b_l)) * LN2)

@@ -20,13 +20,13 @@ import contextlib
 import functools
 import re
 from collections import defaultdict
-from itertools import count
 
 import numpy as np
 import torch
 from ttsem import harness, mlir
 from ttsem import ops as semantics
 from ttsem.interp import Scheduler
+from vector_clocks import AsynchronyError, State
 
 __all__ = ["AsynchronyError", "dropped", "plants"]
 
@@ -40,74 +40,9 @@ _dropped: tuple[str, int] | None = None
 _last = ""
 
 
-class AsynchronyError(Exception):
-    """An access to shared memory that nothing orders after what it depends on."""
-
-
-class _State:
-    """Clocks and accesses of one program."""
-
-    def __init__(self):
-        self.clocks = {0: {0: 1}}
-        self.writes: list[tuple[int, int, object, int]] = []  # begin, end, agent, time
-        self.reads: dict[tuple[int, int], dict] = defaultdict(dict)  # agent -> time, until waited for: infinity
-        self.unfenced: dict[object, list[tuple[int, int]]] = defaultdict(list)
-        self.products: dict[object, list] = defaultdict(list)
-        self.stores: dict[object, list] = defaultdict(list)
-        self.numbers = count()
-
-    def clock(self, agent):
-        return self.clocks.setdefault(agent, {})
-
-    def forget(self, begin, end):
-        """Fresh memory lies where other memory has lain."""
-        self.writes = [w for w in self.writes if w[1] <= begin or end <= w[0]]
-        for place in [p for p in self.reads if p[0] < end and begin < p[1]]:
-            del self.reads[place]
-        for agent, places in self.unfenced.items():
-            self.unfenced[agent] = [p for p in places if p[1] <= begin or end <= p[0]]
-
-    def read(self, agent, place, *, proxy, time=None):
-        """`agent` reads `place`, by the asynchronous `proxy` or not: now, or until a time that is yet to come."""
-        begin, end = place
-        clock = self.clock(agent)
-        for first, last, writer, when in self.writes:
-            if first < end and begin < last and writer != agent and clock.get(writer, 0) < when:
-                raise AsynchronyError(f"partition {agent} has not waited for what it reads: {writer} writes it")
-        covered = begin
-        for first, last, *_ in sorted(self.writes, key=lambda w: w[0]):
-            if first <= covered:
-                covered = max(covered, last)
-        if covered < end:
-            raise AsynchronyError(f"partition {agent} has not waited for what it reads: nothing is there")
-        if proxy:
-            self.check_fence(place)
-        self.reads[place][agent] = clock[agent] if time is None else time
-
-    def check_fence(self, place):
-        for writer, places in self.unfenced.items():
-            if any(p[0] < place[1] and place[0] < p[1] for p in places):
-                raise AsynchronyError(f"a copy, product or store takes what partition {writer} wrote without a fence")
-
-    def write(self, agent, place, writer, when):
-        """`agent` writes `place`, or has it written by the asynchronous `writer` at its time `when`."""
-        begin, end = place
-        clock = self.clock(agent)
-        for (first, last), readers in self.reads.items():
-            if first < end and begin < last:
-                for reader, time in readers.items():
-                    if clock.get(reader, 0) < time:
-                        raise AsynchronyError(f"partition {agent} overwrites what {reader} may still read")
-        for first, last, other, time in self.writes:
-            if first < end and begin < last and other not in (agent, writer) and clock.get(other, 0) < time:
-                raise AsynchronyError(f"partition {agent} overwrites what {other} writes")
-        self.writes = [w for w in self.writes if not (begin <= w[0] and w[1] <= end)]
-        self.writes.append((begin, end, writer, when))
-
-
-def _state(interp) -> _State:
+def _state(interp) -> State:
     if not hasattr(interp, "asynchrony") or interp.asynchrony[0] != interp.program_id:
-        interp.asynchrony = interp.program_id, _State()
+        interp.asynchrony = interp.program_id, State()
     return interp.asynchrony[1]
 
 
@@ -166,7 +101,7 @@ def _wrapped(name):
     return replace
 
 
-def _on(interp, op, args):
+def _on(args):
     """Whether the predicate, an operation's last operand, lets it happen."""
     return not args or bool(np.asarray(args[-1]))
 
@@ -290,7 +225,7 @@ def _teach_memory():
     @_wrapped("ttng.async_tma_copy_global_to_local")
     def copy_in(before, interp, op, args):
         _, _, _, alloc, dest, pred = semantics._segments(op, args, 6)
-        if _on(interp, op, pred):
+        if _on(pred):
             state, barrier = _state(interp), semantics._barrier(interp, op, alloc)
             state.check_fence(_place(alloc[0].data))
             copies = f"copies of barrier {semantics._barrier_key(alloc[0])}"
@@ -302,10 +237,7 @@ def _teach_memory():
     @_wrapped("ttng.async_tma_copy_local_to_global")
     def copy_out(before, interp, op, args):
         state, agent, place = _state(interp), _agent(interp), _place(args[-1].data)
-        state.read(agent, place, proxy=True)
-        reader = f"store {next(state.numbers)} of partition {agent}"
-        state.reads[place][reader] = np.inf
-        state.stores[agent].append((place, reader))
+        state.stores[agent].append(state.read_until_told(agent, place, "store"))
         return before(interp, op, args)
 
     @_wrapped("ttng.async_tma_store_wait")
@@ -313,17 +245,9 @@ def _teach_memory():
         state, agent = _state(interp), _agent(interp)
         waiting, pendings = state.stores[agent], int(op.attrs["pendings"])
         for place, reader in waiting[: len(waiting) - pendings] if pendings else waiting:
-            _read_until_now(state, agent, place, reader)
+            state.read_is_over(agent, place, reader)
         state.stores[agent] = waiting[-pendings:] if pendings else []
         return before(interp, op, args)
-
-
-def _read_until_now(state, agent, place, reader):
-    """What read on behalf of `agent` is done: it counts as a read of the agent's own."""
-    readers = state.reads.get(place)
-    if readers is not None:
-        readers.pop(reader, None)
-        readers[agent] = state.clock(agent)[agent]
 
 
 def _teach_barriers():
@@ -334,13 +258,13 @@ def _teach_barriers():
 
     @_wrapped("ttng.arrive_barrier")
     def arrive(before, interp, op, args):
-        if _on(interp, op, args[1:]):
+        if _on(args[1:]):
             _hand(_state(interp), _agent(interp), semantics._barrier(interp, op, args))
         return before(interp, op, args)
 
     @_wrapped("ttng.barrier_expect")
     def expect(before, interp, op, args):
-        if _on(interp, op, args[1:]):
+        if _on(args[1:]):
             _hand(_state(interp), _agent(interp), semantics._barrier(interp, op, args))
         return before(interp, op, args)
 
@@ -348,7 +272,7 @@ def _teach_barriers():
     def wait(before, interp, op, args):
         result = before(interp, op, args)
         alloc, _, pred, _ = semantics._segments(op, args, 4)
-        if _on(interp, op, pred):
+        if _on(pred):
             state, barrier = _state(interp), semantics._barrier(interp, op, alloc)
             phases = _phases(barrier)
             for number in range(barrier.completed):  # all phases up to the one that has let it pass
@@ -365,16 +289,12 @@ def _teach_products():
         # products run in order, so one may add to what another has not finished
         known = [*args[:2], late.get(id(args[2]), args[2]), *args[3:]]
         places = [_place(a.data) for a in args[:2] if hasattr(a, "data") and not isinstance(a, np.ndarray)]
-        for place in places:
-            state.read(agent, place, proxy=True)
+        reads = [state.read_until_told(agent, place, "product") for place in places]
         (value,) = before(interp, op, known)
         if not op.attrs.get("isAsync", False):
+            for place, reader in reads:
+                state.read_is_over(agent, place, reader)
             return [value]
-        reads = []
-        for place in places:
-            reader = f"product {next(state.numbers)} of partition {agent}"
-            state.reads[place][reader] = np.inf
-            reads.append((place, reader))
         nan = np.full_like(value, np.nan)
         state.products[agent].append((nan, value, reads))
         return [nan]
@@ -387,7 +307,7 @@ def _teach_products():
         state.products[agent] = waiting[len(done) :]
         for _, _, reads in done:
             for place, reader in reads:
-                _read_until_now(state, agent, place, reader)
+                state.read_is_over(agent, place, reader)
         values = {id(nan): value for nan, value, _ in done}
         return [values.get(id(a), a) for a in args[: len(op.result_types)]]
 

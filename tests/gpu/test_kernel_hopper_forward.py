@@ -3,6 +3,7 @@
 Under ttsem with what tests/gpu/asynchrony.py adds: copies, products and stores land late.
 """
 
+import numpy as np
 import pytest
 import torch
 from emulation import INTERPRETED, SANITIZED
@@ -10,10 +11,12 @@ from emulation import INTERPRETED, SANITIZED
 if INTERPRETED:
     pytest.skip("the interpreter runs no Gluon", allow_module_level=True)
 
+from bench.counted.hopper import walks
 from gistkern import GistLayout, gist_attention
 from gistkern.backends import hopper, reference
 from gistkern.kernels import configs
 from gistkern.kernels import device as device_facts
+from gistkern.kernels.hopper import fwd_work
 from gistkern.testing import FORWARD_FACTOR, assert_within_budget, make_inputs
 
 if SANITIZED:
@@ -148,6 +151,21 @@ def test_every_mistake_shows(device, monkeypatch):
     for kind, number in every:
         with dropped(kind, number), pytest.raises(Exception, match=r"wait|fence|deadlock|overwrites|NaN|ends before"):
             check(layout, device)
+
+
+@pytest.mark.parametrize("block_cols", [64, 128])
+@pytest.mark.parametrize("name", ["segments", "gap", "hierarchical", "past-rows-and-tail"])
+def test_walks_are_what_the_work_counter_says(name, block_cols, device):
+    layout, positions = LAYOUTS[name](), 16
+    tiles = -(-layout.num_rows // (2 * positions))
+    table = torch.full((tiles, fwd_work.FIELDS), torch.nan, device=device)
+    rule = tuple(vector.to(device) for vector in (layout.gist_begin, layout.gist_end, layout.local_begin))
+    meta = fwd_work.WorkMeta(positions, 2 * positions, block_cols)
+    fwd_work.sm90_gist_attn_fwd_work_kernel[(tiles,)](table, rule, layout.num_rows, layout.num_local, tiles, META=meta)
+    halves = table.cpu().view(torch.int32)[:, 8:].reshape(2 * tiles, 8)[:, :4]
+    expected = torch.from_numpy(np.stack(walks(layout, positions, block_cols), 1))
+    assert torch.equal(halves[: len(expected)].long(), expected)
+    assert (halves[len(expected) :] == 0).all(), "half tiles beyond the last row"
 
 
 @pytest.mark.parametrize("choice", ["never", "auto"])
