@@ -43,8 +43,8 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (
-    *(Variant(64, 64, 4), Variant(64, 128, 3), Variant(64, 128, 4), Variant(64, 128, 6)),
-    *(Variant(128, 64, 3), Variant(128, 64, 4), Variant(128, 64, 6), Variant(128, 128, 2), Variant(128, 128, 3)),
+    *(Variant(64, 64, 4), Variant(64, 128, 4)),
+    *(Variant(128, 64, 3), Variant(128, 64, 4), Variant(128, 128, 2), Variant(128, 128, 3)),
 )
 
 

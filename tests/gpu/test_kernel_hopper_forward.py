@@ -11,7 +11,9 @@ from emulation import INTERPRETED, SANITIZED
 if INTERPRETED:
     pytest.skip("the interpreter runs no Gluon", allow_module_level=True)
 
+from bench.compiled.hopper import Variant
 from bench.counted.hopper import walks
+from bench.gpu import hopper as picker
 from gistkern import GistLayout, gist_attention
 from gistkern.backends import hopper, reference
 from gistkern.kernels import configs
@@ -194,3 +196,21 @@ def test_why_not(device, monkeypatch):
     monkeypatch.setenv(hopper.ENVIRONMENT, "yes")
     with pytest.raises(ValueError, match="expected one of auto, always, never"):
         hopper.wanted("fwd", q)
+
+
+def test_the_script_that_picks_tiles(device, monkeypatch):
+    """Its times are those of an emulator here; the rows follow from made-up ones."""
+    monkeypatch.setattr(picker, "HEADS", (2, 1))
+    monkeypatch.setattr(picker, "ROUNDS", 1)
+    narrow, wide = Variant(64, 64, 2), Variant(64, 128, 2)
+    layout = GistLayout.from_segments([30], 2, tail=9).to(device)
+    found = picker.timed("small", layout, 64, (narrow, wide), "cpu" if SANITIZED else device)
+    assert set(found.milliseconds) == {None, narrow, wide}
+    assert all(time > 0 for time in found.milliseconds.values())
+    times = [found._replace(milliseconds={None: 2.0, narrow: 1.0, wide: 1.8})]
+    times.append(found._replace(milliseconds={None: 2.0, narrow: 1.9, wide: 1.2}))
+    row = picker.pick_rows(times)["fwd", 64]
+    assert (row.block_cols, row.num_stages, row.chosen) == (64, 2, True)
+    times.append(found._replace(milliseconds={None: 2.0, narrow: 2.2, wide: 3.0}))
+    row = picker.pick_rows(times)["fwd", 64]
+    assert (row.block_cols, row.chosen, row.why) == (64, False, "0.50 to 1.10 of the plain kernel's time")
