@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
 import torch
 
-from gistkern.backends.hopper import HopperForward, MappedSteps, wanted
+from gistkern.backends.hopper import ENVIRONMENT, HopperForward, MappedSteps, wanted
 from gistkern.backends.hopper_backward import HopperBackward
 from gistkern.backends.planned import GIVEN, PART, RESULT, PlannedCall, planned_call
 from gistkern.kernels import configs
@@ -75,7 +76,8 @@ class TritonPlan:
         # all that decides which launches a call consists of, and on what they run but for addresses
         of = tuple([(tensor.shape, tensor.stride(), tensor.is_neg()) for tensor in given])
         sizes = tuple([vector.shape for vector in vectors])
-        self.kind = (of, self.has_past, q.dtype, q.device, sizes, scale, in_room, configs.changes)
+        chosen = configs.changes, os.environ.get(ENVIRONMENT)
+        self.kind = (of, self.has_past, q.dtype, q.device, sizes, scale, in_room, chosen)
         self._forward: _Forward | None = None
         self._backward: _Backward | None = None
 

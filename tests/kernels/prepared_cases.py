@@ -17,6 +17,7 @@ from triton import knobs
 from bench.measured.host import COUNTS, cases, counted
 from gistkern import GistLayout, gist_attention
 from gistkern.backends import triton_plan
+from gistkern.backends.hopper import MappedSteps
 from gistkern.backends.launcher import kernel_parameters
 from gistkern.kernels.launch import Launch, Steps
 from gistkern.ops.attention import AttentionOptions, attend
@@ -42,6 +43,11 @@ CASES = {
     "a decode step": (GistLayout.decode(10, 16), ONE),
     "a split decode step": (GistLayout.decode(3000, 16), ONE),
 }
+# of a head's width that they serve, and more rows than decoding has
+BY_HOPPERS_KERNELS = [
+    *("a segment and its tail", "samples with sinks and fillers", "past rows", "past rows with room behind"),
+    *("past rows alone", "no compact rows", "one head each"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +129,11 @@ def test_the_driver_is_given_what_triton_gives_it(name, monkeypatch):
     assert ("merge_splits_kernel" in compared) == (name == "a split decode step")
 
 
+def noted(run, known):
+    """Steps' way to run, that writes down whose and on what."""
+    return lambda steps, tensors: (known.append((steps, tensors)), run(steps, tensors))
+
+
 def cut(call, launches):
     """The description of a planned call with its first so many launches."""
     numbers, at = call.description.tolist(), 4
@@ -151,8 +162,9 @@ def compare(call, steps, tensors, given, made):
         assert found._replace(parameters=[]) == expected._replace(parameters=[])
         at = {}
         for theirs, ours in zip(expected.parameters, found.parameters, strict=True):
-            if ours != theirs:
-                address, other = (int.from_bytes(part, "little") for part in (theirs, ours))
+            if ours != theirs:  # an address, or what the stub has made of one: a tensor map
+                assert ours[8:] == theirs[8:]
+                address, other = (int.from_bytes(part[:8], "little") for part in (theirs, ours))
                 assert address in new
                 assert at.setdefault(address, other) == other
         assert len(set(at.values())) == len(at)
@@ -168,14 +180,16 @@ def compare(call, steps, tensors, given, made):
     return names
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_extension_gives_the_driver_what_triton_gives_it(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "hopper"), [(name, "never") for name in CASES] + [(name, "always") for name in BY_HOPPERS_KERNELS]
+)
+def test_the_extension_gives_the_driver_what_triton_gives_it(name, hopper, monkeypatch):
     """Of forwards that hand back all that they make and of those that do not, and of backwards."""
+    monkeypatch.setenv("GISTKERN_HOPPER", hopper)
     layout, sizes = copy.copy(CASES[name][0]), CASES[name][1]  # without plans
-    steps_run, known = Steps.run, []
-    monkeypatch.setattr(
-        Steps, "run", lambda steps, tensors: (known.append((steps, tensors)), steps_run(steps, tensors))
-    )
+    known = []
+    for kind in (Steps, MappedSteps):
+        monkeypatch.setattr(kind, "run", noted(kind.run, known))
     inputs, in_room = make_inputs(layout, **sizes), name.endswith("room behind")
     call, launched = (run_in_room, 1) if in_room else (run, 2)
     call(layout, inputs)
@@ -190,14 +204,26 @@ def test_the_extension_gives_the_driver_what_triton_gives_it(name, monkeypatch):
         given, made = (*given, *made[2:]), made[:2]
     names = compare(launches._forward.calls[True], steps, tensors, given, made)
     assert ("merge_splits_kernel" in names) == (name == "a split decode step")
+    assert ("sm90_gist_attn_fwd_kernel" in names) == (hopper == "always")
     if in_room:
         return
     launches._forward.run(tensors, whole=False)
     assert compare(launches._forward.calls[False], steps, tensors, given, made[:1]) == names
     steps, tensors = known[launched + 1]
     names = compare(launches._backward.call, steps, tensors, tensors[:8], tensors[8 : 13 if layout.past else 11])
-    assert "gist_attn_bwd_dq_kernel" in names
+    prefix = "sm90_" if hopper == "always" else ""
+    assert f"{prefix}gist_attn_bwd_dq_kernel" in names
     assert ("gist_fold_kernel" in names) == (layout.num_compact > 0)
+
+
+def test_what_is_known_of_calls_is_known_of_one_choice_of_kernels(monkeypatch):
+    for choice in ("never", "always", "never"):
+        monkeypatch.setenv("GISTKERN_HOPPER", choice)
+        layout = GistLayout.from_segments([100], 8, tail=20)
+        inputs = make_inputs(layout, **ONE)
+        for _ in range(3):
+            gist_attention(inputs.q.detach(), inputs.k.detach(), inputs.v.detach(), layout, backend="triton")
+            assert stub.last().name.startswith("sm90_") == (choice == "always")
 
 
 def test_only_aligned_tensors_are_launched_by_address(by_triton):

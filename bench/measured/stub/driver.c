@@ -20,7 +20,7 @@ typedef struct {
   uint32_t num_attributes;
 } Config;
 
-enum { kMaxAttributes = 8, kMaxParameters = 256, kMaxBytes = 32768, kMaxNames = 256, kMaxName = 256 };
+enum { kMaxAttributes = 8, kMaxParameters = 256, kMaxBytes = 32768, kMaxNames = 4096, kMaxName = 256 };
 
 // Read by stub/__init__.py, which declares the same.
 typedef struct {
@@ -37,13 +37,11 @@ Record stub_record;
 static char names[kMaxNames][kMaxName];
 static int num_names;
 
-// A function's handle is where its name stands.
+// A function's handle is where its name stands. Kernels of one name are several functions: each loading is one.
 Result cuModuleGetFunction(void** function, void* module, const char* name) {
-  int i = 0;
-  while (i < num_names && strcmp(names[i], name) != 0) ++i;
-  if (i == kMaxNames) return kNoMemory;
-  if (i == num_names) strncpy(names[num_names++], name, kMaxName - 1);
-  *function = names[i];
+  if (num_names == kMaxNames) return kNoMemory;
+  strncpy(names[num_names], name, kMaxName - 1);
+  *function = names[num_names++];
   return kSuccess;
 }
 
