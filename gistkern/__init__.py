@@ -20,6 +20,7 @@ _EXPORTS = {
     "GistHandle": "gistkern.hf.handle",
     "compress": "gistkern.hf.compress",
     "GistCache": "gistkern.cache.cache",
+    "RawSegments": "gistkern.cache.raw",
     "compress_corpus": "gistkern.corpus.compress",
     "GistStore": "gistkern.corpus.store",
     "KeyValueRows": "gistkern.rows",
@@ -37,6 +38,7 @@ __all__, __getattr__, __dir__ = loaded_on_use(__name__, _EXPORTS, _SUBMODULES)
 
 if TYPE_CHECKING:
     from gistkern.cache.cache import GistCache as GistCache
+    from gistkern.cache.raw import RawSegments as RawSegments
     from gistkern.corpus.compress import compress_corpus as compress_corpus
     from gistkern.corpus.store import GistStore as GistStore
     from gistkern.hf.ask import ask as ask

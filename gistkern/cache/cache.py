@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,16 +16,19 @@ from gistkern.cache.fixed import FixedGistCache
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.offload import input_device
 from gistkern.cache.plan import CacheState, CallPlan
-from gistkern.cache.pool import PoolIntervals, base_of, gathered
+from gistkern.cache.pool import PoolIntervals
+from gistkern.cache.raw import RawSegments
 from gistkern.cache.reader import Reader, patched
+from gistkern.cache.restore import restored
 from gistkern.cache.running import UNPATCHED, ModelCall, check_whole
 from gistkern.cache.signed import Signed
+from gistkern.cache.sizes import Sized
 from gistkern.cache.step import Steps
 from gistkern.cache.tokens_read import TokensRead
 from gistkern.cache.versions import CROP_TAKES_LENGTH
 from gistkern.layout import GistLayout
 from gistkern.ops.attention import AttentionOptions
-from gistkern.rows import LARGEST, check_gist_dtype, dequantize_rows
+from gistkern.rows import LARGEST, check_gist_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["GistCache"]
 
 
-class GistCache(Signed, Cache):
+class GistCache(Signed, Sized, Cache):
     """A KV cache of gist rows and an uncompressed tail, for a model patched by `gistkern.patch_llama`.
 
     `gistkern.compress` makes one; ``model.generate(question_ids, past_key_values=cache.clone())`` reads it; the tokens
@@ -55,6 +59,8 @@ class GistCache(Signed, Cache):
         Digests of the contexts that were compressed, of all samples.
     first : Tensor or None
         Of a shared cache (`shared`): int64 ``[B]``, where each sample's rows begin in the layers' pools.
+    raw : RawSegments or None
+        The raw rows of the context off the device, where `compress` kept them: what `restore` brings back.
 
     Examples
     --------
@@ -73,6 +79,8 @@ class GistCache(Signed, Cache):
         self.state: CacheState | None = None
         self.read = TokensRead()
         self.first: torch.Tensor | None = None
+        self.raw: RawSegments | None = None
+        self.watch: Callable[..., None] | None = None  # sees each layer's queries and own rows
         self._call: ModelCall | None = None
         self._intervals: PoolIntervals | None = None
         self.steps = Steps()
@@ -131,6 +139,8 @@ class GistCache(Signed, Cache):
         call = self._call
         if call is None:
             raise RuntimeError(UNPATCHED)
+        if self.watch is not None:
+            self.watch(layer, q, k, v, options)
         held, given = self.layers[layer], (q, k, v, layout, call.plan)
         out = held.read(*given, options) if call.plan.context else held.attend(*given, call.intervals, options)
         call.touched = True  # a layer that raises an error is as it was
@@ -155,80 +165,6 @@ class GistCache(Signed, Cache):
         """Whether a model may read the cache: asked of its weights too, but for single tokens behind a tail."""
         return self.accepted(handle, anew=self.state is not None and (tokens > 1 or not self.state.tail_columns))
 
-    # ---- sizes
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in the cache, -1 before the first call."""
-        return -1 if self.state is None else len(self.state.seen)
-
-    @property
-    def gist_rows(self) -> torch.Tensor:
-        """int64 ``[B]``: compact rows (gists and sinks) of each sample."""
-        return self._state().gist_rows
-
-    @property
-    def tail_rows(self) -> torch.Tensor:
-        """int64 ``[B]``: uncompressed rows of each sample."""
-        return self._state().tail_rows
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored keys and values, and of their scales (not of the room that a tail grows into)."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype that the model computes in; None before the first call."""
-        return self.layers[0].dtype if self.layers else None
-
-    @property
-    def gist_dtype(self) -> torch.dtype | None:
-        """The dtype in which the gist rows are stored; None before the first call."""
-        return self.layers[0].gist.key.dtype if self.layers and self.layers[0].gist is not None else None
-
-    def shape(self) -> set[tuple[int, int, int]]:
-        """(layers, key/value heads, head dimension) of the stored rows; empty before the first call."""
-        rows = (layer.tail.key for layer in self.layers if layer.gist is not None)
-        return {(len(self.layers), key.shape[1], key.shape[3]) for key in rows}
-
-    def compact(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[B, Hkv, G, D]`` of a layer's compact rows, as floats; each sample's are the last ones."""
-        check_whole(self._call)
-        columns, held = self._state().gist_columns, self.layers[layer]
-        dtype = held.dtype if held.gist.quantized else held.gist.key.dtype
-        if self.first is None:
-            rows = dequantize_rows(held.gist, dtype)
-        else:
-            rows = gathered(held.gist, base_of(self._state(), self.first), columns, dtype)
-        return rows.key, rows.value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length: tokens read so far by the longest sample."""
-        return 0 if self.state is None else self.state.length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Physical length with `query_length` new rows, and offset 0."""
-        if query_length < 1:  # an unpatched model cuts a context off that the question does not hold
-            raise RuntimeError(UNPATCHED)
-        if self.state is None:
-            return query_length, 0
-        return self.state.gist_columns + self.state.tail_columns + query_length, 0
-
-    def _state(self) -> CacheState:
-        if self.state is None:
-            raise ValueError("the cache is empty: no model call has written to it yet")
-        return self.state
-
-    def without_tail(self, advice: str) -> CacheState:
-        """The state of a compressed context; ValueError, ending in `advice`, where there is none or more than that."""
-        check_whole(self._call)
-        if self.state is None:
-            raise ValueError("the cache is empty: compress a context first")
-        if self.state.tail_columns:
-            raise ValueError(f"the cache has an uncompressed tail: {advice}")
-        return self.state
-
     # ---- whole-cache operations
 
     def clone(self) -> GistCache:
@@ -240,7 +176,7 @@ class GistCache(Signed, Cache):
     def __getstate__(self) -> dict[str, object]:
         """See `Signed`; for pickle and deepcopy."""
         check_whole(self._call)
-        return super().__getstate__() | {"steps": Steps(), "_intervals": None}
+        return super().__getstate__() | {"steps": Steps(), "_intervals": None, "watch": None}
 
     def _alike(self) -> GistCache:
         """A cache of the same state and origin, without layers."""
@@ -248,6 +184,7 @@ class GistCache(Signed, Cache):
         copy = type(self)()
         copy.take_origin(self)
         copy.state, copy.first, copy.read = self.state, self.first, TokensRead(self.read.ids())
+        copy.raw = self.raw
         return copy
 
     def to(
@@ -306,6 +243,53 @@ class GistCache(Signed, Cache):
             copy.layers.append(GistLayer.holding(rows, layer.tail.map(torch.clone), layer.dtype))
         return copy
 
+    def restore(
+        self,
+        model: PreTrainedModel,
+        question_ids: Any,
+        top_k: int,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        scorer: str = "attention",
+    ) -> GistCache:
+        """A copy for one question, in which the raw rows of the segments that it is about stand behind the gist rows.
+
+        Question and answer see those rows exactly as they were computed, at their own positions; the question is to be
+        read over the copy as over any cache. This one stays as it is (docs/guides/exact-answers.md).
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            Patched: the one that wrote the cache.
+        question_ids : Tensor, mapping or list
+            int64 ``[B, N]``: a question for each sample, or several for the one sample that there is. Lists may differ
+            in length.
+        top_k : int
+            Segments that come back for each sample; all of one that has fewer, and with 0 none.
+        attention_mask : Tensor, optional
+            ``[B, N]``, 0 on padding.
+        scorer : str
+            ``"attention"``: the question is read once over the gist rows, and a segment's score is what its gists get
+            of the question's attention, on average over layers, heads and tokens. ``"bm25"``: the ids that question
+            and segment share. ``"union"``: the best of either, up to twice `top_k`.
+
+        Raises
+        ------
+        ValueError
+            If the cache is empty, has a tail or holds no raw rows, these or the model are not those of its context,
+            the file of the raw rows is torn, or an argument is none of the above. FileNotFoundError if it is gone.
+
+        Examples
+        --------
+        >>> model, tokenizer, handle = gistkern.load("runs/mine")
+        >>> context = tokenizer("The bell is with Mira. The lamp is with Jonas.")["input_ids"]
+        >>> cache = gistkern.compress(model, context, segment_length=6, keep_raw="cpu")
+        >>> question = tokenizer(" Who has the bell?", add_special_tokens=False, return_tensors="pt").input_ids
+        >>> asked = cache.restore(model, question, top_k=1)
+        >>> out = model.generate(question, past_key_values=asked, max_new_tokens=4, do_sample=False)
+        """
+        return restored(self, model, question_ids, top_k, attention_mask, scorer)
+
     def fixed(self, room: int) -> FixedGistCache:
         """A copy with room for `room` tokens per sample behind the context, in buffers that never move or grow.
 
@@ -325,7 +309,7 @@ class GistCache(Signed, Cache):
         """Forget everything. ValueError for shared rows, which belong to all that share them."""
         if self.first is not None:
             raise ValueError("a shared cache is not reset: take a fresh clone, or share another cache")
-        self.layers, self.state, self._call = [], None, None
+        self.layers, self.state, self._call, self.raw = [], None, None, None
         self.take_origin(Signed())
         self.read = TokensRead()
 
@@ -358,6 +342,7 @@ class GistCache(Signed, Cache):
         """Keep samples `indices`, in that order; shared rows are not moved."""
         check_whole(self._call)
         self.state, self.read = self._state().select(indices), self.read.select(indices)
+        self.raw = None if self.raw is None else self.raw.select(indices)
         if self.first is not None:
             self.first = self.first[indices.to(self.first.device)]
         own = self.first is None
@@ -371,7 +356,10 @@ class GistCache(Signed, Cache):
     # ---- disk
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to one safetensors file, replacing it in one step. ValueError for a shared cache."""
+        """Write the cache to one safetensors file, replacing it in one step. ValueError for a shared cache.
+
+        Raw rows are not in it: ``cache.raw.save(path)`` writes those to a file of their own.
+        """
         check_whole(self._call)
         state = self._state()
         if self.first is not None:
@@ -380,20 +368,30 @@ class GistCache(Signed, Cache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, model: PreTrainedModel | None = None, device: torch.device | str = "cpu"
+        cls,
+        path: str | os.PathLike,
+        model: PreTrainedModel | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        raw: str | os.PathLike | None = None,
     ) -> GistCache:
         """Read a cache written by `save`.
 
         With `model` (patched) the cache goes to its device and is checked against it now, otherwise at first use.
+        `raw` is the file with the raw rows of the same compression, which stay in it until `restore` wants some.
 
         Raises
         ------
         ValueError
-            If the file is torn, is no gist cache, or was written by another model, position scheme or dtype.
+            If a file is torn, is no gist cache, or was written by another model, position scheme or dtype, or the raw
+            rows are of another context.
         """
         place = check_device(device) if model is None else input_device(patched(model).inner)
         cache = cls()
         cache.state, cache.read, cache.layers = on_disk.load(path, cache, place)
         if model is not None:
             check_cache(cache, model)
+        if raw is not None:
+            cache.raw = RawSegments.load(raw)
+            cache.raw.check(cache, cache.state)
         return cache

@@ -13,6 +13,7 @@ from gistkern.hf.chat import chat_context, question_after, stop_ids
 from gistkern.hf.compress import compress
 from gistkern.hf.handle import handle_of
 from gistkern.hf.texts import check_prefix, context_ids, text_ids
+from gistkern.layout.arguments import check_count
 from gistkern.layout.streams import left_padded
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ def ask(
     question: str | Sequence[str],
     *,
     chat: str | bool | None = None,
+    restore: int = 0,
+    scorer: str = "attention",
     **generate: Any,
 ) -> Any:
-    """Compress a context into gist rows and answer questions from those alone.
+    """Compress a context into gist rows and answer questions from those, alone or with a few segments' raw rows.
 
     Contexts are begun, cut and put into the chat template as in training, as far as the model knows
     (``handle.training``, see `gistkern.load`).
@@ -49,6 +52,11 @@ def ask(
         Whether context and question go through the chat template, and whose turn the context begins: ``"user"`` (a
         document in front of the question), ``"system"`` (a system prompt), False for neither; by default as in
         training.
+    restore : int
+        For each question bring back the raw rows of so many segments, chosen by `scorer`, as `GistCache.restore` does.
+        A GistCache must hold raw rows then; of a text they are kept in memory meanwhile.
+    scorer : str
+        ``"attention"``, ``"bm25"`` or ``"union"``, where segments are restored.
     **generate
         For ``model.generate``. By default greedy, and at most 64 new tokens.
 
@@ -61,7 +69,7 @@ def ask(
     ------
     ValueError
         If the model is not patched, the tokenizer begins contexts otherwise than in training, a text is empty or holds
-        gist tokens, or the chat template does not leave contexts as they are.
+        gist tokens, the chat template does not leave contexts as they are, or there are no raw rows to restore.
     TypeError
         If a question is no text, or the context neither a text nor a GistCache.
 
@@ -84,8 +92,12 @@ def ask(
     if not questions or not all(map(str.strip, questions)):
         raise ValueError("there is nothing to answer: a question is empty, or there is none")
     asked = [text_ids(tokenizer, question_after(tokenizer, one, role)) for one in questions]
-    cache = compressed(model, tokenizer, context, role)
-    cache = cache.clone() if len(questions) == 1 else cache.shared()
+    check_count("restore", restore)
+    cache = compressed(model, tokenizer, context, role, keep_raw="cpu" if restore else None)
+    if restore:
+        cache = cache.restore(model, asked, restore, scorer=scorer)
+    else:
+        cache = cache.clone() if len(questions) == 1 else cache.shared()
     answers = answer(model, tokenizer, asked, cache, role is not None, generate)
     said = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return said[0] if isinstance(question, str) and len(said) == 1 else said
@@ -116,7 +128,13 @@ def answer(
     return found
 
 
-def compressed(model: PreTrainedModel, tokenizer: Any, context: str | GistCache, role: str | None) -> GistCache:
+def compressed(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    context: str | GistCache,
+    role: str | None,
+    keep_raw: str | None = None,
+) -> GistCache:
     """A text as in training (None: without the chat template), cut as in training."""
     if isinstance(context, GistCache):
         return context
@@ -124,7 +142,8 @@ def compressed(model: PreTrainedModel, tokenizer: Any, context: str | GistCache,
         raise ValueError("the context is empty: there is nothing to ask about")
     ids = context_ids(tokenizer, chat_context(tokenizer, context, role))
     trained = handle_of(model).training
-    return compress(model, [ids], segment_length=trained.segment_length, segment_overlap=trained.segment_overlap)
+    length, overlap = trained.segment_length, trained.segment_overlap
+    return compress(model, [ids], segment_length=length, segment_overlap=overlap, keep_raw=keep_raw)
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
 from gistkern.hf.contexts import evaluating, read_context
 from gistkern.hf.handle import GistHandle, handle_of
+from gistkern.hf.keep_raw import check_raw, read_keeping_raw
 from gistkern.layout.streams import check_segmentation, segments_of
 from gistkern.rows import check_gist_dtype
 
@@ -45,6 +47,8 @@ def compress(
     segment_overlap: int = 0,
     *,
     gist_dtype: torch.dtype | None = None,
+    keep_raw: str | os.PathLike | None = None,
+    raw_dtype: torch.dtype | None = None,
 ) -> GistCache:
     """Read a context and keep its gist rows only.
 
@@ -69,6 +73,11 @@ def compress(
     gist_dtype : torch.dtype, optional
         What the gist rows are held in when all is read: int8 or float8_e4m3fn, as `GistCache.to` makes them of the
         model's own dtype, in which they stay by default.
+    keep_raw : str or path, optional
+        Keep the raw rows of each segment too, off the device, for `GistCache.restore`: ``"cpu"`` in memory, anything
+        else is the path of a file that they are written to call by call.
+    raw_dtype : torch.dtype, optional
+        What those are held in: int8 or float8_e4m3fn, in place of the model's own dtype.
 
     Returns
     -------
@@ -78,8 +87,8 @@ def compress(
     Raises
     ------
     ValueError
-        If the model is not patched, a sample is empty, the context holds gist tokens already, or gist rows are not
-        held in `gist_dtype`.
+        If the model is not patched, a sample is empty, the context holds gist tokens already, or rows are not held
+        in `gist_dtype` or `raw_dtype`.
     TypeError
         If the context is a text.
 
@@ -106,6 +115,7 @@ def compress(
     if handle.segment_gist_token_ids and segment_length is None:
         raise ValueError("a model with num_segment_gist_tokens compresses in segments: pass segment_length")
     check_gist_dtype(gist_dtype, handle.model.dtype)
+    check_raw(keep_raw, raw_dtype, handle.model.dtype)
     ids, valid = read_context(handle, input_ids, attention_mask)
     _check(handle, segment_length, segment_overlap)
 
@@ -118,7 +128,13 @@ def compress(
     cache.contexts = {ContextRead.of(torch.from_numpy(sample)) for sample in real}
     # asked first: what looks at the weights waits for the device, and would wait for the calls
     cache.fingerprint = handle.fingerprint()
-    _read(handle, cache, _plan(handle, segments, length))
+    calls = _plan(handle, segments, length)
+    if keep_raw is None:
+        _read(handle, cache, calls)
+    else:
+        read_keeping_raw(
+            handle, cache, calls, list(map(ContextRead.of, map(torch.from_numpy, real))), keep_raw, raw_dtype
+        )
     return cache.to(gist_dtype=gist_dtype)
 
 
