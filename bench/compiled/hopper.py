@@ -7,7 +7,7 @@ Compiled, not run. The kernels and their launches are those of a user's call, re
 
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +16,7 @@ from bench.compiled.kernels import BATCH, GISTS, HEADS, KV_HEADS, ROWS, SCALE, L
 from bench.compiled.machine_code import describe
 from bench.fill import DOCS, fill
 from bench.markdown import table
+from bench.variants import VARIANTS, Variant
 from gistkern.backends.hopper import HopperForward
 from gistkern.kernels import configs
 from gistkern.kernels.arguments import AttentionArguments
@@ -26,26 +27,6 @@ ARCH = "sm_90"
 MOST_ISSUE = 0.62
 # what is the same for all tiles of a program and leaves the registers to the loop: bytes of a thread's stack
 MOST_STACK = 32
-
-
-class Variant(NamedTuple):
-    """A tile of the forward: head dimension, columns, stages."""
-
-    head_dim: int
-    block_cols: int
-    num_stages: int
-
-    @property
-    def ships(self) -> bool:
-        """Whether it is the one that calls take."""
-        row = configs.HOPPER["fwd", self.head_dim]
-        return (row.block_cols, row.num_stages) == self[1:]
-
-
-VARIANTS = (
-    *(Variant(64, 64, 4), Variant(64, 128, 4)),
-    *(Variant(128, 64, 3), Variant(128, 64, 4), Variant(128, 128, 2), Variant(128, 128, 3)),
-)
 
 
 def launch_of(variant: Variant, dtype: torch.dtype = torch.bfloat16) -> Launch:

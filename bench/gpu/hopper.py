@@ -12,10 +12,10 @@ from unittest import mock
 
 import torch
 
-from bench.compiled.hopper import VARIANTS, Variant
 from bench.markdown import table
 from bench.measured.timing import spent
 from bench.shapes import layout_of
+from bench.variants import VARIANTS, Variant
 from gistkern import GistLayout, gist_attention
 from gistkern.backends.hopper import ENVIRONMENT
 from gistkern.kernels import configs

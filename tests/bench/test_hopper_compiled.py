@@ -13,11 +13,12 @@ from bench.compiled.machine_code import CLASSES
 from bench.counted.hopper import efficiency
 from bench.counted.work import Shape
 from bench.shapes import layout_of
+from bench.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return hopper.row_of(next(variant for variant in hopper.VARIANTS if variant.ships and variant.head_dim == 128))
+    return hopper.row_of(next(variant for variant in VARIANTS if variant.ships and variant.head_dim == 128))
 
 
 def test_the_forward_that_ships(shipped):
@@ -29,7 +30,7 @@ def test_the_forward_that_ships(shipped):
 
 @pytest.mark.slow
 def test_the_forward_that_ships_in_fp16_at_64():
-    (variant,) = [variant for variant in hopper.VARIANTS if variant.ships and variant.head_dim == 64]
+    (variant,) = [variant for variant in VARIANTS if variant.ships and variant.head_dim == 64]
     assert hopper.problems(hopper.row_of(variant, torch.float16)) == []
 
 
@@ -49,7 +50,7 @@ def test_the_gate(shipped):
 
 
 def test_one_tile_of_each_head_dimension_ships():
-    assert [variant.head_dim for variant in hopper.VARIANTS if variant.ships] == [64, 128]
+    assert [variant.head_dim for variant in VARIANTS if variant.ships] == [64, 128]
 
 
 def test_little_is_visited_in_vain():

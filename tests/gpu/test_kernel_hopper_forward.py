@@ -11,9 +11,9 @@ from emulation import INTERPRETED, SANITIZED
 if INTERPRETED:
     pytest.skip("the interpreter runs no Gluon", allow_module_level=True)
 
-from bench.compiled.hopper import Variant
 from bench.counted.hopper import walks
 from bench.gpu import hopper as picker
+from bench.variants import Variant
 from gistkern import GistLayout, gist_attention
 from gistkern.backends import hopper, reference
 from gistkern.kernels import configs
