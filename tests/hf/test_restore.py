@@ -318,3 +318,24 @@ def test_ask_restores_for_each_question(tmp_path):
     plain = gistkern.compress(model, [context_ids(tokenizer, text)], segment_length=8)
     with pytest.raises(ValueError, match="the cache holds no raw rows"):
         gistkern.ask(model, tokenizer, plain, questions, restore=1)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "gist_first"])
+def test_other_forms_of_a_restored_cache(positions, tmp_path):
+    """Of a fixed size, shared, from a file, and as the prefix of the unpatched model: the same logits."""
+    plain, model, _ = patched(dtype=torch.float32, positions=positions)
+    tail = random_ids(1, TAIL, 99)
+    cache = gistkern.compress(model, contexts()[:1], segment_length=SEGMENT, keep_raw="cpu")
+    restored = cache.restore(model, tail, 2)
+    restored.save(tmp_path / "restored")
+    with torch.no_grad():
+        expected = model(tail, past_key_values=restored.clone()).logits
+        loaded = gistkern.GistCache.load(tmp_path / "restored", model)
+        for other in (restored.fixed(room=TAIL), restored.shared(), loaded):
+            torch.testing.assert_close(model(tail, past_key_values=other).logits, expected, rtol=0, atol=1e-4)
+        prefix = gistkern.plain_prefix(restored, model.config)
+        rows = int(restored.gist_rows)
+        shown = torch.ones(1, rows + TAIL, dtype=torch.long)
+        place = torch.arange(rows, rows + TAIL)[None]
+        logits = plain(tail, attention_mask=shown, position_ids=place, past_key_values=prefix).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
