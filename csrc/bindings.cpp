@@ -1,6 +1,7 @@
-// The file that knows torch (planned.cpp is the other), through libtorch's stable ABI: the same library loads under CPU and CUDA builds of
-// torch >= 2.10. It checks tensors (tensor_checks.h, and cpu/bounds.h for values on the CPU), turns them into the
-// argument structs of the kernels and allocates results. No call of these operators reaches outside a buffer.
+// The file that knows torch (planned.cpp is the other), through libtorch's stable ABI: the same library loads under CPU
+// and CUDA builds of torch >= 2.10. It checks tensors (tensor_checks.h, and cpu/bounds.h for values on the CPU), turns
+// them into the argument structs of the kernels and allocates results. No call of these operators reaches outside a
+// buffer.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

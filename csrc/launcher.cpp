@@ -267,9 +267,9 @@ std::string encode(const Driver& driver, Packed& packed) {
   packed.encoded.resize(packed.maps.size());
   for (size_t i = 0; i < packed.maps.size(); ++i) {
     const auto& [parameter, map] = packed.maps[i];
-    const int code = driver.encode(&packed.encoded[i], map.type, map.rank, const_cast<void*>(map.tensor->data),
-                                   map.sizes, map.strides, map.box, map.element_strides, kNoInterleave, map.swizzle,
-                                   kPromote128, map.fill);
+    const int code =
+        driver.encode(&packed.encoded[i], map.type, map.rank, const_cast<void*>(map.tensor->data), map.sizes,
+                      map.strides, map.box, map.element_strides, kNoInterleave, map.swizzle, kPromote128, map.fill);
     if (code != 0) return failure(driver, "cuTensorMapEncodeTiled", code);
     mend_small(packed.encoded[i], map, driver.version);
     packed.parameters[parameter] = &packed.encoded[i];

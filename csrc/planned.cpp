@@ -41,9 +41,9 @@ struct Slot {
 class Description {
  public:
   explicit Description(const Tensor& numbers) {
-    require(numbers.is_cpu() && numbers.dim() == 1 && numbers.is_contiguous() &&
-                numbers.scalar_type() == ScalarType::Long,
-            "a plan's description must be an int64 vector on the CPU");
+    require(
+        numbers.is_cpu() && numbers.dim() == 1 && numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Long,
+        "a plan's description must be an int64 vector on the CPU");
     next_ = static_cast<const int64_t*>(numbers.data_ptr());
     end_ = next_ + numbers.numel();
     const int64_t* header = take(kHeader);
@@ -189,7 +189,8 @@ std::vector<Tensor> run_planned(const Tensor& description, const std::vector<Ten
   return run(description, given, kMaxSlots);
 }
 
-// The one result of a forward that hands back no other, or an undefined tensor (None): without lists a microsecond less.
+// The one result of a forward that hands back no other, or an undefined tensor (None): without lists a microsecond
+// less.
 Tensor planned_output(const Tensor& description, const Tensor& q, const Tensor& k, const Tensor& v,
                       const MaybeTensor& past_k, const MaybeTensor& past_v) {
   std::vector<const Tensor*> given{&q, &k, &v};
@@ -203,8 +204,7 @@ Tensor planned_output(const Tensor& description, const Tensor& q, const Tensor& 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gistkern_native, m) {
   m.def("run_planned(Tensor description, Tensor[] tensors) -> Tensor[]");
-  m.def(
-      "planned_output(Tensor description, Tensor q, Tensor k, Tensor v, Tensor? past_k, Tensor? past_v) -> Tensor");
+  m.def("planned_output(Tensor description, Tensor q, Tensor k, Tensor v, Tensor? past_k, Tensor? past_v) -> Tensor");
 }
 
 // Not for sparse, quantized and meta tensors, which lie otherwise.
