@@ -97,6 +97,13 @@ def test_every_variant(variant, device, backward_alone):
     compare(make_inputs(layout, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype), layout, "triton")
 
 
+def test_after_hoppers_forward(device, monkeypatch):
+    monkeypatch.setenv("GISTKERN_HOPPER", "always")
+    monkeypatch.setattr(triton_plan, "_known", {})
+    layout = GistLayout.from_segments([20, 17], 3, tail=9, past=5).to(device)
+    compare(make_inputs(layout, heads=4, kv_heads=1, head_dim=64, dtype=BF16), layout, "triton")
+
+
 @pytest.mark.parametrize("gists", [3, 0])
 def test_the_operator_takes_them_where_they_are_asked_for(gists, device, monkeypatch):
     layout = GistLayout.from_segments([30] if gists else [], max(gists, 1), tail=20, sink_tokens=0).to(device)
