@@ -14,7 +14,8 @@ The methods of kvpress (kvzip, adakv, snapkv, compactor, expected_attention) wan
 in an environment of their own, without gistkern; give it the same model as a folder, and the same output:
 
     python -m venv build/kvpress
-    build/kvpress/bin/pip install torch==2.13.0 kvpress==0.5.5 transformers==5.2.0
+    build/kvpress/bin/pip install torch==2.13.0 transformers==5.2.0 kvpress==0.5.5 rich
+    build/kvpress/bin/pip install --no-deps gensim konlpy
     build/kvpress/bin/python examples/tasks.py --model build/SmolLM2-135M-Instruct --methods kvzip snapkv \\
         --squad dev-v1.1.json --output runs/tasks
 """
