@@ -13,13 +13,18 @@ import torch
 from gistkern.cache.raw import RawSegments
 from gistkern.rows import dequantize
 
-__all__ = ["SCORERS", "AttentionScores", "bm25", "ranked"]
+__all__ = ["AttentionScores", "bm25", "check_scorer", "ranked"]
 
-SCORERS = ("attention", "bm25", "union")
-_SATURATION, _BY_LENGTH = (
-    1.2,
-    0.75,
-)  # k1 and b of Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework"
+_SCORERS = ("attention", "bm25", "union")
+# k1 and b of Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework"
+_SATURATION, _BY_LENGTH = 1.2, 0.75
+_SHARES = 2**24  # shares of attention that are held at once, 64 MiB
+
+
+def check_scorer(scorer: str) -> None:
+    """Raise ValueError for a name that is none."""
+    if scorer not in _SCORERS:
+        raise ValueError(f"scorer must be one of {', '.join(_SCORERS)}, got {scorer!r}")
 
 
 class AttentionScores:
@@ -54,11 +59,16 @@ class AttentionScores:
             key = torch.cat([key, index[0].to(q.device, torch.float32)], 2)
             owned = torch.cat([owned, index[1].to(q.device)], 1)
         scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
-        grouped = q.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # queries of all heads that share keys
-        scores = (grouped @ key.transpose(2, 3)) * scale
-        share = scores.masked_fill(~owned[:, None, None], -torch.inf).softmax(-1)
-        share = share.unflatten(2, (-1, q.shape[2])).mean((1, 2))  # [B, N, rows]
-        found = (share * self._weight.to(q.device)[..., None]).sum(1).cpu()
+        found = key.new_zeros(owned.shape)
+        # a few of the question's tokens at a time: shares of all would take heads x tokens x rows floats
+        step = max(1, _SHARES // (q.shape[0] * q.shape[1] * key.shape[2]))
+        for part, weight in zip(q.split(step, 2), self._weight.to(q.device).split(step, 1), strict=True):
+            grouped = part.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # of all heads that share keys
+            scores = (grouped @ key.transpose(2, 3)) * scale
+            share = scores.masked_fill(~owned[:, None, None], -torch.inf).softmax(-1)
+            share = share.unflatten(2, (-1, part.shape[2])).mean((1, 2))  # [B, tokens, rows]
+            found += (share * weight[..., None]).sum(1)
+        found = found.cpu()
         self._total = found if self._total is None else self._total + found
 
     def _index(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:

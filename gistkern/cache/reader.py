@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Protocol
 
-__all__ = ["ATTRIBUTE", "LOADED_UNPATCHED", "Reader", "adapters_with_rows", "patched"]
+__all__ = ["ATTRIBUTE", "LOADED_UNPATCHED", "Reader", "adapters_with_rows", "patched", "vocabulary_size"]
 
 ATTRIBUTE = "gistkern_handle"
 _WRAPPERS = ("get_base_model", "_orig_mod", "module")  # peft's, torch.compile's, DDP's and FSDP's
@@ -71,3 +71,9 @@ def adapters_with_rows(model: Any) -> list[str]:
         for name, modules in named.items()
         if any(one.split(".")[-1] == "gist_embeddings" for one in ([modules] if isinstance(modules, str) else modules))
     ]
+
+
+def vocabulary_size(vocabulary: Any, config: Any) -> int:
+    """Rows of a model's embedding, whatever it is wrapped in."""
+    size = getattr(getattr(vocabulary, "base_layer", vocabulary), "num_embeddings", None)
+    return config.vocab_size if size is None else size

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from gistkern.cache.evaluating import evaluating
 from gistkern.cache.fingerprint import check_cache
 from gistkern.cache.layer import GistLayer
-from gistkern.cache.offload import input_device
 from gistkern.cache.pool import base_of
-from gistkern.cache.ranking import SCORERS, AttentionScores, bm25, ranked
+from gistkern.cache.questions import read_questions
+from gistkern.cache.ranking import AttentionScores, bm25, check_scorer, ranked
 from gistkern.cache.raw import RawSegments, copyable
 from gistkern.cache.reader import patched
 from gistkern.cache.tail import TailRows
 from gistkern.cache.versions import CACHE
-from gistkern.layout.arguments import check_count, check_padding
-from gistkern.layout.streams import left_padded
+from gistkern.layout.arguments import check_count
 from gistkern.rows import KeyValueRows, dequantize_rows, gather_rows
 
 __all__ = ["restored"]
@@ -31,8 +30,7 @@ def restored(
     """See `GistCache.restore`."""
     state = cache.without_tail("restore before the question is read")
     check_count("top_k", top_k)
-    if scorer not in SCORERS:
-        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
+    check_scorer(scorer)
     if cache.raw is None:
         raise ValueError(
             "the cache holds no raw rows: compress with keep_raw, or load it with raw=..., and restore from that cache "
@@ -41,8 +39,8 @@ def restored(
     handle: Any = patched(model)
     check_cache(cache, model)
     cache.raw.check(cache, state)
-    ids, real = _question(handle, question_ids, attention_mask)
-    if len(ids) % cache.batch_size:
+    ids, real = read_questions(handle, question_ids, attention_mask)
+    if len(ids) != cache.batch_size != 1:
         raise ValueError(
             f"restore got {len(ids)} questions for a cache of {cache.batch_size} samples: pass one question per "
             "sample, or a cache of one sample for several questions"
@@ -55,32 +53,8 @@ def restored(
     if not top_k:
         return asked
     chosen = _chosen(handle, asked, raw, ids, real, top_k, scorer)
-    return _with_rows(asked, [[raw.rows(number) for number in numbers] for numbers in chosen])
-
-
-def _question(handle: Any, given: Any, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 ``[B, N]`` and the real ones among them, on the model's device."""
-    if isinstance(given, Mapping):
-        given, mask = given["input_ids"], given.get("attention_mask") if mask is None else mask
-    device = input_device(handle.inner)
-    if isinstance(given, Sequence) and given and not isinstance(given, str):
-        if not all(isinstance(one, Sequence) and one and not isinstance(one, str) for one in given):
-            raise TypeError("the questions must be token ids [batch, tokens], or a list of ids for each")
-        given, mask = left_padded([torch.tensor(list(one)) for one in given])
-    if not torch.is_tensor(given):
-        raise TypeError(f"the questions must be token ids [batch, tokens], got {type(given).__name__}")
-    if given.dim() != 2 or not given.numel() or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(
-            f"the questions must be integers [batch, tokens] with at least one token, got {given.dtype} of shape "
-            f"{tuple(given.shape)}"
-        )
-    ids = given.to(device, torch.int64)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else check_padding(ids, mask.to(device))
-    if not bool(real.any(1).all()):
-        raise ValueError("a question is empty: there is nothing to restore for")
-    if bool((handle.is_gist(ids) & real).any()):
-        raise ValueError("a question holds gist tokens: pass its words alone")
-    return ids, real
+    wanted = {number: raw.rows(number) for number in sorted(set().union(*chosen))}  # of questions that share some, once
+    return _with_rows(asked, [[wanted[number] for number in numbers] for numbers in chosen])
 
 
 def _unshared(cache: Any) -> Any:
@@ -107,7 +81,8 @@ def _chosen(
         reading = asked.clone()
         scores = AttentionScores(reading, raw, real)
         reading.watch = scores.add
-        handle.inner(input_ids=ids, attention_mask=real.long(), use_cache=True, **{CACHE: reading})
+        with evaluating(handle.inner):  # a model in training would draw its dropout, and may fill no cache at all
+            handle.inner(input_ids=ids, attention_mask=real.long(), use_cache=True, **{CACHE: reading})
         for best, one in zip(found, scores.of_segments(), strict=True):
             best |= ranked(one, top_k)
     if scorer in ("bm25", "union"):

@@ -9,6 +9,7 @@ import torch
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.offload import input_device
+from gistkern.cache.ranking import check_scorer
 from gistkern.hf.chat import chat_context, question_after, stop_ids
 from gistkern.hf.compress import compress
 from gistkern.hf.handle import handle_of
@@ -93,6 +94,7 @@ def ask(
         raise ValueError("there is nothing to answer: a question is empty, or there is none")
     asked = [text_ids(tokenizer, question_after(tokenizer, one, role)) for one in questions]
     check_count("restore", restore)
+    check_scorer(scorer)
     cache = compressed(model, tokenizer, context, role, keep_raw="cpu" if restore else None)
     if restore:
         cache = cache.restore(model, asked, restore, scorer=scorer)

@@ -11,6 +11,7 @@ import torch
 
 from gistkern.cache.cache import GistCache
 from gistkern.cache.call_size import call_tokens
+from gistkern.cache.evaluating import evaluating
 from gistkern.cache.host_copy import on_device
 from gistkern.cache.host_plan import (
     Call,
@@ -25,7 +26,7 @@ from gistkern.cache.host_plan import (
 from gistkern.cache.offload import input_device
 from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
-from gistkern.hf.contexts import evaluating, read_context
+from gistkern.hf.contexts import read_context
 from gistkern.hf.handle import GistHandle, handle_of
 from gistkern.hf.keep_raw import check_raw, read_keeping_raw
 from gistkern.layout.streams import check_segmentation, segments_of

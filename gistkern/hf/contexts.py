@@ -1,27 +1,22 @@
-"""What `compress` takes: token ids in the shapes that tokenizers give them, and a model that is put to evaluation."""
+"""What `compress` takes: token ids in the shapes that tokenizers give them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
 
-from gistkern.cache.fingerprint import named_modules
+from gistkern.cache.id_lists import ids_of_lists
 from gistkern.cache.offload import input_device
-from gistkern.hf.embedding import vocabulary_size
+from gistkern.cache.reader import vocabulary_size
 from gistkern.layout.arguments import check_padding
-from gistkern.layout.streams import left_padded
 
 if TYPE_CHECKING:
     from gistkern.hf.handle import GistHandle
 
-__all__ = ["evaluating", "read_context"]
+__all__ = ["read_context"]
 
 
 def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +55,7 @@ def read_context(handle: GistHandle, given: Any, attention_mask: Any) -> tuple[n
         raise ValueError("the model is on the meta device and has no weights to compress with: load them first")
     padded = None
     if isinstance(given, Sequence):
-        ids, attention_mask, padded = _of_lists(given, attention_mask)
+        ids, attention_mask, padded = ids_of_lists(given, attention_mask, "the context")
     elif torch.is_tensor(given):
         ids = given
         if isinstance(attention_mask, Sequence):
@@ -90,57 +85,3 @@ def _check_ids(handle: GistHandle, ids: np.ndarray, valid: np.ndarray) -> None:
     outside = valid & ((ids < 0) | (ids >= size))
     if outside.any():
         raise ValueError(f"the context holds the id {ids[outside][0]}, the model's vocabulary has {size} tokens")
-
-
-def _of_lists(given: Sequence[Any], attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Ids of a sample or of several of any lengths, their mask, which may be lists like those, and which are real."""
-    pieces = _rows(given, "the context must be lists of token ids")
-    if any(piece.dim() != 1 for piece in pieces) or not pieces:
-        raise ValueError("the context must be a list of token ids, or a list of such lists")
-    ids, real = left_padded(pieces)
-    if attention_mask is None:
-        return ids, None, real
-    if torch.is_tensor(attention_mask):
-        masks = list(attention_mask) if attention_mask.dim() > 1 else [attention_mask]
-    else:
-        masks = _rows(attention_mask, "attention_mask must be lists like those of the context")
-    if [mask.shape for mask in masks] != [piece.shape for piece in pieces]:
-        raise ValueError(
-            f"attention_mask must be like the context's lists of {[len(piece) for piece in pieces]} ids, "
-            f"got {[tuple(mask.shape) for mask in masks]}"
-        )
-    return ids, left_padded([mask.cpu() for mask in masks])[0], real
-
-
-def _rows(given: Any, wanted: str) -> list[torch.Tensor]:
-    """A list of numbers, or a list of such lists, as one tensor for each row."""
-    try:
-        one = not len(given) or not isinstance(given[0], (Sequence, np.ndarray, torch.Tensor))
-        return [torch.as_tensor(row, device="cpu") for row in ([given] if one and len(given) else given)]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{wanted}: {error}") from error
-
-
-_lock = threading.Lock()
-# of each model: how many threads evaluate it now, and the modules that train otherwise
-_inside: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no part of the model is in training mode. The last thread to leave puts back what the first found."""
-    with _lock:
-        count, training = _inside.get(model) or (0, [module for _, module in named_modules(model) if module.training])
-        _inside[model] = count + 1, training
-        for module in training:
-            module.training = False
-    try:
-        yield
-    finally:
-        with _lock:
-            count, training = _inside.pop(model)
-            if count > 1:
-                _inside[model] = count - 1, training
-            else:
-                for module in training:
-                    module.training = True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["GistEmbedding", "embedded_sample", "fresh_rows", "rows_in_use", "vocabulary_size"]
+__all__ = ["GistEmbedding", "embedded_sample", "fresh_rows", "rows_in_use"]
 
 _SAMPLE = 4096  # words that tell a vocabulary's mean and spread
 
@@ -58,12 +58,6 @@ def rows_in_use(module: nn.Module) -> GistEmbedding:
     if held.disable_adapters or not names or any(name not in copies for name in names):
         return held.original_module
     return copies[names[0]]
-
-
-def vocabulary_size(vocabulary: nn.Module, config: Any) -> int:
-    """Rows of a model's embedding, whatever it is wrapped in."""
-    size = getattr(getattr(vocabulary, "base_layer", vocabulary), "num_embeddings", None)
-    return config.vocab_size if size is None else size
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from torch import nn
 
 from gistkern.cache.fingerprint import adapters_in_use, fingerprint, weights_in_use
 from gistkern.cache.offload import on_device
-from gistkern.cache.reader import ATTRIBUTE, adapters_with_rows, patched
+from gistkern.cache.reader import ATTRIBUTE, adapters_with_rows, patched, vocabulary_size
 from gistkern.cache.windows import layer_windows
 from gistkern.hf.attention import NAME
-from gistkern.hf.embedding import GistEmbedding, rows_in_use, vocabulary_size
+from gistkern.hf.embedding import GistEmbedding, rows_in_use
 from gistkern.hf.peft_state import active_adapters, adapter_parameters, trains_biases
 from gistkern.hf.settings import Training
 from gistkern.layout.positions import SCHEMES

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gistkern.cache.cache import GistCache
+from gistkern.cache.evaluating import evaluating
 from gistkern.cache.host_copy import on_device
 from gistkern.cache.host_plan import Call
 from gistkern.cache.offload import input_device
@@ -17,7 +18,6 @@ from gistkern.cache.raw import RawSegments, Recording
 from gistkern.cache.raw_file import RawOrigin, writing
 from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
-from gistkern.hf.contexts import evaluating
 from gistkern.hf.handle import GistHandle
 from gistkern.rows import LARGEST
 
@@ -33,8 +33,16 @@ def check_raw(keep_raw: Any, raw_dtype: torch.dtype | None, dtype: torch.dtype) 
             raise ValueError("raw_dtype is of raw rows that are kept: pass keep_raw too")
     elif not isinstance(keep_raw, str | os.PathLike):
         raise TypeError(f'keep_raw must be "cpu" or the path of a file, got {keep_raw!r}')
-    elif keep_raw in ("disk", "cuda", ""):
+    elif keep_raw in ("disk", "") or _names_device(keep_raw):
         raise ValueError(f'keep_raw must be "cpu" or the path of a file to write, got {keep_raw!r}')
+
+
+def _names_device(name: str | os.PathLike) -> bool:
+    """Whether a text is a device's name ("cuda:0", "mps"), which nobody means as a file's."""
+    try:
+        return isinstance(name, str) and name != "cpu" and torch.device(name) is not None
+    except RuntimeError:
+        return False
 
 
 def read_keeping_raw(

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from gistkern.cache.reader import vocabulary_size
 from gistkern.files import parse_json
-from gistkern.hf.embedding import vocabulary_size
 from gistkern.hf.patch import patch
 from gistkern.hf.settings import GistSettings, Training, read_block
 from gistkern.hf.texts import check_prefix

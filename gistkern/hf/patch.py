@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from gistkern import backends
-from gistkern.cache.reader import ATTRIBUTE, LOADED_UNPATCHED, adapters_with_rows
+from gistkern.cache.reader import ATTRIBUTE, LOADED_UNPATCHED, adapters_with_rows, vocabulary_size
 from gistkern.hf import call, generation
 from gistkern.hf.attention import NAME, register
 from gistkern.hf.checkpoint import save_pretrained, saved_rows
 from gistkern.hf.context_parallel import group_of, row_cost
-from gistkern.hf.embedding import GistEmbedding, embedded_sample, fresh_rows, vocabulary_size
+from gistkern.hf.embedding import GistEmbedding, embedded_sample, fresh_rows
 from gistkern.hf.families import family_of, inner_model
 from gistkern.hf.handle import GistHandle
 from gistkern.hf.peft_state import has_adapters

@@ -5,6 +5,7 @@ The dense forward is the unpatched model's own attention, with a mask and positi
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, random_ids
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gistkern
 from gistkern import GistLayout
+from gistkern.cache.questions import read_questions
+from gistkern.cache.ranking import AttentionScores
 from gistkern.hf.call import embed
 from gistkern.hf.texts import context_ids, text_ids
+from gistkern.layout.streams import segments_of
 
 SEGMENT, TAIL = 7, 6
 LENGTHS = (45, 23, 1)  # seven segments, four of which the last is short, and one that is all a sink
@@ -31,9 +35,10 @@ def contexts(lengths=LENGTHS):
     return [random_ids(1, length, length)[0].tolist() for length in lengths]
 
 
-def dense(plain, handle, context, tail, numbers, segment=SEGMENT):
+def dense(plain, handle, context, tail, numbers, segment=SEGMENT, overlap=0):
     """Logits ``[TAIL, V]`` of the tail, which sees sinks, the gists that stay, itself, and segments `numbers`, raw."""
-    pieces, ends = torch.tensor(context).split(segment), handle.segment_gist_token_ids or handle.gist_token_ids
+    pieces = [torch.from_numpy(piece) for piece in segments_of(np.array(context), segment, overlap)]
+    ends = handle.segment_gist_token_ids or handle.gist_token_ids
     parts = [part for piece in pieces for part in (piece, torch.tensor(ends))]
     lengths = [len(piece) for piece in pieces]
     if handle.segment_gist_token_ids:
@@ -192,6 +197,75 @@ def test_padded_questions_rank_as_they_do_alone():
         rows = int(one.gist_rows)
         assert int(together.gist_rows[sample]) == rows
         torch.testing.assert_close(together.compact(1)[0][sample, :, -rows:], one.compact(1)[0][0], **CLOSE)
+
+
+def test_questions_as_tokenizers_give_them():
+    """Lists, arrays and mappings with their masks are the same question; what a mask hides counts for nothing."""
+    _, model, handle = patched()
+    cache = gistkern.compress(model, contexts()[:2], segment_length=SEGMENT, keep_raw="cpu")
+    lists, mask = [[11, 12, 13], [14, 15, 10**6]], [[1, 1, 1], [1, 1, 0]]
+    expected = cache.restore(model, [[11, 12, 13], [14, 15]], 2)
+    for given, beside in (
+        (lists, mask),
+        (lists, torch.tensor(mask)),
+        ({"input_ids": lists, "attention_mask": mask}, None),
+        ({"input_ids": np.array(lists), "attention_mask": np.array(mask)}, None),
+        (torch.tensor(lists, dtype=torch.int32), mask),
+    ):
+        ids, real = read_questions(handle, given, beside)
+        assert [row[own].tolist() for row, own in zip(ids, real, strict=True)] == [[11, 12, 13], [14, 15]]
+        found = cache.restore(model, given, 2, attention_mask=beside)
+        assert numbers_of(cache, found) == numbers_of(cache, expected)
+    alone = gistkern.compress(model, contexts()[:1], segment_length=SEGMENT, keep_raw="cpu")
+    flat, one = alone.restore(model, [11, 12, 13], 2), alone.restore(model, [[11, 12, 13]], 2)
+    assert torch.equal(flat.compact(0)[0], one.compact(0)[0])
+
+
+def test_a_model_in_training_ranks_as_it_answers():
+    """Neither its dropout nor its gradient checkpointing, under which no cache is filled, is in force."""
+    _, model, _ = patched(changes={"attention_dropout": 0.9})
+    cache, question = gistkern.compress(model, contexts(), segment_length=SEGMENT, keep_raw="cpu"), random_ids(3, TAIL)
+    expected = numbers_of(cache, cache.restore(model, question, 2))
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert numbers_of(cache, cache.restore(model, question, 2)) == expected
+    assert all(module.training for module in model.modules())
+
+
+def test_scores_of_a_few_tokens_at_a_time_are_those_of_all(monkeypatch):
+    _, model, _ = patched()
+    cache, question = gistkern.compress(model, contexts(), segment_length=SEGMENT, keep_raw="cpu"), random_ids(3, TAIL)
+    found = []
+    for most in (2**24, 1):
+        monkeypatch.setattr("gistkern.cache.ranking._SHARES", most)
+        scores = AttentionScores(reading := cache.clone(), cache.raw, torch.ones(3, TAIL, dtype=torch.bool))
+        reading.watch = scores.add
+        with torch.no_grad():
+            model(question, past_key_values=reading)
+        found.append(np.concatenate(scores.of_segments()))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "ministral"])
+@pytest.mark.parametrize("positions", ["absolute", "gist_first"])
+@pytest.mark.parametrize("segment_overlap", [0, 3])
+def test_gist_tokens_behind_restored_rows(family, positions, segment_overlap):
+    """A turn that ends in gist tokens goes on from restored rows as from gist rows."""
+    plain, model, handle = patched(family, positions=positions)
+    samples, gists = contexts((45, 23, 9)), torch.tensor(handle.gist_token_ids).expand(3, -1)
+    cut = {"segment_length": SEGMENT, "segment_overlap": segment_overlap}
+    cache = gistkern.compress(model, samples, keep_raw="cpu", **cut)
+    asked = cache.restore(model, random_ids(3, TAIL, 99), 2)
+    numbers, first = numbers_of(cache, asked), torch.cat([random_ids(3, TAIL, 99), gists], 1)
+    second = random_ids(3, 5, 98)
+    with torch.no_grad():
+        steps = [model(first, past_key_values=asked).logits]
+        steps += [model(second[:, i : i + 1], past_key_values=asked).logits for i in range(5)]
+    logits = torch.cat(steps, 1)
+    for sample, context in enumerate(samples):
+        rest = torch.cat([first[sample], second[sample]])
+        full = dense(plain, handle, context, rest, numbers[sample], overlap=segment_overlap)
+        torch.testing.assert_close(logits[sample], full, **CLOSE)
 
 
 def test_the_answer_of_generate_is_that_of_greedy_steps():
