@@ -342,7 +342,7 @@ class GistCache(Signed, Sized, Cache):
         """Keep samples `indices`, in that order; shared rows are not moved."""
         check_whole(self._call)
         self.state, self.read = self._state().select(indices), self.read.select(indices)
-        self.raw = None if self.raw is None else self.raw.select(indices)
+        self.raw, self.cuts = None if self.raw is None else self.raw.select(indices), ()
         if self.first is not None:
             self.first = self.first[indices.to(self.first.device)]
         own = self.first is None
@@ -356,15 +356,16 @@ class GistCache(Signed, Sized, Cache):
     # ---- disk
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to one safetensors file, replacing it in one step. ValueError for a shared cache.
+        """Write the cache to one safetensors file, replacing it in one step.
 
-        Raw rows are not in it: ``cache.raw.save(path)`` writes those to a file of their own.
+        Raw rows are not in it: ``cache.raw.save(path)`` writes those to a file of their own. ValueError for a shared
+        cache, and for the file that holds the raw rows.
         """
         check_whole(self._call)
         state = self._state()
         if self.first is not None:
             raise ValueError("a shared cache is not saved: save the cache that shared() was called on")
-        on_disk.save(path, self, state, self.read, self.layers)
+        on_disk.save(path, self, state, self.read, self.layers, self.raw)
 
     @classmethod
     def load(
@@ -393,5 +394,5 @@ class GistCache(Signed, Sized, Cache):
             check_cache(cache, model)
         if raw is not None:
             cache.raw = RawSegments.load(raw)
-            cache.raw.check(cache, cache.state)
+            cache.raw.check(cache, cache.state, cache.cuts)
         return cache

@@ -57,6 +57,7 @@ _EXPONENT = {
 class CacheFile:
     """What a file holds.
 
+    `cuts` are digests of the raw rows that are kept elsewhere, one for each sample, or none.
     `dtype` is what the model computes in; a layer is its gist rows ``[B, Hkv, G, D]``, perhaps quantized, and its tail
     rows ``[B, Hkv, T, D]``; `read` the ids that were read after the context, int64 ``[B, columns]``; `state` the fields
     of a CacheState.
@@ -69,6 +70,7 @@ class CacheFile:
     state: Mapping[str, Any]
     read: torch.Tensor
     layers: Sequence[tuple[KeyValueRows, KeyValueRows]]
+    cuts: Sequence[str] = ()
 
 
 def save(found: CacheFile, path: str | os.PathLike) -> None:
@@ -88,6 +90,7 @@ def save(found: CacheFile, path: str | os.PathLike) -> None:
         "dtype": str(found.dtype).removeprefix("torch."),
         "layers": len(found.layers),
         "state": {name: found.state[name] for name in _STATE_NUMBERS},
+        **({"cuts": list(found.cuts)} if found.cuts else {}),
     }
     for name, tensor in tensors.items():
         if name.startswith("layers.") and not finite(tensor):
@@ -121,6 +124,7 @@ def load(path: str | os.PathLike) -> CacheFile:
         state={**state, **header["state"]},
         read=tensors["read"].to(torch.int64),
         layers=[(rows(index, "gist"), rows(index, "tail")) for index in range(header["layers"])],
+        cuts=header.get("cuts", ()),
     )
 
 
@@ -180,7 +184,9 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
             ]
             raise ValueError(f"{where}: of the {field} {', '.join(sorted(said)[:5])}")
 
-    same_names(set(header), {"format", "positions", "fingerprint", "contexts", "dtype", "layers", "state"}, "fields")
+    same_names(
+        set(header) - {"cuts"}, {"format", "positions", "fingerprint", "contexts", "dtype", "layers", "state"}, "fields"
+    )
     state, count = field_of(header, "state", dict, where), field_of(header, "layers", int, where)
     same_names(set(state), set(_STATE_NUMBERS), "numbers of its state")
     require(header["positions"] in SCHEMES, "positions", f"one of {list(SCHEMES)}", header["positions"])
@@ -210,6 +216,9 @@ def _check(header: dict[str, Any], tensors: dict[str, torch.Tensor], where: str)
         first.dim() == 4 and min(first.shape[1::2]) > 0, "layers.0.gist_key", "[B, Hkv, rows, D]", tuple(first.shape)
     )
     samples = len(first)
+    cuts = header.get("cuts")
+    told = type(cuts) is list and len(cuts) == samples and all(type(cut) is str for cut in cuts)
+    require(cuts is None or told, "cuts", f"digests of the raw rows of {samples} samples", cuts)
     for name, part in names.items():
         tensor, columns = tensors[name], state[f"{part[:4]}_columns"]
         wanted: tuple[int, ...] = (samples, first.shape[1], columns, first.shape[3])[: 3 if part in _SCALES else 4]

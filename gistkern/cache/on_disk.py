@@ -10,6 +10,7 @@ import torch
 from gistkern.cache import file
 from gistkern.cache.layer import GistLayer
 from gistkern.cache.plan import CacheState
+from gistkern.cache.raw import RawSegments
 from gistkern.cache.signed import Signed
 from gistkern.cache.tail import TailRows
 from gistkern.cache.tokens_read import ContextRead, TokensRead
@@ -18,8 +19,17 @@ from gistkern.rows import KeyValueRows
 __all__ = ["load", "save"]
 
 
-def save(path: str | os.PathLike, origin: Signed, state: CacheState, read: TokensRead, layers: list[Any]) -> None:
+def save(
+    path: str | os.PathLike,
+    origin: Signed,
+    state: CacheState,
+    read: TokensRead,
+    layers: list[Any],
+    raw: RawSegments | None,
+) -> None:
     """See `GistCache.save`."""
+    if raw is not None and raw.path is not None and os.path.exists(path) and os.path.samefile(path, raw.path):
+        raise ValueError(f"{path} holds the raw rows of this cache, which saving would overwrite: pass another name")
     if origin.fingerprint is None and origin.is_signed:
         raise ValueError(
             "the model that wrote the cache is gone, or its weights were changed since, and a file names its "
@@ -34,6 +44,7 @@ def save(path: str | os.PathLike, origin: Signed, state: CacheState, read: Token
         state=vars(state),
         read=torch.empty(len(state.seen), 0, dtype=torch.int64) if ids is None else ids,
         layers=[(layer.gist, KeyValueRows(*layer.tail.pair)) for layer in layers],
+        cuts=origin.cuts if raw is None else raw.cuts(),
     )
     file.save(found, path)
 
@@ -44,7 +55,7 @@ def load(
     """State, tokens and layers on a device; where they come from is written to `origin`. See `GistCache.load`."""
     found = file.load(path)
     origin.positions, origin.fingerprint = found.positions, found.fingerprint
-    origin.contexts = set(map(ContextRead.parse, found.contexts))
+    origin.contexts, origin.cuts = set(map(ContextRead.parse, found.contexts)), tuple(found.cuts)
     layers = []
     for gist, tail in found.layers:
         rows = TailRows(tail.key.to(device), tail.value.to(device))

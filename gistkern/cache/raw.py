@@ -6,6 +6,7 @@ that saw their own segment and the gists of earlier ones.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,13 +103,26 @@ class RawSegments:
         gists = self.origin.gists
         return self._index[layer, number * gists : (number + 1) * gists]
 
-    def check(self, origin: Any, state: Any) -> None:
-        """Raise ValueError unless they are of the compression that a cache of this origin and state came from."""
+    def cuts(self) -> tuple[str, ...]:
+        """Of each sample of the cache a digest of its tokens and of where it was cut into segments."""
+        digests: dict[int, Any] = {sample: hashlib.sha256() for sample in self.samples()}
+        for one in self.segments:
+            if one.sample in digests:
+                digests[one.sample].update(np.array([len(one.ids), one.rows, one.gist_row]).tobytes())
+                digests[one.sample].update(one.ids.tobytes() + one.positions.tobytes())
+        return tuple(digests[sample].hexdigest() for sample in self.samples())
+
+    def check(self, origin: Any, state: Any, cuts: Sequence[str] | None = None) -> None:
+        """Raise ValueError unless they are of the compression that a cache of this origin and state came from.
+
+        `cuts` are what the cache's file says of them (`GistCache.contexts` leaves out a context's end, and its cut).
+        """
         mine, samples = self.origin, self.samples()
         wanted = (mine.positions, mine.fingerprint, set(mine.contexts))
         found = (origin.positions, origin.fingerprint, set(map(str, origin.contexts)))
         counts = [[of[sample] for sample in samples] for of in (mine.seen, mine.gist_rows)]
-        if wanted != found or counts != [state.seen.tolist(), state.gist_rows.tolist()]:
+        same = cuts is None or tuple(cuts) == self.cuts()
+        if not same or wanted != found or counts != [state.seen.tolist(), state.gist_rows.tolist()]:
             raise ValueError(
                 "the raw rows are not of the context that this cache holds, cut and read as it was: pass those that "
                 "were kept in the same call of compress"

@@ -20,6 +20,7 @@ class Signed:
     def __init__(self) -> None:
         self.positions: str | None = None
         self.contexts: set[ContextRead] = set()
+        self.cuts: tuple[str, ...] = ()  # of a cache that a file was read into: `RawSegments.cuts` of its raw rows
         self._fingerprint: str | None = None
         self._writer: tuple[weakref.ref[Reader], tuple[int, Hashable]] | None = None
         self._readers: weakref.WeakKeyDictionary[Reader, tuple[int, Hashable]] = weakref.WeakKeyDictionary()
@@ -73,6 +74,6 @@ class Signed:
 
     def take_origin(self, other: Signed) -> None:
         """What was compressed, how and by whom, from another cache."""
-        self.positions, self.contexts = other.positions, set(other.contexts)
+        self.positions, self.contexts, self.cuts = other.positions, set(other.contexts), other.cuts
         self._fingerprint, self._writer = other._fingerprint, other._writer
         self._readers = weakref.WeakKeyDictionary(other._readers)

@@ -184,6 +184,45 @@ def test_raw_rows_of_something_else_are_refused(model, tmp_path):
         gistkern.GistCache.load(tmp_path / "gists", model).restore(model, QUESTIONS, 1)
 
 
+def test_raw_rows_of_nearly_the_same_compression_are_refused(model, tmp_path):
+    """As many tokens and rows, but another order, another ending (which a context's digest leaves out), another cut."""
+    one, other = (random_ids(1, 45, seed)[0].tolist() for seed in (1, 2))
+    ending = one[:-8] + other[-8:]
+    kept = {"segment_length": 23, "keep_raw": tmp_path / "raw"}
+    gistkern.compress(model, [one, other], **kept).save(tmp_path / "gists")
+    gistkern.GistCache.load(tmp_path / "gists", model).save(tmp_path / "again")
+    for name in ("gists", "again"):
+        found = gistkern.GistCache.load(tmp_path / name, model, raw=tmp_path / "raw")
+        assert found.restore(model, QUESTIONS[:2], 1).gist_rows.min() > found.gist_rows.max()
+    found.batch_select_indices(torch.tensor([1, 0]))
+    found.save(tmp_path / "turned")
+    for wrong, changes in (([other, one], {}), ([ending, other], {}), ([one, other], {"segment_length": 24})):
+        gistkern.compress(model, wrong, **kept | changes)
+        with pytest.raises(ValueError, match="the raw rows are not of the context"):
+            gistkern.GistCache.load(tmp_path / "gists", model, raw=tmp_path / "raw")
+    gistkern.compress(model, [one, other], **kept)
+    with pytest.raises(ValueError, match="the raw rows are not of the context"):
+        gistkern.GistCache.load(tmp_path / "turned", model, raw=tmp_path / "raw")
+
+
+def test_saving_over_the_raw_rows_is_refused(model, tmp_path):
+    """One name for both files would leave a cache that cannot restore; the raw rows may be saved to their own."""
+    cache = compressed(model, tmp_path / "one")
+    with pytest.raises(ValueError, match="holds the raw rows of this cache"):
+        cache.save(tmp_path / ".." / tmp_path.name / "one")
+    before = (tmp_path / "one").read_bytes()
+    cache.raw.save(tmp_path / "one")
+    assert (tmp_path / "one").read_bytes() == before
+
+
+def test_questions_that_want_the_same_segment_read_it_once(model, tmp_path, monkeypatch):
+    cache, read = gistkern.compress(model, CONTEXTS[:1], segment_length=SEGMENT, keep_raw=tmp_path / "raw"), []
+    rows = type(cache.raw).rows
+    monkeypatch.setattr(type(cache.raw), "rows", lambda raw, number: read.append(number) or rows(raw, number))
+    cache.restore(model, QUESTIONS[:1].repeat(3, 1), 2)
+    assert len(read) == len(set(read)) == 2
+
+
 def test_what_restore_and_compress_do_not_take(model):
     cache = compressed(model, "cpu")
     for top_k in (-1, True, 1.0, "2", None, 2**31):
@@ -191,6 +230,12 @@ def test_what_restore_and_compress_do_not_take(model):
             cache.restore(model, QUESTIONS, top_k)
     for questions, message in (
         (QUESTIONS[:2], "2 questions for a cache of 3 samples"),
+        (torch.cat([QUESTIONS, QUESTIONS]), "6 questions for a cache of 3 samples"),
+        ([5, 6], "1 questions for a cache of 3 samples"),
+        ([[5], [], [6]], "a question is empty"),
+        ([], "a question is empty"),
+        (torch.full_like(QUESTIONS, 10**6), "holds the id 1000000, the model's vocabulary has"),
+        ({"words": [5]}, "hold no input_ids"),
         (QUESTIONS[0], "integers"),
         (QUESTIONS.float(), "integers"),
         (QUESTIONS[:, :0], "integers"),
@@ -198,9 +243,11 @@ def test_what_restore_and_compress_do_not_take(model):
     ):
         with pytest.raises(ValueError, match=message):
             cache.restore(model, questions, 1)
-    for questions in ("Who has it?", ["Who has it?"], None, [1, 2, 3]):
-        with pytest.raises(TypeError, match="the questions must be token ids"):
+    for questions in ("Who has it?", ["Who has it?"], None, [None, 1]):
+        with pytest.raises(TypeError, match=r"the questions must be (lists of )?token ids"):
             cache.restore(model, questions, 1)
+    with pytest.raises(ValueError, match="pass one of the two"):
+        cache.restore(model, {"input_ids": QUESTIONS, "attention_mask": QUESTIONS}, 1, attention_mask=QUESTIONS)
     with pytest.raises(ValueError, match="a question is empty"):
         cache.restore(model, QUESTIONS, 1, attention_mask=torch.zeros(3, TAIL, dtype=torch.long))
     with pytest.raises(ValueError, match="scorer must be one of"):
@@ -218,8 +265,9 @@ def test_what_restore_and_compress_do_not_take(model):
         compressed(model, None, raw_dtype=torch.int8)
     with pytest.raises(ValueError, match="raw_dtype must be"):
         compressed(model, "cpu", raw_dtype=torch.float16)
-    with pytest.raises(ValueError, match='keep_raw must be "cpu" or the path'):
-        compressed(model, "disk")
+    for place in ("disk", "cuda:0", "mps", ""):
+        with pytest.raises(ValueError, match='keep_raw must be "cpu" or the path'):
+            compressed(model, place)
     with pytest.raises(TypeError, match='keep_raw must be "cpu" or the path'):
         compressed(model, True)
 
