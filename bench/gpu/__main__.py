@@ -54,7 +54,7 @@ def processes(names: list[str], dry: bool) -> dict[str, Process]:
         name: Process(
             [sys.executable, "-m", "bench.gpu.stages", name, grid],
             LIMITS.get(name, OTHERS) * (SLOWER if dry else 1),
-            beside | (EMULATED if dry and name == "tiles" else {}),
+            beside | (EMULATED if dry and name in ("hopper", "tiles") else {}),
         )
         for name in names
     }
@@ -132,6 +132,10 @@ def _run(stage: Process, rows: list[dict[str, Any]], save: Callable[[], None], l
 TOLD: dict[str, Any] = {
     "suite": {"file": "file", "passed": "passed", "skipped": "skipped", "failed": lambda row: len(row["failed"])},
     "checks": {"check": "check", "": lambda row: row.get("failed", "within the budget")},
+    "hopper": {
+        **{name: name for name in ("layout", "head_dim", "pass", "tile")},
+        "of the plain": lambda row: f"{row['of the plain']:.2f}" if "of the plain" in row else "",
+    },
 }
 
 

@@ -1,18 +1,18 @@
-"""Times Hopper's own forward in each tile that is compiled in, beside the plain kernel, and says what to ship.
+"""Times Hopper's own kernels beside the plain ones: the forward in each tile that is compiled in, then both passes.
 
-    python -m bench.gpu.hopper       # on an H100 or H200; two minutes, estimated
+    python -m bench.gpu.hopper       # on an H100 or H200; two minutes, estimated. Some of it is a stage of `make gpu`
 
 What it prints last are rows for `HOPPER` in kernels/configs.py. No GPU has run it; ttsem has, where times mean nothing.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from bench.markdown import table
 from bench.measured.timing import spent
 from bench.shapes import layout_of
 from bench.variants import VARIANTS, Variant
@@ -33,29 +33,86 @@ class Timed(NamedTuple):
     milliseconds: dict[Variant | None, float]
 
 
-def timed(name: str, layout: GistLayout, head_dim: int, variants: Iterable[Variant], device: str) -> Timed:
+@contextlib.contextmanager
+def choosing(choice: str, head_dim: int, variant: Variant | None = None) -> Iterator[None]:
+    """Calls within take Hopper's own kernels ``"always"`` or ``"never"``, the forward in the tile of a variant."""
+    row = configs.HOPPER["fwd", head_dim]
+    if variant is not None:
+        row = configs.HopperConfig(variant.block_cols, variant.num_stages, True, "timed")
+    with (
+        mock.patch.dict(configs.HOPPER, {("fwd", head_dim): row}),
+        mock.patch.dict(os.environ, {ENVIRONMENT: choice}),
+        configs.overridden(),  # nobody goes on with what was planned for another tile
+    ):
+        yield
+
+
+def timed(
+    name: str,
+    layout: GistLayout,
+    head_dim: int,
+    variants: Iterable[Variant],
+    device: str,
+    heads: tuple[int, int] = HEADS,
+) -> Timed:
     """One forward by the plain kernel and by each variant; the fastest of some rounds."""
-    inputs = make_inputs(layout, heads=HEADS[0], kv_heads=HEADS[1], head_dim=head_dim, dtype=torch.bfloat16)
-    given = [tensor.detach() for tensor in (inputs.q, inputs.k, inputs.v)]
+    given = [tensor.detach() for tensor in _leaves(layout, head_dim, heads)[:3]]
     found: dict[Variant | None, float] = {}
     for variant in (None, *variants):
-        row = configs.HOPPER["fwd", head_dim]
-        if variant is not None:
-            row = configs.HopperConfig(variant.block_cols, variant.num_stages, True, "timed")
-        choice = {ENVIRONMENT: "never" if variant is None else "always"}
-        with (
-            mock.patch.dict(configs.HOPPER, {("fwd", head_dim): row}),
-            mock.patch.dict(os.environ, choice),
-            configs.overridden(),  # nobody goes on with what was planned for another tile
-            torch.no_grad(),
-        ):
-
-            def call() -> torch.Tensor:
-                return gist_attention(*given, layout, backend="triton")
-
-            call()
-            found[variant] = 1e3 * min(spent(call, device, queued=True) for _ in range(ROUNDS))
+        with choosing("never" if variant is None else "always", head_dim, variant), torch.no_grad():
+            found[variant] = _fastest(lambda: gist_attention(*given, layout, backend="triton"), device)
     return Timed(name, head_dim, found)
+
+
+def both_passes(
+    layout: GistLayout, head_dim: int, choices: Iterable[str], device: str, heads: tuple[int, int] = HEADS
+) -> dict[str, float]:
+    """Milliseconds of a forward and its backward, by choice of GISTKERN_HOPPER."""
+    *leaves, grad_out = _leaves(layout, head_dim, heads)
+    found = {}
+    for choice in choices:
+        with choosing(choice, head_dim):
+
+            def call() -> tuple[torch.Tensor, ...]:
+                return torch.autograd.grad(gist_attention(*leaves, layout, backend="triton"), leaves, grad_out)
+
+            found[choice] = _fastest(call, device)
+    return found
+
+
+def _leaves(layout: GistLayout, head_dim: int, heads: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    made = make_inputs(layout, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=torch.bfloat16)
+    return made.q, made.k, made.v, made.grad_out
+
+
+def _fastest(call: Callable[[], Any], device: str) -> float:
+    call()
+    return 1e3 * min(spent(call, device, queued=True) for _ in range(ROUNDS))
+
+
+def rows_of(
+    names: Iterable[str], rows: int, heads: tuple[int, int], variants: Iterable[Variant], device: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of a report: each layout's forward in each tile and both passes over the plain kernels; what to ship."""
+    variants, times = list(variants), []
+    for head_dim in sorted({variant.head_dim for variant in variants} or {64}, reverse=True):
+        mine = [variant for variant in variants if variant.head_dim == head_dim]
+        for name in names:
+            layout, named = layout_of(name, rows).to(device), {"layout": name, "rows": rows, "head_dim": head_dim}
+            times.append(timed(name, layout, head_dim, mine, device, heads))
+            plain = times[-1].milliseconds[None]
+            for variant, spent_here in times[-1].milliseconds.items():
+                tile = "plain" if variant is None else f"{variant.block_cols} columns, {variant.num_stages} stages"
+                ratio = {"milliseconds": spent_here, "of the plain": spent_here / plain}
+                yield named | {"pass": "forward", "tile": tile} | ratio
+            both = both_passes(layout, head_dim, ("never", "always") if mine else ("never",), device, heads)
+            for choice, spent_here in both.items():
+                tile = "plain" if choice == "never" else "shipped"
+                ratio = {"milliseconds": spent_here, "of the plain": spent_here / both["never"]}
+                yield named | {"pass": "both", "tile": tile} | ratio
+    if variants:
+        for key, row in pick_rows(times).items():
+            yield {"layout": "all", "head_dim": key[1], "pass": "forward", "tile": repr(row)}
 
 
 def pick_rows(times: Iterable[Timed]) -> dict[tuple[str, int], configs.HopperConfig]:
@@ -77,16 +134,10 @@ def pick_rows(times: Iterable[Timed]) -> dict[tuple[str, int], configs.HopperCon
 
 
 def main() -> None:
-    """Time all, print a table and the rows."""
-    times = []
-    for head_dim in sorted({variant.head_dim for variant in VARIANTS}):
-        variants = [variant for variant in VARIANTS if variant.head_dim == head_dim]
-        for name in NAMES:
-            times.append(timed(name, layout_of(name, ROWS).to("cuda"), head_dim, variants, "cuda"))
-            for variant, spent_here in times[-1].milliseconds.items():
-                print(name, head_dim, variant and tuple(variant[1:]), f"{spent_here:.3f} ms", flush=True)
+    """Time all, print a row at a time."""
     print(torch.cuda.get_device_name())
-    print(table(["row", "config"], [[str(key), repr(row)] for key, row in pick_rows(times).items()], 1))
+    for row in rows_of(NAMES, ROWS, HEADS, VARIANTS, "cuda"):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

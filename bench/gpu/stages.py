@@ -1,6 +1,6 @@
 """The stages of `make gpu`, each in a process of its own: ``python -m bench.gpu.stages NAME GRID``.
 
-A stage is a section of reports (`bench.measured.sections`) or one of the three here. Its rows go to standard output,
+A stage is a section of reports (`bench.measured.sections`) or one of the four here. Its rows go to standard output,
 one as JSON a line as soon as it is known; whatever else is printed goes where errors go.
 """
 
@@ -18,19 +18,21 @@ from unittest import mock
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from bench.gpu import hopper as own
 from bench.measured import flex
 from bench.measured.decoding import by_operators
 from bench.measured.grid import GRIDS, Grid
 from bench.measured.sections import SECTIONS, Rows
 from bench.measured.timing import spent
 from bench.shapes import HEADS, layout_of
+from bench.variants import VARIANTS
 from gistkern import GistLayout, backends, gist_attention
 from gistkern.backends import reference
 from gistkern.testing import Inputs, assert_within_budget, compare, make_inputs
 
 # seconds; together less than eight minutes. Those of sections that are not here: `OTHERS`, when they are named
-LIMITS = {"suite": 140, "checks": 40, "queueing": 25, "compressing": 45, "decoding": 35, "models": 30}
-LIMITS |= {"generating": 30, "attention": 65, "tiles": 40, "training": 30}
+LIMITS = {"suite": 135, "checks": 45, "hopper": 40, "queueing": 25, "compressing": 45, "decoding": 35, "models": 30}
+LIMITS |= {"generating": 30, "attention": 50, "tiles": 20, "training": 25}
 OTHERS = 300
 ROUNDS = 5
 EMULATED = {"TRITON_INTERPRET": "1", "GISTKERN_EMULATED": "1"}
@@ -79,12 +81,30 @@ def checks(grid: Grid, device: str, rounds: int) -> Rows:
         inputs = make_inputs(layout, **sizes, dtype=torch.bfloat16)
         yield _checked(f"{name}, {rows:,} rows, plan", compare, inputs, layout)
         yield _checked(f"{name}, {rows:,} rows, operators", by_operators(compare), inputs, layout)
+        if _is_hopper(device):
+            with own.choosing("always", sizes["head_dim"]):
+                yield _checked(f"{name}, {rows:,} rows, Hopper's own kernels", compare, inputs, layout)
         if layout.plain:  # `compare` asks for the LSE, which torch's kernel does not hand back
             yield _checked(f"{name}, {rows:,} rows, nothing hidden", _plain, inputs, layout)
     for gists, tail, batch in decoding:
         for backend in ("cuda", "triton") if device == "cuda" else ("auto",):
             what = f"decoding {gists:,} + {tail} rows of {batch} samples, {backend}"
             yield _checked(what, _decoded, gists, tail, batch, backend, heads, device)
+
+
+def _is_hopper(device: str) -> bool:
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+def hopper(grid: Grid, device: str, rounds: int) -> Rows:
+    """Hopper's own kernels beside the plain ones, of which a rehearsal, or another chip, has the latter only."""
+    if not _is_hopper(device):
+        small = device == "cpu"
+        rows, heads = (60, (2, 1)) if small else (own.ROWS, own.HEADS)
+        yield from own.rows_of(("one segment", "512/8"), rows, heads, (), device)
+        return
+    variants = [one for one in VARIANTS if one.head_dim == 128]
+    yield from own.rows_of(own.NAMES, own.ROWS, own.HEADS, variants, device)
 
 
 def _plain(inputs: Inputs, layout: GistLayout) -> None:
@@ -173,7 +193,10 @@ def tiles(grid: Grid, device: str, rounds: int) -> Rows:
                 yield row | {"of the shipped": row["milliseconds"] / times[kernel, shipped]}
 
 
-STAGES: dict[str, Callable[[Grid, str, int], Rows]] = {"suite": suite, "checks": checks, "tiles": tiles, **SECTIONS}
+STAGES: dict[str, Callable[[Grid, str, int], Rows]] = {
+    **{"suite": suite, "checks": checks, "hopper": hopper, "tiles": tiles},
+    **SECTIONS,
+}
 
 
 def main(name: str, grid: str) -> None:
