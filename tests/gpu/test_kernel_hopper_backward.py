@@ -11,12 +11,14 @@ if INTERPRETED:
 if SANITIZED:
     from asynchrony import dropped, plants
 
+from bench.counted.hopper_backward import columns_of_rows, rows_of_columns
 from gistkern import GistLayout, gist_attention
 from gistkern.backends import hopper_backward, triton, triton_plan
 from gistkern.backends.hopper import MappedSteps, reason_against
 from gistkern.backends.hopper_backward import HopperBackward
 from gistkern.kernels.arguments import AttentionArguments
 from gistkern.kernels.device import facts_of
+from gistkern.kernels.hopper import bwd_work
 from gistkern.rows import gather_rows
 from gistkern.testing import compare, make_inputs
 
@@ -64,6 +66,25 @@ LAYOUTS = {
     "past-rows-and-tail": lambda: GistLayout.from_segments([30, 30], 4, tail=20).last_rows(33),
     "windowed": lambda: GistLayout.from_segments([20, 17, 13], 3, tail=4).windowed(9),
 }
+
+
+COUNTED = ["T=70-wide-gists", "T=66-hierarchical", "T=60-sliding", "past-rows-and-tail", "windowed"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_tiles_visit_what_the_work_counter_says(name, device):
+    layout, positions = LAYOUTS[name](), 16
+    rows, local, gists = layout.num_rows, layout.num_local, layout.num_compact
+    tiles = -(-rows // positions), -(-local // 128), -(-gists // 128)
+    table = torch.full((sum(tiles), bwd_work.FIELDS), torch.nan, device=device)
+    rule = tuple(vector.to(device) for vector in (layout.gist_begin, layout.gist_end, layout.local_begin))
+    meta = bwd_work.WorkMeta(positions, positions)
+    bwd_work.sm90_gist_attn_bwd_work_kernel[(sum(tiles),)](table, rule, rows, local, gists, *tiles, META=meta)
+    of_rows, *of_columns = table.cpu().view(torch.int32).split(tiles)
+    assert of_rows[:, 4].tolist() == columns_of_rows(layout, positions).tolist()
+    for found, gist in zip(of_columns, (False, True), strict=True):
+        halves = found[:, [2, 3, 6, 7]].reshape(-1, 2, 2)
+        assert torch.equal(halves.long(), torch.from_numpy(rows_of_columns(layout, gist)))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
