@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,11 +118,12 @@ class RawSegments:
         `cuts` are what the cache's file says of them (`GistCache.contexts` leaves out a context's end, and its cut).
         """
         mine, samples = self.origin, self.samples()
-        wanted = (mine.positions, mine.fingerprint, set(mine.contexts))
-        found = (origin.positions, origin.fingerprint, set(map(str, origin.contexts)))
+        wanted = (mine.positions, mine.fingerprint)
+        found = (origin.positions, origin.fingerprint)
+        known = {mine.contexts[sample] for sample in samples} <= set(map(str, origin.contexts))
         counts = [[of[sample] for sample in samples] for of in (mine.seen, mine.gist_rows)]
         same = cuts is None or tuple(cuts) == self.cuts()
-        if not same or wanted != found or counts != [state.seen.tolist(), state.gist_rows.tolist()]:
+        if not (same and known) or wanted != found or counts != [state.seen.tolist(), state.gist_rows.tolist()]:
             raise ValueError(
                 "the raw rows are not of the context that this cache holds, cut and read as it was: pass those that "
                 "were kept in the same call of compress"
@@ -133,10 +134,25 @@ class RawSegments:
 
         ``GistCache.load(..., raw=path)`` reads them.
         """
-        with raw_file.writing(path, self.origin, self.segments) as file:
-            for number in range(len(self.segments)):
-                file.add(self.rows(number), None if self._index is None else self._index.shape)
-            file.finish(self._index)
+        origin, segments, index = self.origin, self.segments, self._index
+        numbers: Sequence[int] = range(len(segments))
+        if self._samples is not None:  # samples were picked: theirs, in that order
+            samples = self.samples()
+            own = [(sample, number) for sample, of in enumerate(samples) for number in self.of_sample(of)]
+            numbers = [number for _, number in own]
+            segments = [replace(self.segments[number], sample=sample) for sample, number in own]
+            origin = replace(
+                origin,
+                contexts=tuple(origin.contexts[of] for of in samples),
+                seen=tuple(origin.seen[of] for of in samples),
+                gist_rows=tuple(origin.gist_rows[of] for of in samples),
+            )
+            if index is not None:
+                index = torch.cat([index[:, number * origin.gists :][:, : origin.gists] for number in numbers], 1)
+        with raw_file.writing(path, origin, segments) as file:
+            for number in numbers:
+                file.add(self.rows(number), None if index is None else index.shape)
+            file.finish(index)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RawSegments:

@@ -219,16 +219,20 @@ class RowsInFile:
     def __getitem__(self, number: int) -> KeyValueRows:
         names = [f"{number}.{part}" for part in ("key", "value", "key_scale", "value_scale")]
         places = [self._places[name] for name in names if name in self._places]
-        begin, end = places[0]["data_offsets"][0], places[-1]["data_offsets"][1]
+        found = [torch.empty(place["shape"], dtype=_DTYPES[place["dtype"]]) for place in places]
+        digest = hashlib.sha256()
         with _opened(self.path) as file:
-            file.seek(self._begin + begin)
-            content = bytearray(file.read(end - begin))
-        if len(content) != end - begin or hashlib.sha256(content).hexdigest() != self._digests[number]:
+            file.seek(self._begin + places[0]["data_offsets"][0])
+            whole = True
+            for room in map(_bytes_of, found):  # into the tensors themselves: a segment is large
+                whole &= file.readinto(room) == len(room)  # type: ignore[attr-defined]
+                digest.update(room)
+        if not whole or digest.hexdigest() != self._digests[number]:
             raise ValueError(
                 f"{self.path} is damaged: the raw rows of segment {number} are not those that were written; compress "
                 "the context again, or ask its gist rows alone"
             )
-        return KeyValueRows(*(_tensor(content, place, begin) for place in places))
+        return KeyValueRows(*found)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -244,12 +248,12 @@ def _opened(path: Path) -> BinaryIO:
         raise UnreadableError(path, error) from error
 
 
-def _tensor(content: bytearray, place: dict[str, Any], begin: int) -> torch.Tensor:
-    first, last = (offset - begin for offset in place["data_offsets"])
+def _tensor(content: bytearray, place: dict[str, Any]) -> torch.Tensor:
+    first, last = place["data_offsets"]
     dtype, shape = _DTYPES[place["dtype"]], place["shape"]
     if first == last:
         return torch.empty(shape, dtype=dtype)
-    # a copy, which stands where the type may: a segment's rows begin at any byte
+    # a copy, which stands where the type may
     return torch.frombuffer(bytearray(content[first:last]), dtype=dtype).view(shape)
 
 
@@ -284,7 +288,7 @@ def load(path: str | os.PathLike) -> tuple[RawOrigin, list[RawSegment], RowsInFi
             raise ValueError(f"{torn}: its tensors are not those of its {count} segments")
         file.seek(begin)
         small = bytearray(file.read(places["0.key"]["data_offsets"][0]))
-    tensors = {name: _tensor(small, places[name], 0) for name in places if not name[0].isdigit()}
+    tensors = {name: _tensor(small, places[name]) for name in places if not name[0].isdigit()}
     if digest != _digest(about, list(tensors.values())):
         raise ValueError(f"{path} is damaged: its checksum does not match; compress the context again")
     cuts = np.cumsum(table[:, 1])[:-1]

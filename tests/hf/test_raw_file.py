@@ -205,6 +205,25 @@ def test_raw_rows_of_nearly_the_same_compression_are_refused(model, tmp_path):
         gistkern.GistCache.load(tmp_path / "turned", model, raw=tmp_path / "raw")
 
 
+@pytest.mark.parametrize("kind", ["segments", "hierarchical"])
+def test_picked_samples_are_saved_as_they_are(kind, model, summarized, tmp_path):
+    """What is left of a batch has files of its own, without the rows of the others."""
+    model = model if kind == "segments" else summarized
+    cache = compressed(model, "cpu")
+    picked = torch.tensor([1, 0, 1])
+    cache.batch_select_indices(picked)
+    cache.raw.save(tmp_path / "raw")
+    cache.save(tmp_path / "gists")
+    again = gistkern.GistCache.load(tmp_path / "gists", model, raw=tmp_path / "raw")
+    for top_k in (1, 3):
+        same(again.restore(model, QUESTIONS[picked], top_k), cache.restore(model, QUESTIONS[picked], top_k))
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.raw.save(tmp_path / "one")
+    one = gistkern.RawSegments.load(tmp_path / "one")
+    assert [token for segment in one.segments for token in segment.ids.tolist()] == CONTEXTS[0]
+    assert one.cuts() == cache.raw.cuts()
+
+
 def test_saving_over_the_raw_rows_is_refused(model, tmp_path):
     """One name for both files would leave a cache that cannot restore; the raw rows may be saved to their own."""
     cache = compressed(model, tmp_path / "one")
