@@ -28,7 +28,7 @@ def save(
     raw: RawSegments | None,
 ) -> None:
     """See `GistCache.save`."""
-    if raw is not None and raw.path is not None and os.path.exists(path) and os.path.samefile(path, raw.path):
+    if raw is not None and raw.path is not None and os.path.realpath(path) == os.path.realpath(raw.path):
         raise ValueError(f"{path} holds the raw rows of this cache, which saving would overwrite: pass another name")
     if origin.fingerprint is None and origin.is_signed:
         raise ValueError(

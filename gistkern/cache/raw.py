@@ -263,12 +263,10 @@ class Recording:
         self._first += len(self._pieces[self._call])
         self._call += 1
 
-    def finish(self, file: raw_file.Writer | None) -> RawSegments | None:
-        """The rows of all calls; None where a file holds them."""
-        if file is None:
-            return RawSegments(self._origin, self.segments, self._held, self._index)
-        file.finish(self._index)
-        return None
+    def finish(self, file: raw_file.Writer | None) -> RawSegments:
+        """The rows of all calls, in memory or in the file."""
+        rows = self._held if file is None else file.finish(self._index)
+        return RawSegments(self._origin, self.segments, rows, self._index)
 
 
 def _empty(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype) -> KeyValueRows:

@@ -123,12 +123,14 @@ class Writer:
     ----------
     file : binary file
         Empty.
+    path : Path
+        What it will be called.
     origin, segments
         Known before the first rows are; the list of segments is looked at then.
     """
 
-    def __init__(self, file: BinaryIO, origin: RawOrigin, segments: Sequence[RawSegment]) -> None:
-        self._file, self._origin, self._segments = file, origin, segments
+    def __init__(self, file: BinaryIO, path: Path, origin: RawOrigin, segments: Sequence[RawSegment]) -> None:
+        self._file, self._path, self._origin, self._segments = file, path, origin, segments
         self._digests: list[str] = []
         self._places: dict[str, dict[str, Any]] = {}
         self._shape: _Shape | None = None
@@ -168,23 +170,25 @@ class Writer:
             self._file.write(_bytes_of(tensor))
         self._digests.append(digest.hexdigest())
 
-    def finish(self, index: torch.Tensor | None) -> None:
-        """Header and small tensors, in front of the rows."""
+    def finish(self, index: torch.Tensor | None) -> RowsInFile:
+        """Header and small tensors, in front of the rows. Returns those: what another writes to `path` is not them."""
         assert self._shape is not None
         assert len(self._digests) == len(self._segments)
         small = self._small() | ({} if index is None else {"index": index})
         about = {**_about(self._origin, self._shape, len(self._segments)), "rows": self._digests}
         self._file.seek(0)
-        self._file.write(self._header(self._digests, _digest(about, list(small.values()))))
+        header = self._header(self._digests, _digest(about, list(small.values())))
+        self._file.write(header)
         for tensor in small.values():
             self._file.write(_bytes_of(tensor))
+        return RowsInFile(self._path, len(header), self._places, self._digests)
 
 
 @contextmanager
 def writing(path: str | os.PathLike, origin: RawOrigin, segments: Sequence[RawSegment]) -> Iterator[Writer]:
     """A writer, whose file takes its name at the end of the block; a block that fails leaves what was there."""
     with replacing(path) as draft, draft.open("wb") as file:
-        yield Writer(file, origin, segments)
+        yield Writer(file, Path(path).absolute(), origin, segments)
 
 
 def _about(origin: RawOrigin, shape: _Shape, segments: int) -> dict[str, Any]:

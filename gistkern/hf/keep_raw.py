@@ -14,7 +14,7 @@ from gistkern.cache.evaluating import evaluating
 from gistkern.cache.host_copy import on_device
 from gistkern.cache.host_plan import Call
 from gistkern.cache.offload import input_device
-from gistkern.cache.raw import RawSegments, Recording
+from gistkern.cache.raw import Recording
 from gistkern.cache.raw_file import RawOrigin, writing
 from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
@@ -75,5 +75,3 @@ def read_keeping_raw(
         finally:
             cache.watch = None
         cache.raw = recording.finish(file)
-    if cache.raw is None:
-        cache.raw = RawSegments.load(keep_raw)

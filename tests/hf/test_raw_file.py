@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import make_model, random_ids
 from safetensors.torch import load_file
 
 import gistkern
+from gistkern.cache import raw_file
 
 SEGMENT, TAIL = 7, 6
 
@@ -232,6 +234,26 @@ def test_saving_over_the_raw_rows_is_refused(model, tmp_path):
     before = (tmp_path / "one").read_bytes()
     cache.raw.save(tmp_path / "one")
     assert (tmp_path / "one").read_bytes() == before
+    (tmp_path / "one").unlink()
+    cache.save(tmp_path / "gists")  # gist rows are saved without their raw rows too
+
+
+def test_another_writer_of_the_same_name_is_seen(model, tmp_path, monkeypatch):
+    """Who writes last has the name; the cache of the other one refuses to restore from what is not its own."""
+    ending = [*CONTEXTS[0][:-8], *CONTEXTS[1][:8]]
+    gistkern.compress(model, [ending], segment_length=SEGMENT, keep_raw=tmp_path / "other")
+    replacing = raw_file.replacing
+
+    @contextmanager
+    def overtaken(path):
+        with replacing(path) as draft:
+            yield draft
+        os.replace(tmp_path / "other", path)
+
+    monkeypatch.setattr(raw_file, "replacing", overtaken)
+    cache = gistkern.compress(model, CONTEXTS[:1], segment_length=SEGMENT, keep_raw=tmp_path / "raw")
+    with pytest.raises(ValueError, match="damaged"):
+        cache.restore(model, QUESTIONS[:1], 99)
 
 
 def test_questions_that_want_the_same_segment_read_it_once(model, tmp_path, monkeypatch):
