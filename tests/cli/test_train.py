@@ -255,14 +255,14 @@ def test_kill_9_and_resume(place, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_says_only_what_works(place, tmp_path):
     """Before the first checkpoint the same command starts again; the first Ctrl-C leaves one."""
-    given = ("--steps", 400, "--lora", 4, "--eval-share", 0)
+    given = ("--steps", 40_000, "--lora", 4, "--eval-share", 0)
     for presses, advice in ((2, "the same command starts again"), (1, "the same command with --resume goes on")):
         ours, theirs = terminal()
         command = [sys.executable, "-m", "gistkern", *words(place, tmp_path / "out", *given)]
         process = subprocess.Popen(command, stderr=theirs)
         os.close(theirs)
         said = ""
-        while not re.search(r" ([3-9]|\d\d)/400", said):  # a step has begun
+        while not re.search(r" ([3-9]|\d\d)/40000", said):  # a step has begun
             said += os.read(ours, 1).decode(errors="replace")
         for _ in range(presses):
             process.send_signal(signal.SIGINT)
