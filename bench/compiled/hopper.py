@@ -5,6 +5,7 @@
 Compiled, not run. The kernels and their launches are those of a user's call, recorded as kernels.py records the others.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -50,13 +51,22 @@ def launch_of(variant: Variant, dtype: torch.dtype = torch.bfloat16) -> Launch:
 
 def row_of(variant: Variant, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Compile the forward with this tile, and describe it."""
-    made = build(launch_of(variant, dtype), ARCH)
-    asynchronous = {"tma": made.compiled.asm["ptx"].count("cp.async.bulk.tensor")}
-    return variant._asdict() | describe(made, chip_named(ARCH)) | asynchronous
+    return variant._asdict() | described(launch_of(variant, dtype))
+
+
+def described(launch: Launch) -> dict[str, Any]:
+    """Compile a launch of Hopper's, and describe it: as `describe`, and how many copies by TMA it has."""
+    made = build(launch, ARCH)
+    return describe(made, chip_named(ARCH)) | {"tma": made.compiled.asm["ptx"].count("cp.async.bulk.tensor")}
 
 
 def problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row; that of a variant that does not ship may be."""
+    return beyond(row, MOST_STACK, MOST_ISSUE if row["head_dim"] == 128 else math.inf)
+
+
+def beyond(row: dict[str, Any], most_stack: int, most_issue: float) -> list[str]:
+    """What is wrong with a kernel of Hopper's that may take so many bytes of stack and instructions a tensor cycle."""
     loop, found = row["inner_loop"], []
     if not (loop and loop["tensor_core_instructions"]):
         return ["no products in a loop"]
@@ -64,11 +74,11 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['shared_bytes']} bytes of shared memory")
     if spilled := loop["full_tile"].get("local memory (spills)"):
         found.append(f"{spilled} spills in the loop")
-    if row["stack_bytes"] > MOST_STACK:
+    if row["stack_bytes"] > most_stack:
         found.append(f"{row['stack_bytes']} bytes of stack")
     if not row["tma"]:
         found.append("no copies by TMA")
-    if row["head_dim"] == 128 and loop["issue_per_tensor_cycle"] > MOST_ISSUE:
+    if loop["issue_per_tensor_cycle"] > most_issue:
         found.append(f"{loop['issue_per_tensor_cycle']} instructions a tensor cycle")
     # "wgmma.mma_async instructions are serialized due to ..."
     return found + [f"ptxas: {warning}" for warning in row["ptxas_warnings"]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.compiled import kernels
-from bench.compiled.hopper import ARCH
+from bench.compiled.hopper import ARCH, beyond, described
 from bench.compiled.kernels import BATCH, GISTS, HEADS, KV_HEADS, ROWS, SCALE, Launch, build, recorded_launches
 from bench.compiled.machine_code import describe
 from bench.fill import DOCS, fill
@@ -49,27 +49,13 @@ def launch_of(kernel: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Lau
 
 def row_of(kernel: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Compile one kernel and describe it."""
-    made = build(launch_of(kernel, dim, dtype), ARCH)
-    asynchronous = {"tma": made.compiled.asm["ptx"].count("cp.async.bulk.tensor")}
-    return {"kernel": kernel, "head_dim": dim} | describe(made, chip_named(ARCH)) | asynchronous
+    return {"kernel": kernel, "head_dim": dim} | described(launch_of(kernel, dim, dtype))
 
 
 def problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row."""
-    loop, found = row["inner_loop"], []
-    if not (loop and loop["tensor_core_instructions"]):
-        return ["no products in a loop"]
-    if row["shared_bytes"] > row["shared_limit"]:
-        found.append(f"{row['shared_bytes']} bytes of shared memory")
-    if spilled := loop["full_tile"].get("local memory (spills)"):
-        found.append(f"{spilled} spills in the loop")
-    if row["stack_bytes"] > (MOST_STACK if row["head_dim"] == 128 else 0):
-        found.append(f"{row['stack_bytes']} bytes of stack")
-    if not row["tma"]:
-        found.append("no copies by TMA")
-    if loop["issue_per_tensor_cycle"] > MOST_ISSUE[row["head_dim"]]:
-        found.append(f"{loop['issue_per_tensor_cycle']} instructions a tensor cycle")
-    return found + [f"ptxas: {warning}" for warning in row["ptxas_warnings"]]
+    dim = row["head_dim"]
+    return beyond(row, MOST_STACK if dim == 128 else 0, MOST_ISSUE[dim])
 
 
 def lines() -> Iterator[list[Any]]:
