@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from gistkern.cache.tokens_read import ContextRead
 from gistkern.cache.versions import CACHE
 from gistkern.hf.contexts import read_context
 from gistkern.hf.handle import GistHandle, handle_of
-from gistkern.hf.keep_raw import check_raw, read_keeping_raw
+from gistkern.hf.keep_raw import check_raw, keeping_raw
 from gistkern.layout.streams import check_segmentation, segments_of
 from gistkern.rows import check_gist_dtype
 
@@ -133,9 +133,9 @@ def compress(
     if keep_raw is None:
         _read(handle, cache, calls)
     else:
-        read_keeping_raw(
-            handle, cache, calls, list(map(ContextRead.of, map(torch.from_numpy, real))), keep_raw, raw_dtype
-        )
+        contexts = list(map(ContextRead.of, map(torch.from_numpy, real)))
+        with keeping_raw(handle, cache, calls, contexts, keep_raw, raw_dtype) as end_call:
+            _read(handle, cache, calls, end_call)
     return cache.to(gist_dtype=gist_dtype)
 
 
@@ -178,11 +178,13 @@ def _check(handle: GistHandle, segment_length: int | None, segment_overlap: int)
     handle.warn_if_cut_otherwise(segment_length, segment_overlap, stacklevel=5)
 
 
-def _read(handle: GistHandle, cache: GistCache, calls: list[Call]) -> None:
-    """Run the calls: each layer's raw rows go as soon as the layer is through."""
+def _read(handle: GistHandle, cache: GistCache, calls: list[Call], end_call: Callable[[], None] | None = None) -> None:
+    """Run the calls, with `end_call` after each: a layer's raw rows go as soon as the layer is through."""
     with evaluating(handle.inner):
         for call in on_device(calls, input_device(handle.inner)):
             handle.inner(gist_plan=call, use_cache=True, **{CACHE: cache})
+            if end_call is not None:
+                end_call()
 
 
 def _reading(handle: GistHandle, length: int) -> Reading:

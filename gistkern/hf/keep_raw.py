@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from gistkern.cache.cache import GistCache
-from gistkern.cache.evaluating import evaluating
-from gistkern.cache.host_copy import on_device
 from gistkern.cache.host_plan import Call
-from gistkern.cache.offload import input_device
 from gistkern.cache.raw import Recording
 from gistkern.cache.raw_file import RawOrigin, writing
 from gistkern.cache.tokens_read import ContextRead
-from gistkern.cache.versions import CACHE
 from gistkern.hf.handle import GistHandle
 from gistkern.rows import LARGEST
 
-__all__ = ["check_raw", "read_keeping_raw"]
+__all__ = ["check_raw", "keeping_raw"]
 
 
 def check_raw(keep_raw: Any, raw_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
@@ -45,15 +41,19 @@ def _names_device(name: str | os.PathLike) -> bool:
         return False
 
 
-def read_keeping_raw(
+@contextmanager
+def keeping_raw(
     handle: GistHandle,
     cache: GistCache,
     calls: list[Call],
     contexts: Sequence[ContextRead],
     keep_raw: str | os.PathLike,
     raw_dtype: torch.dtype | None,
-) -> None:
-    """Run the calls, and leave their raw rows with the cache. A file takes its name when all calls are through."""
+) -> Iterator[Callable[[], None]]:
+    """Inside, the raw rows of the calls are kept, by the function that is given after each; in the end they are `raw`.
+
+    A file takes its name when all calls are through.
+    """
     after, gists = calls[-1].plan.after, handle.segment_gist_token_ids
     origin = RawOrigin(
         handle.positions,
@@ -68,10 +68,7 @@ def read_keeping_raw(
     with nullcontext() if keep_raw == "cpu" else writing(keep_raw, origin, recording.segments) as file:
         cache.watch = recording.take
         try:
-            with evaluating(handle.inner):
-                for call in on_device(calls, input_device(handle.inner)):
-                    handle.inner(gist_plan=call, use_cache=True, **{CACHE: cache})
-                    recording.end_call(file)
+            yield lambda: recording.end_call(file)
         finally:
             cache.watch = None
         cache.raw = recording.finish(file)
